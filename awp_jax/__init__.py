@@ -1,0 +1,28 @@
+"""Adversarial weight perturbation and robust training for JAX and Flax."""
+
+from awp_jax.attacks.pgd import fgsm as fgsm
+from awp_jax.attacks.pgd import pgd as pgd
+from awp_jax.attacks.pgd import pgd_with_state as pgd_with_state
+from awp_jax.objectives import Objective as Objective
+from awp_jax.objectives import cross_entropy as cross_entropy
+from awp_jax.objectives import cw_margin as cw_margin
+from awp_jax.objectives import kl_divergence as kl_divergence
+from awp_jax.objectives import mart as mart
+from awp_jax.objectives import standard as standard
+from awp_jax.objectives import trades as trades
+from awp_jax.step import Attack as Attack
+from awp_jax.step import EvalMetrics as EvalMetrics
+from awp_jax.step import TrainMetrics as TrainMetrics
+from awp_jax.step import TrainState as TrainState
+from awp_jax.step import WeightPerturbation as WeightPerturbation
+from awp_jax.step import eval_step as eval_step
+from awp_jax.step import train_step as train_step
+from awp_jax.threat import ThreatModel as ThreatModel
+from awp_jax.types import AWPOutput as AWPOutput
+from awp_jax.weights import awp_perturbation as awp_perturbation
+from awp_jax.weights import awp_step as awp_step
+from awp_jax.weights import awp_value_and_grad as awp_value_and_grad
+from awp_jax.weights import is_weight as is_weight
+from awp_jax.weights import weight_mask as weight_mask
+
+__version__ = '0.1.0'

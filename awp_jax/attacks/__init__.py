@@ -1,0 +1,1 @@
+"""Attacks on inputs, a module each; `awp_jax` exports their functions."""

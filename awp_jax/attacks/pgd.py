@@ -1,0 +1,183 @@
+"""Projected gradient ascent on the inputs.
+
+From a start x'_0 in the ball around x, an attack of K steps of size eta makes
+
+  x'_{k+1} = project( x'_k + eta * steepest_ascent( grad_x' loss(x'_k) ) ),
+
+with the three operations of the threat model: sign gradients and clipping for
+L_inf, unit gradients and scaling for L_2. FGSM is the single step of size
+epsilon from x; CW_inf is PGD on `awp_jax.objectives.cw_margin`.
+
+  >>> import jax, jax.numpy as jnp
+  >>> from awp_jax.threat import ThreatModel
+  >>> loss_fn = lambda x: x @ jnp.array([1.0, -2.0])
+  >>> x = jnp.array([[0.5, 0.5]])
+  >>> threat = ThreatModel('Linf', epsilon=0.25)
+  >>> print(pgd(jax.random.key(0), loss_fn, x, threat, step_size=0.25,
+  ...           num_steps=3))
+  [[0.75 0.25]]
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax import checks
+from awp_jax import loops
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array, InputLossFn, StatefulInputLossFn
+
+Start = Literal['random', 'gaussian', 'zero']
+STARTS: tuple[Start, ...] = ('random', 'gaussian', 'zero')
+
+#: Standard deviation of the 'gaussian' start of TRADES and MART.
+GAUSSIAN_START_STD = 0.001
+
+
+def _start_point(
+    key: Array, x: Array, threat: ThreatModel, start: Start | Array) -> Array:
+  if not isinstance(start, str):
+    return start
+  if start == 'random':
+    return threat.random_start(key, x)
+  if start == 'gaussian':
+    # Left unclipped, as in the published code: the first projection follows.
+    return x + GAUSSIAN_START_STD * jax.random.normal(key, x.shape, x.dtype)
+  return x
+
+
+def _check(
+    x: Array, start: Start | Array, step_size: float, num_steps: int,
+    restarts: int) -> None:
+  checks.positive('step_size', step_size)
+  checks.count('num_steps', num_steps)
+  checks.count('restarts', restarts)
+  if isinstance(start, str):
+    checks.one_of('start', start, STARTS)
+  elif start.shape != x.shape:
+    raise ValueError(
+        f'a given start must have the shape of x, {x.shape}, got {start.shape}.')
+  if restarts > 1 and start != 'random' and start != 'gaussian':
+    raise ValueError(
+        f"restarts={restarts} needs a random start ('random' or 'gaussian'): "
+        'every other start makes the same attack again.')
+
+
+def pgd_with_state(
+    key: Array, loss_fn: StatefulInputLossFn, state: Any, x: Array,
+    threat: ThreatModel, *, step_size: float, num_steps: int,
+    start: Start | Array = 'random', restarts: int = 1,
+    gradient_floor: float = 0.0) -> tuple[Array, Any]:
+  """`pgd` on a loss with a state that every evaluation moves.
+
+  The state never enters the gradient. It moves once a step, and once more at
+  the end of each restart when there are several, where the losses of the
+  restarts are compared.
+
+  Args:
+    key: a PRNG key.
+    loss_fn: (x', state) -> (losses [B], next state).
+    state: any pytree of arrays.
+    x: natural inputs [B, ...].
+    threat: the ball and the box.
+    step_size: as in `pgd`.
+    num_steps: as in `pgd`.
+    start: as in `pgd`.
+    restarts: as in `pgd`.
+    gradient_floor: added to |g|_2 where an L_2 step divides by it.
+
+  Returns:
+    The adversarial inputs and the last state.
+  """
+  _check(x, start, step_size, num_steps, restarts)
+
+  def summed(x_adv: Array, state: Any) -> tuple[Array, Any]:
+    losses, state = loss_fn(x_adv, state)
+    return jnp.sum(losses), jax.lax.stop_gradient(state)
+
+  def ascend(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    x_adv, state = carry
+    gradient, state = jax.grad(summed, has_aux=True)(x_adv, state)
+    step = step_size * threat.steepest_ascent(gradient, gradient_floor)
+    return threat.project(x_adv + step.astype(x_adv.dtype), x), state
+
+  def attack(key: Array, state: Any) -> tuple[Array, Any]:
+    first = jax.lax.stop_gradient(_start_point(key, x, threat, start))
+    return loops.repeat(num_steps, ascend, (first, state))
+
+  x = jax.lax.stop_gradient(x)
+  if restarts == 1:
+    x_adv, state = attack(key, state)
+    return jax.lax.stop_gradient((x_adv, state))
+
+  best, best_losses = x, jnp.full(x.shape[0], -jnp.inf)
+  for restart_key in jax.random.split(key, restarts):
+    x_adv, state = attack(restart_key, state)
+    losses, state = loss_fn(x_adv, state)
+    better = losses > best_losses
+    best_losses = jnp.where(better, losses, best_losses)
+    best = jnp.where(better.reshape((-1,) + (1,) * (x.ndim - 1)), x_adv, best)
+  return jax.lax.stop_gradient((best, state))
+
+
+def pgd(
+    key: Array, loss_fn: InputLossFn, x: Array, threat: ThreatModel, *,
+    step_size: float, num_steps: int, start: Start | Array = 'random',
+    restarts: int = 1) -> Array:
+  """Projected gradient ascent on a loss per example.
+
+  Args:
+    key: a PRNG key; read only by a random start.
+    loss_fn: x' [B, ...] -> losses [B]. A linen model in eval mode would be
+      `lambda x: cross_entropy(model.apply(variables, x), labels)`.
+    x: natural inputs [B, ...], inside the box of `threat`.
+    threat: the ball and the box.
+    step_size: eta > 0, in the units of `x`.
+    num_steps: K >= 1.
+    start: 'random' (a random point of the ball), 'gaussian' (x + 0.001 N(0, 1),
+      as TRADES and MART start), 'zero' (x itself), or the starting inputs as an
+      array shaped like `x`, taken as they are.
+    restarts: attacks from several random starts; each example keeps the one
+      with the highest final loss.
+
+  Returns:
+    x' shaped like `x`, inside ball and box, with no gradient through it.
+
+  Raises:
+    ValueError: for a step size, number of steps, start or number of restarts
+      that is not as above.
+
+  References:
+    Madry et al., Towards Deep Learning Models Resistant to Adversarial
+    Attacks, ICLR 2018.
+  """
+  x_adv, _ = pgd_with_state(
+      key, lambda x_adv, state: (loss_fn(x_adv), state), (), x, threat,
+      step_size=step_size, num_steps=num_steps, start=start, restarts=restarts)
+  return x_adv
+
+
+def fgsm(
+    loss_fn: InputLossFn, x: Array, threat: ThreatModel, *,
+    step_size: float | None = None) -> Array:
+  """The fast gradient method: one step from `x`, by default of size epsilon.
+
+  Args:
+    loss_fn: x' [B, ...] -> losses [B].
+    x: natural inputs [B, ...].
+    threat: the ball and the box.
+    step_size: eta > 0; None means `threat.epsilon`.
+
+  Returns:
+    x' shaped like `x`, with no gradient through it.
+
+  References:
+    Goodfellow, Shlens, Szegedy, Explaining and Harnessing Adversarial
+    Examples, ICLR 2015.
+  """
+  x_adv, _ = pgd_with_state(
+      jax.random.key(0), lambda x_adv, state: (loss_fn(x_adv), state), (), x,
+      threat, step_size=threat.epsilon if step_size is None else step_size,
+      num_steps=1, start='zero')
+  return x_adv

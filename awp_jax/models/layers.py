@@ -1,0 +1,103 @@
+"""What the residual networks share: layers, initialisers, pixel normalisation."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from awp_jax import checks
+from awp_jax.types import Array
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    'relu': nn.relu, 'silu': nn.silu}
+
+#: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), which PyTorch gives to convolutions
+#: and linear layers unless told otherwise; the paper's PreActResNet relies on it.
+uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
+
+#: N(0, 2 / fan_out), of the paper's WideResNet.
+normal_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
+  """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)) for a bias, as PyTorch has it."""
+
+  def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    bound = fan_in ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """Makes the layers of a network, all with the same types and initialisers.
+
+  Attributes:
+    activation: 'relu' or 'silu'.
+    dtype: the type that layers compute in; None means that of the inputs and
+      parameters. Batch statistics are computed in float32 at least.
+    param_dtype: the type of the parameters.
+    kernel_init: the initialiser of convolution kernels.
+  """
+
+  activation: str = 'relu'
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+  kernel_init: Any = uniform_fan_in
+
+  def conv(self, features: int, size: int, stride: int, name: str) -> nn.Conv:
+    """A convolution without bias, padded by size // 2 on every side."""
+    # Explicit padding: 'SAME' pads an even image differently at stride 2.
+    return nn.Conv(
+        features, (size, size), (stride, stride), padding=size // 2,
+        use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
+        kernel_init=self.kernel_init, name=name)
+
+  def activate(self, x: Array, train: bool, name: str) -> Array:
+    """Batch normalisation called `name`, then the activation."""
+    normalised = nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5,
+        dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)
+    return ACTIVATIONS[self.activation](normalised)
+
+  def dense(
+      self, features: int, name: str, kernel_init: Any, bias_init: Any
+  ) -> nn.Dense:
+    """The classifier."""
+    return nn.Dense(
+        features, dtype=self.dtype, param_dtype=self.param_dtype,
+        kernel_init=kernel_init, bias_init=bias_init, name=name)
+
+
+def check_image_model(
+    activation: str, num_classes: int, width: int, mean: Sequence[float],
+    std: Sequence[float]) -> None:
+  """Raises ValueError for values that no image model here can take."""
+  checks.one_of('activation', activation, ACTIVATIONS)
+  checks.count('num_classes', num_classes)
+  checks.count('width', width)
+  if len(mean) != len(std) or not all(s > 0 for s in std):
+    raise ValueError(
+        'mean and std need the same number of channels and std > 0, got '
+        f'{tuple(mean)} and {tuple(std)}.')
+
+
+def normalise_pixels(
+    x: Array, mean: Sequence[float], std: Sequence[float], dtype: Any) -> Array:
+  """(x - mean) / std by channel, then cast to `dtype` (None leaves it).
+
+  Args:
+    x: images [B, H, W, C] in [0, 1].
+    mean: C means, or one for all channels.
+    std: C standard deviations, or one.
+    dtype: the type of the result.
+
+  Returns:
+    Normalised images like `x`.
+  """
+  x = (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
+  return x if dtype is None else x.astype(dtype)

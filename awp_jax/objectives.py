@@ -1,0 +1,215 @@
+"""What the inputs ascend and what the weights descend.
+
+Adversarial training is a game of two losses of one network f:
+
+  x'  ascends   attack_loss(f(x'), f(x), y)             per example
+  w   descends  mean of train_loss(f(x'), f(x), y)
+
+An `Objective` is that pair, together with the habits of its published code that
+change numbers: most of them bear on batch statistics. The three of the paper are `standard` (Madry et al.
+2018), `trades` (Zhang et al. 2019) and `mart` (Wang et al. 2020).
+
+  >>> import jax.numpy as jnp
+  >>> logits = jnp.array([[2.0, 0.0, -1.0]])
+  >>> losses = trades(beta=6.0).train_loss(logits, logits, jnp.array([0]))
+  >>> bool(jnp.allclose(losses, cross_entropy(logits, jnp.array([0]))))
+  True
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax import checks
+from awp_jax.types import Array
+
+Pass = Literal['adversarial', 'natural']
+ObjectiveLoss = Callable[[Array, Array | None, Array], Array]
+
+
+def _log_probabilities(logits: Array) -> Array:
+  # Half precision would lose the small probabilities that robust losses need.
+  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return jax.nn.log_softmax(wide, axis=-1)
+
+
+def _pick(values: Array, labels: Array) -> Array:
+  return jnp.take_along_axis(values, labels[..., None], axis=-1)[..., 0]
+
+
+def _without_label(values: Array, labels: Array) -> Array:
+  """`values` with -inf at the label."""
+  is_label = jax.nn.one_hot(labels, values.shape[-1], dtype=bool)
+  return jnp.where(is_label, -jnp.inf, values)
+
+
+def cross_entropy(logits: Array, labels: Array) -> Array:
+  """-log softmax(z)_y of each example.
+
+  Args:
+    logits: [B, C], C >= 1.
+    labels: integers [B] in [0, C).
+
+  Returns:
+    Losses [B], float32 or wider.
+  """
+  return -_pick(_log_probabilities(logits), labels)
+
+
+def kl_divergence(logits: Array, other_logits: Array) -> Array:
+  """KL(p || q) = sum_k p_k (log p_k - log q_k), p = softmax(logits), q of the other.
+
+  Finite for all finite logits: a class of probability zero contributes zero.
+
+  Args:
+    logits: [B, C], of p.
+    other_logits: [B, C], of q.
+
+  Returns:
+    Divergences [B], float32 or wider.
+  """
+  log_p = _log_probabilities(logits)
+  log_q = _log_probabilities(other_logits)
+  return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def cw_margin(logits: Array, labels: Array) -> Array:
+  """max_{k != y} z_k - z_y, the margin loss of Carlini and Wagner (2017).
+
+  Positive exactly where the example is misclassified.
+
+  Args:
+    logits: [B, C], C >= 2.
+    labels: integers [B].
+
+  Returns:
+    Margins [B], float32 or wider.
+  """
+  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  return jnp.max(_without_label(wide, labels), axis=-1) - _pick(wide, labels)
+
+
+class Objective(NamedTuple):
+  """A pair of losses, and what its published code does beside them.
+
+  Attributes:
+    name: 'AT', 'TRADES' or 'MART'.
+    attack_loss: (logits at x', logits at x or None, labels) -> losses [B],
+      which the inputs ascend. Natural logits are handed over, without a
+      gradient, where `attack_uses_natural`.
+    train_loss: the same arguments -> losses [B]; their mean is what the
+      weights descend, and what their perturbation ascends. The gradient goes
+      through both logits.
+    passes: the forward passes that `train_loss` needs, in the order in which
+      they move the running statistics.
+    attack_uses_natural: whether `attack_loss` reads the natural logits.
+    attack_mode: whether the published attack runs the model with batch
+      statistics ('train') or with the running ones ('eval').
+    reference_passes: the forward passes at w + v that move the running
+      statistics in the published code.
+    reference_pass_after_update: whether the published code makes one more
+      natural pass, at the new weights, that moves them.
+    gradient_floor: what the published L_2 attack adds to the norm of the
+      gradient of the *mean* loss before it divides by it.
+  """
+
+  name: str
+  attack_loss: ObjectiveLoss
+  train_loss: ObjectiveLoss
+  passes: tuple[Pass, ...]
+  attack_uses_natural: bool
+  attack_mode: Literal['train', 'eval']
+  reference_passes: tuple[Pass, ...]
+  reference_pass_after_update: bool
+  gradient_floor: float = 0.0
+
+
+def standard() -> Objective:
+  """Adversarial training: both sides play on CE(f(x'), y).
+
+  References:
+    Madry et al., Towards Deep Learning Models Resistant to Adversarial
+    Attacks, ICLR 2018.
+  """
+
+  def loss(logits: Array, natural: Array | None, labels: Array) -> Array:
+    del natural
+    return cross_entropy(logits, labels)
+
+  return Objective(
+      'AT', attack_loss=loss, train_loss=loss, passes=('adversarial',),
+      attack_uses_natural=False, attack_mode='train',
+      reference_passes=('adversarial',), reference_pass_after_update=True,
+      gradient_floor=1e-10)
+
+
+def trades(beta: float = 6.0) -> Objective:
+  """TRADES: CE(f(x), y) + beta KL(f(x) || f(x')); the attack ascends the KL term.
+
+  Args:
+    beta: the weight of the robust term, >= 0 (1 / lambda in the paper).
+
+  References:
+    Zhang et al., Theoretically Principled Trade-off between Robustness and
+    Accuracy, ICML 2019.
+  """
+  checks.not_negative('beta', beta)
+
+  def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
+    del labels
+    assert natural is not None
+    return kl_divergence(natural, logits)
+
+  def train_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
+    assert natural is not None
+    robust = kl_divergence(natural, logits)
+    return cross_entropy(natural, labels) + beta * robust
+
+  return Objective(
+      'TRADES', attack_loss=attack_loss, train_loss=train_loss,
+      passes=('adversarial', 'natural'), attack_uses_natural=True,
+      attack_mode='eval',
+      reference_passes=('adversarial', 'natural', 'natural'),
+      reference_pass_after_update=False)
+
+
+def mart(beta: float = 5.0) -> Objective:
+  """MART: BCE(f(x'), y) + beta KL(p || p') (1.0000001 - p_y); the attack ascends CE.
+
+  With p = softmax f(x), p' = softmax f(x') and k the most probable wrong class
+  at x',
+
+    BCE = CE(f(x'), y) - log(1.0001 - p'_k + 1e-12).
+
+  The published code adds 1e-12 to p' inside the logarithm of the KL term as
+  well; here that logarithm is exact.
+
+  Args:
+    beta: the weight of the second term, >= 0.
+
+  References:
+    Wang et al., Improving Adversarial Robustness Requires Revisiting
+    Misclassified Examples, ICLR 2020.
+  """
+  checks.not_negative('beta', beta)
+
+  def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
+    del natural
+    return cross_entropy(logits, labels)
+
+  def train_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
+    assert natural is not None
+    adversarial = jnp.exp(_log_probabilities(logits))
+    rival = jnp.max(_without_label(adversarial, labels), axis=-1)
+    boosted = cross_entropy(logits, labels) - jnp.log(1.0001 - rival + 1e-12)
+    true_probability = jnp.exp(-cross_entropy(natural, labels))
+    weighted = kl_divergence(natural, logits) * (1.0000001 - true_probability)
+    return boosted + beta * weighted
+
+  return Objective(
+      'MART', attack_loss=attack_loss, train_loss=train_loss,
+      passes=('natural', 'adversarial'), attack_uses_natural=False,
+      attack_mode='eval', reference_passes=('natural', 'adversarial'),
+      reference_pass_after_update=False)

@@ -1,0 +1,191 @@
+"""Threat models: which inputs an adversary may choose.
+
+For an input x the adversary picks x' from
+
+  { x' :  |x' - x|_p <= epsilon,   lower <= x'_i <= upper },   p = inf or 2,
+
+where the norm runs over everything but the first (batch) axis. Whatever an
+attack has to know of that set stands here: how to start in it, which way is
+steepest, how to come back into it, and how far an input has gone.
+
+  >>> import jax.numpy as jnp
+  >>> threat = ThreatModel('Linf', epsilon=8 / 255)
+  >>> x = jnp.full((1, 3), 0.5)
+  >>> moved = threat.project(x + jnp.array([[1.0, -1.0, 0.01]]), x)
+  >>> [round(float(d), 4) for d in (moved - x)[0] * 255]
+  [8.0, -8.0, 2.55]
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax import checks
+from awp_jax.types import Array
+
+Norm = Literal['Linf', 'L2']
+NORMS: tuple[Norm, ...] = ('Linf', 'L2')
+
+
+def _over_features(x: Array) -> tuple[int, ...]:
+  if x.ndim < 2:
+    raise ValueError(
+        'inputs need a batch axis and at least one more (rank >= 2), got shape '
+        f'{x.shape}.')
+  return tuple(range(1, x.ndim))
+
+
+def _accumulation_dtype(x: Array) -> jnp.dtype:
+  """Half-precision inputs are summed in float32."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def l2_norms(x: Array) -> Array:
+  """Euclidean norm of each example, |x_i|_2, shape [B, 1, ..., 1].
+
+  Each example is scaled by its largest entry first, so that neither tiny nor
+  huge entries leave the range of float32 when they are squared.
+
+  Args:
+    x: [B, ...], rank >= 2.
+
+  Returns:
+    The norms; 0 for an example of zeros.
+  """
+  axes = _over_features(x)
+  x = x.astype(_accumulation_dtype(x))
+  largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
+  scale = jnp.where(largest > 0, largest, 1)
+  square = jnp.sum(jnp.square(x / scale), axis=axes, keepdims=True)
+  return largest * jnp.sqrt(square)
+
+
+def unit_l2(x: Array, floor: float = 0.0) -> Array:
+  """x_i / (|x_i|_2 + floor) for each example; an example of zeros stays zero."""
+  axes = _over_features(x)
+  wide = x.astype(_accumulation_dtype(x))
+  largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
+  # Scaling by the largest entry keeps the squares in range and is the only
+  # division that can meet a zero; the norm of what it leaves is at least 1.
+  scale = jnp.where(largest > 0, largest, 1)
+  scaled = wide / scale
+  square = jnp.sum(jnp.square(scaled), axis=axes, keepdims=True)
+  norms = jnp.sqrt(jnp.maximum(square, 1))
+  return (scaled / (norms + floor / scale)).astype(x.dtype)
+
+
+#: PyTorch's `renorm` adds this to the norm that it divides by. Kept, because it
+#: also keeps the rounding of float32 from ending outside of the ball.
+_RENORM_MARGIN = 1e-7
+
+
+@dataclasses.dataclass(frozen=True)
+class ThreatModel:
+  """The l_p ball of radius `epsilon` around an input, within a box.
+
+  Attributes:
+    norm: 'Linf' or 'L2'.
+    epsilon: the radius, > 0, in the units of the inputs (pixels in [0, 1]:
+      8 / 255 and 128 / 255 are usual on CIFAR-10).
+    lower: the smallest value that an entry of an input may take.
+    upper: the largest.
+
+  Raises:
+    ValueError: for an unknown norm, an epsilon that is not finite and
+      positive, or an empty box.
+  """
+
+  norm: Norm
+  epsilon: float
+  lower: float = 0.0
+  upper: float = 1.0
+
+  def __post_init__(self) -> None:
+    checks.one_of('norm', self.norm, NORMS)
+    checks.positive('epsilon', self.epsilon)
+    if not self.lower < self.upper:
+      raise ValueError(
+          f'the box needs lower < upper, got [{self.lower}, {self.upper}].')
+
+  def random_start(self, key: Array, x: Array) -> Array:
+    """A random point of the ball around each input, clipped to the box.
+
+    L_inf: every entry uniform in [-epsilon, epsilon]. L_2: a uniform
+    direction, and a length uniform in [0, epsilon], as the reference draws it
+    (a uniform *point* of the ball would nearly always lie on its surface).
+
+    Args:
+      key: a PRNG key.
+      x: inputs [B, ...].
+
+    Returns:
+      Points like `x`, inside ball and box.
+    """
+    if self.norm == 'Linf':
+      delta = jax.random.uniform(
+          key, x.shape, x.dtype, -self.epsilon, self.epsilon)
+    else:
+      direction_key, length_key = jax.random.split(key)
+      lengths_shape = x.shape[:1] + (1,) * len(_over_features(x))
+      lengths = jax.random.uniform(length_key, lengths_shape, x.dtype)
+      normal = jax.random.normal(direction_key, x.shape, x.dtype)
+      delta = unit_l2(normal) * lengths * self.epsilon
+    return self.clip(x + delta)
+
+  def steepest_ascent(self, gradient: Array, floor: float = 0.0) -> Array:
+    """The unit step in the ball's norm that a linear loss gains most from.
+
+    argmax_{|d| <= 1} <d, g>: sign(g) for L_inf, g / |g|_2 for L_2; zero where
+    the gradient is zero.
+
+    Args:
+      gradient: [B, ...].
+      floor: added to |g|_2 in the division, >= 0, in the units of the gradient;
+        some published attacks have one. It shortens the steps of examples whose
+        gradient nearly vanishes. L_inf does without.
+
+    Returns:
+      The steps, shaped like `gradient`.
+    """
+    if self.norm == 'Linf':
+      return jnp.sign(gradient)
+    return unit_l2(gradient, floor)
+
+  def project(self, x_adv: Array, x: Array) -> Array:
+    """Brings `x_adv` into the ball around `x`, then into the box.
+
+    For L_inf this is the nearest point of the set. For L_2 the two projections
+    in turn, as in the reference: the result lies in ball and box (clipping
+    moves no entry further from `x`, which lies in the box itself), though a
+    nearer point may exist.
+
+    Args:
+      x_adv: perturbed inputs [B, ...].
+      x: the natural inputs, of the same shape, inside the box.
+
+    Returns:
+      Points shaped like `x_adv`.
+    """
+    if self.norm == 'Linf':
+      near = jnp.clip(x_adv, x - self.epsilon, x + self.epsilon)
+    else:
+      delta = x_adv - x
+      norms = l2_norms(delta)
+      factor = jnp.where(
+          norms > self.epsilon,
+          self.epsilon / (norms + _RENORM_MARGIN), 1)
+      near = x + delta * factor.astype(delta.dtype)
+    return self.clip(near)
+
+  def distance(self, x_adv: Array, x: Array) -> Array:
+    """|x'_i - x_i|_p of each example, shape [B], in the norm of the ball."""
+    delta = x_adv - x
+    if self.norm == 'Linf':
+      return jnp.max(jnp.abs(delta), axis=_over_features(delta))
+    return l2_norms(delta).reshape(delta.shape[0])
+
+  def clip(self, x: Array) -> Array:
+    """Clips every entry to [lower, upper]."""
+    return jnp.clip(x, self.lower, self.upper)

@@ -1,0 +1,74 @@
+"""Names for the things that the library passes around, and the callbacks' contracts."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+
+#: A pytree of arrays: a linen dict, an `nnx.State`, an Equinox module, a dict.
+Params = Any
+
+#: Decides, from the slash-separated path of a leaf and the leaf, whether the
+#: leaf is perturbed.
+LeafPredicate = Callable[[str, Array], bool]
+
+
+class LossFn(Protocol):
+  """A loss of parameters, as `jax.value_and_grad` takes it.
+
+  `loss_fn(params, *args, **kwargs)` returns a scalar: the mean over the
+  examples that `args` hold on this device. With `has_aux=True` it returns a
+  pair of that scalar and any pytree.
+  """
+
+  def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+    ...
+
+
+class InputLossFn(Protocol):
+  """A loss of inputs, one value per example.
+
+  `loss_fn(x)` maps inputs [B, ...] to losses [B]; entry i must be the loss of
+  example i. (A model in train mode couples the examples through its batch
+  statistics. That is allowed: the gradient taken is that of the sum.)
+  """
+
+  def __call__(self, x: Array, /) -> Array:
+    ...
+
+
+class StatefulInputLossFn(Protocol):
+  """An `InputLossFn` that carries a state, say running batch statistics.
+
+  `loss_fn(x, state)` returns the losses [B] and the next state.
+  """
+
+  def __call__(self, x: Array, state: Any, /) -> tuple[Array, Any]:
+    ...
+
+
+class LogitsFn(Protocol):
+  """A classifier: maps inputs [B, ...] to logits [B, C]."""
+
+  def __call__(self, x: Array, /) -> Array:
+    ...
+
+
+class AWPOutput(NamedTuple):
+  """What one step of adversarial weight perturbation returns.
+
+  Attributes:
+    params: the parameters after the update, without the perturbation.
+    opt_state: the optimizer's next state.
+    loss: scalar, the loss at w + v before the update, averaged over devices.
+    aux: what the loss returned beside its value at w + v, or None.
+    perturbation: v, a pytree like `params`; zeros on leaves left alone.
+  """
+
+  params: Params
+  opt_state: Any
+  loss: Array
+  aux: Any
+  perturbation: Params
