@@ -14,13 +14,14 @@ Carry = TypeVar('Carry')
 
 
 def unrolls() -> bool:
-  """Whether loops are written out: true where JAX's default backend is the CPU."""
-  device = jax.config.jax_default_device
+  """Whether loops are written out: where the default backend is the CPU."""
+  device = jax.config.read('jax_default_device')
   platform = getattr(device, 'platform', device) or jax.default_backend()
   return platform == 'cpu'
 
 
-def repeat(num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry:
+def repeat(
+    num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry:
   """Applies `body` to `init` `num_steps` times.
 
   Args:
