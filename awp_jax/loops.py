@@ -15,7 +15,7 @@ Carry = TypeVar('Carry')
 
 def unrolls() -> bool:
   """Whether loops are written out: where the default backend is the CPU."""
-  device = jax.config.read('jax_default_device')
+  device = getattr(jax.config, 'jax_default_device', None)
   platform = getattr(device, 'platform', device) or jax.default_backend()
   return platform == 'cpu'
 
@@ -33,8 +33,9 @@ def repeat(
     `body(body(...body(init)))`.
   """
   if unrolls():
-    carry = init
+    # Traced once: XLA inlines the calls of one and the same function.
+    step, carry = jax.jit(body), init
     for _ in range(num_steps):
-      carry = body(carry)
+      carry = step(carry)
     return carry
   return jax.lax.fori_loop(0, num_steps, lambda _, carry: body(carry), init)

@@ -2,7 +2,7 @@
 
 AWP trains weights w that stay good in the worst direction near by:
 
-  min_w max_{v in V} L(w + v),    V = { v : |v_l| <= gamma |w_l|, all leaves l }.
+  min_w max_{v in V} L(w + v),   V = { v : |v_l| <= gamma |w_l|, all leaves l }.
 
 The inner maximum is approached from v = 0 by K2 projected steps,
 
@@ -73,8 +73,9 @@ def weight_mask(params: Params, mask: Mask = is_weight) -> Params:
         lambda path, leaf: bool(mask(
             jax.tree_util.keystr(path, simple=True, separator='/'), leaf)),
         params)
-  wanted, got = jax.tree.structure(params), jax.tree.structure(mask)
-  if not got == wanted:
+  wanted: Any = jax.tree.structure(params)
+  got: Any = jax.tree.structure(mask)
+  if got != wanted:
     raise ValueError(
         'mask must be a predicate of (path, leaf) or a pytree of bools like '
         f'the parameters, {wanted}, got {got}.')
@@ -116,7 +117,7 @@ def _ascend_leaf(
 def ascend(
     perturbation: Params | None, gradients: Params, params: Params, *,
     gamma: Any, step: Any, mask: Mask = is_weight) -> Params:
-  """A step of the weight adversary: v <- project(v + step |w| g / |g|) per leaf.
+  """The weight adversary's step: v <- project(v + step |w| g / |g|) per leaf.
 
   Args:
     perturbation: v, a pytree like `params`, or None for v = 0.
