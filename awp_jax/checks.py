@@ -3,16 +3,24 @@
 from collections.abc import Iterable
 import difflib
 import math
+import numbers
 from typing import Any
 
 import jax
+
+
+def _is_finite(value: Any) -> bool:
+  try:
+    return math.isfinite(value)
+  except TypeError:
+    return False
 
 
 def positive(name: str, value: Any) -> None:
   """Raises ValueError unless `value` is finite and > 0; tracers pass."""
   if isinstance(value, jax.core.Tracer):
     return
-  if not (math.isfinite(value) and value > 0):
+  if not (_is_finite(value) and value > 0):
     raise ValueError(f'{name} must be a finite number > 0, got {value!r}.')
 
 
@@ -20,13 +28,14 @@ def not_negative(name: str, value: Any) -> None:
   """Raises ValueError unless `value` is finite and >= 0; tracers pass."""
   if isinstance(value, jax.core.Tracer):
     return
-  if not (math.isfinite(value) and value >= 0):
+  if not (_is_finite(value) and value >= 0):
     raise ValueError(f'{name} must be a finite number >= 0, got {value!r}.')
 
 
 def count(name: str, value: Any, minimum: int = 1) -> None:
   """Raises ValueError unless `value` is a whole number >= `minimum`."""
-  if isinstance(value, bool) or int(value) != value or value < minimum:
+  if not isinstance(value, numbers.Integral) or isinstance(
+      value, bool) or value < minimum:
     raise ValueError(
         f'{name} must be a whole number >= {minimum}, got {value!r}.')
 
@@ -36,8 +45,10 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
   allowed = list(allowed)
   if value in allowed:
     return
-  near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-  hint = f' Did you mean {near[0]!r}?' if near else ''
+  by_lower = {name.lower(): name for name in allowed}
+  near = difflib.get_close_matches(
+      str(value).lower(), by_lower, n=1, cutoff=0.5)
+  hint = f' Did you mean {by_lower[near[0]]!r}?' if near else ''
   raise ValueError(
       f'{name} must be one of {", ".join(map(repr, allowed))}, got {value!r}.'
       f'{hint}')

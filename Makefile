@@ -1,0 +1,37 @@
+# Two commands on a bare machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+# Trains AT and AT-AWP on the embedded digits and compares them.
+demo: $(VENV)/.installed
+	$(BIN)/python experiments/main.py \
+	  --config=experiments/configs/digits_at.py --workdir=runs/demo/AT
+	$(BIN)/python experiments/main.py \
+	  --config=experiments/configs/digits_awp.py --workdir=runs/demo/AT-AWP
+	$(BIN)/python experiments/compare.py runs/demo/AT runs/demo/AT-AWP \
+	  --output=runs/demo/comparison.png
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist=worksteal
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -r requirements.txt
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

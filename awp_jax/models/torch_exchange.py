@@ -1,0 +1,350 @@
+"""Weights of PyTorch's networks for ours, and back.
+
+    state_dict = read_state_dict('model_best.pth')
+    model = model_from_torch(state_dict, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    variables = from_torch(state_dict, model)
+    logits = model.apply(variables, images)           # images [B, H, W, C]
+
+    write_state_dict('ours.pth', to_torch(variables, model))
+    # net.load_state_dict(torch.load('ours.pth', weights_only=True))
+
+Names are those of the networks of the AWP authors' repository, csdongxian/AWP,
+which its AT and TRADES share with RobustBench. The logits are equal at 32x32
+pixels; at other sizes ours average all of the last features, theirs patches of
+fixed size.
+
+A network in PyTorch takes normalised images, and files seldom say how. Ours
+normalise inside, so that `mean` and `std` are needed:
+
+==============================================  ======================  =======
+checkpoint                                      mean                    std
+==============================================  ======================  =======
+AT-AWP, CIFAR-10; RobustBench's Rice2020,       .4914 .4822 .4465       .2471
+Chen2020Efficient, Kireev2021                                           .2435
+                                                                        .2616
+AT-AWP, CIFAR-100; RobustBench's Wu2020 and     .5070751592371323       .2673342858792401
+Rice2020 of CIFAR-100                           .48654887331495095      .2564384629170883
+                                                .4409178433670343       .27615047132568404
+AT-AWP, SVHN; pre-training (Hendrycks2019Using  .5 .5 .5                .5 .5 .5
+and AWP's); Hendrycks2020AugMix
+TRADES-AWP, RST-AWP; RobustBench's Wu2020 of    0 0 0                   1 1 1
+CIFAR-10 (L_inf, extra and L_2), and its
+entries that are a bare WideResNet
+==============================================  ======================  =======
+
+Of RobustBench's definitions for CIFAR-10 and CIFAR-100 these are our networks:
+
+* each entry on its `WideResNet`, of any depth and width: Carmon2019Unlabeled,
+  Wu2020Adversarial, Rice2020Overfitting (CIFAR-10, L_inf), Sehwag2021Proxy,
+  Zhang2019Theoretically and so on. Its `sub_block1`, where there is one, takes
+  no part in the logits and is left out. Augustin2020 and Rony2019 have means of
+  their own. Ding2020MMA's names fit too, but it normalises each image by
+  itself, which ours do not do.
+* PreActResNet-18 of Rice2020Overfitting (CIFAR-10, L_2; CIFAR-100),
+  Kireev2021Effectiveness (`read_state_dict(path, key='last')`) and
+  Addepalli2021Towards_PARN18.
+
+Refused for other names or a missing tensor are Andriushchenko2020Understanding
+and Wong2020Fast (no normalisation before the classifier; their shortcut
+projects features that are not normalised), the DMWideResNet and DMPreActResNet
+entries (Gowal2020, Rebuffi2021, Wang2023, ...: padded on one side at stride 2),
+Pang2020Boosting, ResNets that normalise after convolutions, and ensembles.
+"""
+
+from collections.abc import Mapping, Sequence
+import re
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax.models import preact_resnet
+from awp_jax.models.preact_resnet import PreActResNet
+from awp_jax.models.torch_files import plain_names
+from awp_jax.models.torch_files import read_state_dict as read_state_dict
+from awp_jax.models.torch_files import write_state_dict as write_state_dict
+from awp_jax.models.wide_resnet import WideResNet
+
+#: Names of the buffers that normalise, in whichever wrapper.
+_NORMALISATION = tuple(
+    (f'{prefix}{mean}', f'{prefix}{std}')
+    for prefix in ('', 'normalize.', 'normalizer.', '0.')
+    for mean, std in (('mu', 'sigma'), ('mean', 'std')))
+
+_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
+           'mean': 'running_mean', 'var': 'running_var'}
+
+_COUNTER = 'num_batches_tracked'
+
+
+class _Leaf(NamedTuple):
+  """One of our arrays, which a PyTorch name stands for."""
+
+  path: tuple[str, ...]  # with the collection first
+  shape: tuple[int, ...]  # in PyTorch's layout
+  dtype: Any
+
+
+def _torch_layout(value: Any) -> Any:
+  """Kernels [H, W, in, out] as [out, in, H, W], and [in, out] as [out, in]."""
+  return value.transpose((3, 2, 0, 1) if value.ndim == 4 else None)
+
+
+def _flax_layout(value: Any) -> Any:
+  """The inverse of `_torch_layout`."""
+  return value.transpose((2, 3, 1, 0) if value.ndim == 4 else None)
+
+
+def _torch_name(path: Sequence[str]) -> str:
+  """'layer1.0.conv1.weight' of ('params', 'layer1_0', 'conv1', 'kernel')."""
+  _, *modules, leaf = path
+  name = '.'.join([*modules, _LEAVES[leaf]])
+  name = re.sub(r'^layer(\d)_(\d+)\.', r'layer\1.\2.', name)
+  name = name.replace('.shortcut.', '.shortcut.0.')
+  # In a wide network each stage is a module around its list of blocks.
+  name = re.sub(r'^block(\d)_(\d+)\.', r'block\1.layer.\2.', name)
+  return re.sub(r'^(block.*)\.shortcut\.0\.', r'\1.convShortcut.', name)
+
+
+def _leaves(model: nn.Module, channels: int) -> dict[str, _Leaf]:
+  """PyTorch names -> all arrays of a model for images of some channels."""
+  if not isinstance(model, PreActResNet | WideResNet):
+    raise TypeError(
+        'only a PreActResNet or a WideResNet has PyTorch names, got '
+        f'{type(model).__name__}.')
+  variables = jax.eval_shape(
+      lambda key: model.init(key, jnp.zeros((1, 8, 8, channels))),
+      jax.random.key(0))
+  leaves = {}
+  for path, value in traverse_util.flatten_dict(variables).items():
+    shape = jax.eval_shape(_torch_layout, value).shape
+    leaves[_torch_name(path)] = _Leaf(path, shape, value.dtype)
+  return leaves
+
+
+def _first(names: Sequence[str]) -> str:
+  return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+
+
+def _check_fit(
+    shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, _Leaf],
+    model: nn.Module) -> None:
+  """Raises one ValueError for all that is missing, unexpected or misshapen."""
+  missing = [name for name in leaves if name not in shapes]
+  unexpected = [name for name in shapes if name not in leaves]
+  misshapen = [
+      f'{name} {shapes[name]} instead of {leaf.shape}'
+      for name, leaf in leaves.items()
+      if name in shapes and shapes[name] != leaf.shape]
+  problems = [
+      f'{len(names)} {what} ({_first(names)})' for what, names in (
+          ('missing', missing), ('unexpected', unexpected),
+          ('misshapen', misshapen)) if names]
+  if problems:
+    raise ValueError(
+        f'the weights do not fit {type(model).__name__}-{model.depth} of width '  # type: ignore[attr-defined]
+        f'{model.width}: {"; ".join(problems)}.')  # type: ignore[attr-defined]
+
+
+def _is_idle(name: str, leaves: Mapping[str, _Leaf], model: nn.Module) -> bool:
+  """Whether a tensor is known and takes no part in the logits."""
+  module, _, leaf = name.rpartition('.')
+  return (
+      any(name in pair for pair in _NORMALISATION)
+      # Batches seen by a batch normalisation or by torch's AveragedModel.
+      or (leaf == _COUNTER and f'{module}.running_mean' in leaves)
+      or name == 'n_averaged'
+      or (isinstance(model, WideResNet) and name.startswith('sub_block1.')))
+
+
+def normalisation(
+    state_dict: Mapping[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+  """Mean and standard deviation by channel, where the state dict has them.
+
+  They are buffers of the network or of a layer before it: `mu` and `sigma`,
+  `mean` and `std`, `normalize.mean` and `normalize.std`. Most published files
+  have none: see the table above.
+
+  Args:
+    state_dict: PyTorch names -> arrays.
+
+  Returns:
+    (mean, std), as a model takes them, or None.
+
+  Raises:
+    ValueError: if one of two has no partner, or both are given twice.
+  """
+  state_dict = plain_names(state_dict)
+  found = [pair for pair in _NORMALISATION
+           if any(name in state_dict for name in pair)]
+  if not found:
+    return None
+  names = [name for pair in found for name in pair if name in state_dict]
+  if len(names) != 2:
+    raise ValueError(f'no pair of a mean and a deviation: {_first(names)}.')
+  mean, std = (
+      tuple(np.asarray(state_dict[name], np.float64).ravel().tolist())
+      for name in names)
+  return mean, std
+
+
+def _check_normalisation(
+    state_dict: Mapping[str, Any], model: nn.Module) -> None:
+  """Raises ValueError if the state dict and the model normalise differently."""
+  stored = normalisation(state_dict)
+  if stored is None:
+    return
+  ours = (model.mean, model.std)  # type: ignore[attr-defined]
+  for inside, wanted in zip(ours, stored, strict=True):
+    if len(inside) not in (1, len(wanted)) or not np.allclose(
+        inside, wanted, rtol=1e-5, atol=1e-6):
+      raise ValueError(
+          f'the state dict normalises with mean and std {stored}, the model '
+          f'with {ours}.')
+
+
+def from_torch(
+    state_dict: Mapping[str, Any], model: nn.Module
+) -> dict[str, Any]:
+  """A PyTorch state dict as the variables of one of our networks.
+
+  Each tensor is used or known to be idle: counters of batches, `sub_block1`,
+  buffers that normalise. Running variances are copied as they are: PyTorch
+  moves them towards the unbiased variance of a batch and Flax towards the
+  biased one, which matters in training; at evaluation both just divide by them.
+
+  Args:
+    state_dict: PyTorch names, with or without 'module.' and the like, ->
+      arrays, as `read_state_dict` returns them.
+    model: a PreActResNet or WideResNet; `model_from_torch` finds it.
+
+  Returns:
+    {'params': ..., 'batch_stats': ...} of jax arrays, cast to the model's types
+    of parameters and statistics.
+
+  Raises:
+    TypeError: for another model.
+    ValueError: if names or shapes do not fit, or if the state dict has a
+      normalisation that is not the model's.
+  """
+  state_dict = plain_names(state_dict)
+  first = np.shape(state_dict.get('conv1.weight', ()))
+  leaves = _leaves(model, channels=first[1] if len(first) == 4 else 3)
+  tensors = {name: np.asarray(value) for name, value in state_dict.items()
+             if not _is_idle(name, leaves, model)}
+  _check_fit({name: value.shape for name, value in tensors.items()}, leaves,
+             model)
+  _check_normalisation(state_dict, model)
+  return traverse_util.unflatten_dict({
+      leaf.path: jnp.asarray(_flax_layout(tensors[name]), leaf.dtype)
+      for name, leaf in leaves.items()})
+
+
+def to_torch(
+    variables: Mapping[str, Any], model: nn.Module, *, prefix: str = '',
+    with_normalisation: bool = False
+) -> dict[str, np.ndarray]:
+  """The variables of one of our networks as a PyTorch state dict.
+
+  Args:
+    variables: {'params': ..., 'batch_stats': ...}.
+    model: the PreActResNet or WideResNet that they belong to.
+    prefix: put before each name: 'module.' for a network in DataParallel, as
+      the AWP authors' scripts resume it.
+    with_normalisation: whether to add the model's mean and std as RobustBench's
+      buffers `mu` and `sigma`. Networks without these buffers then refuse to
+      load strictly.
+
+  Returns:
+    PyTorch names -> arrays of the variables' types, in PyTorch's layout; and
+    `num_batches_tracked`, which ours do not count, as 0.
+
+  Raises:
+    TypeError: for another model.
+    ValueError: if the variables are not the model's.
+  """
+  ours = {
+      _torch_name(path): _torch_layout(np.asarray(value))
+      for path, value in traverse_util.flatten_dict(
+          {name: variables[name] for name in ('params', 'batch_stats')}).items()
+  }
+  first = np.shape(ours.get('conv1.weight', ()))
+  channels = first[1] if len(first) == 4 else 3
+  leaves = _leaves(model, channels)
+  _check_fit({name: value.shape for name, value in ours.items()}, leaves, model)
+  state_dict = {}
+  for name in leaves:
+    state_dict[name] = np.array(ours[name], order='C')
+    if name.endswith('.running_var'):
+      counter = name.replace('running_var', _COUNTER)
+      state_dict[counter] = np.zeros((), np.int64)
+  if with_normalisation:
+    for name, values in (('mu', model.mean), ('sigma', model.std)):  # type: ignore[attr-defined]
+      state_dict[name] = np.broadcast_to(
+          np.asarray(values, np.float32)[:, None, None], (1, channels, 1, 1))
+  return {prefix + name: value for name, value in state_dict.items()}
+
+
+def _count_blocks(
+    state_dict: Mapping[str, Any], stages: Sequence[str]) -> tuple[int, ...]:
+  """The number of blocks in each stage."""
+  return tuple(
+      sum(re.fullmatch(rf'{re.escape(stage)}\.\d+\.conv1\.weight', name)
+          is not None for name in state_dict) for stage in stages)
+
+
+def model_from_torch(
+    state_dict: Mapping[str, Any], *, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None) -> PreActResNet | WideResNet:
+  """The network that a state dict belongs to, from its names and shapes.
+
+  Names do not tell the activation: it is 'relu', as in the reference. Another
+  comes with `model.clone(activation='silu')`.
+
+  Args:
+    state_dict: PyTorch names -> arrays.
+    mean: pixel means by channel; by default those in the state dict, else 0.
+    std: pixel standard deviations by channel; by default likewise, else 1.
+
+  Returns:
+    The model, for `from_torch`, which checks the rest.
+
+  Raises:
+    ValueError: if it is none of our networks, or one of mean and std is given
+      without the other.
+  """
+  state_dict = plain_names(state_dict)
+  if (mean is None) != (std is None):
+    raise ValueError(f'give both mean and std, or none: got {mean} and {std}.')
+  if mean is None or std is None:
+    mean, std = normalisation(state_dict) or ((0.0,), (1.0,))
+  inside = {'mean': tuple(mean), 'std': tuple(std)}
+  shapes = {name: np.shape(value) for name, value in state_dict.items()}
+  if {'linear.weight', 'bn.weight', 'layer1.0.conv1.weight'} <= shapes.keys():
+    blocks = _count_blocks(shapes, [f'layer{i}' for i in (1, 2, 3, 4)])
+    block = (preact_resnet.PreActBottleneck
+             if 'layer1.0.conv3.weight' in shapes else
+             preact_resnet.PreActBlock)
+    for depth, wanted in preact_resnet._DEPTHS.items():
+      if wanted == (block, blocks):
+        return PreActResNet(
+            shapes['linear.weight'][0], depth=depth,
+            width=shapes['layer1.0.conv1.weight'][0], **inside)
+    raise ValueError(
+        f'no PreActResNet here has {blocks} blocks of type {block.__name__}.')
+  if {'fc.weight', 'block1.layer.0.conv1.weight'} <= shapes.keys():
+    blocks = _count_blocks(shapes, [f'block{i}.layer' for i in (1, 2, 3)])
+    width, rest = divmod(shapes['block1.layer.0.conv1.weight'][0], 16)
+    if len(set(blocks)) > 1 or rest:
+      raise ValueError(
+          f'no WideResNet has {blocks} blocks of {16 * width + rest} channels '
+          'at first.')
+    return WideResNet(
+        shapes['fc.weight'][0], depth=6 * blocks[0] + 4, width=width, **inside)
+  raise ValueError(
+      'the state dict is neither of a PreActResNet with a normalisation before '
+      f'its classifier nor of a WideResNet: {_first(list(shapes))}.')

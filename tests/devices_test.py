@@ -1,0 +1,94 @@
+"""One step, one batch, five ways to spread it over eight devices.
+
+`jit` on one device, `pmap`, `shard_map` with and without tracking of varying
+values, `vmap` with an axis name, and `jit` on a sharded batch must all agree.
+"""
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import awp_jax
+
+DEVICES = 8
+WAYS = ['pmap', 'shard_map', 'shard_map_unchecked', 'vmap', 'sharded_jit']
+
+
+def problem(dtype):
+  rng = np.random.default_rng(0)
+  params = {
+      'a': jnp.asarray(rng.standard_normal((6, 5)), dtype),
+      'bias': jnp.asarray(rng.standard_normal(5), dtype),
+      'b': jnp.asarray(rng.standard_normal((5, 3)), dtype)}
+  x = jnp.asarray(rng.standard_normal((16, 6)), dtype)
+  return params, x, jnp.asarray(rng.integers(0, 3, 16))
+
+
+def loss_fn(params, x, y):
+  hidden = jnp.tanh(x @ params['a'] + params['bias'])
+  losses = awp_jax.cross_entropy(hidden @ params['b'], y)
+  return jnp.mean(losses), jnp.sum(losses)
+
+
+def step(tx, axis_name):
+  def run(params, x, y):
+    out = awp_jax.awp_step(
+        loss_fn, tx, params, tx.init(params), x, y, gamma=0.05, num_steps=2,
+        has_aux=True, axis_name=axis_name)
+    return out.params, out.loss, out.perturbation
+
+  return run
+
+
+def spread(way, tx, params, x, y):
+  mesh = Mesh(np.array(jax.devices()[:DEVICES]), ('d',))
+  parts = (x.reshape(DEVICES, -1, x.shape[1]), y.reshape(DEVICES, -1))
+  if way == 'pmap':
+    return jax.pmap(
+        step(tx, 'd'), axis_name='d', in_axes=(None, 0, 0), out_axes=None)(
+            params, *parts)
+  if way == 'vmap':
+    out = jax.vmap(
+        step(tx, 'd'), axis_name='d', in_axes=(None, 0, 0))(params, *parts)
+    return jax.tree.map(lambda leaf: leaf[3], out)
+  if way == 'sharded_jit':
+    rows = NamedSharding(mesh, P('d'))
+    return jax.jit(step(tx, None))(
+        params, jax.device_put(x, rows), jax.device_put(y, rows))
+  return jax.jit(jax.shard_map(
+      step(tx, 'd'), mesh=mesh, in_specs=(P(), P('d'), P('d')), out_specs=P(),
+      check_vma=way == 'shard_map'))(params, x, y)
+
+
+@pytest.mark.parametrize('way', WAYS)
+@pytest.mark.parametrize('dtype,tolerance', [
+    ('float32', 1e-6), ('float64', 1e-12)])
+def test_agrees_with_one_device(way, dtype, tolerance, x64):
+  params, x, y = problem(dtype)
+  tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9))
+  wanted = jax.jit(step(tx, None))(params, x, y)
+  got = spread(way, tx, params, x, y)
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.linalg.norm(a - b) <= tolerance * max(np.linalg.norm(b), 1)
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_comparison_rejects_a_gradient_that_is_devices_times_too_large(way, x64):
+  params, x, y = problem('float64')
+  wanted, *_ = jax.jit(step(optax.sgd(0.1), None))(params, x, y)
+  wrong, *_ = spread(way, optax.sgd(0.1 * DEVICES), params, x, y)
+  assert np.linalg.norm(wrong['a'] - wanted['a']) > 1e-2
+
+
+@pytest.mark.parametrize('way', ['pmap', 'shard_map', 'shard_map_unchecked'])
+def test_without_the_axis_devices_would_disagree(way):
+  # The per-device steps of a forgotten axis_name are other numbers: so the
+  # tests above do see the averaging.
+  params, x, y = problem('float32')
+  whole = jax.jit(step(optax.sgd(0.1), None))(params, x, y)
+  part = jax.jit(step(optax.sgd(0.1), None))(params, x[:2], y[:2])
+  assert np.abs(whole[0]['a'] - part[0]['a']).max() > 1e-4
