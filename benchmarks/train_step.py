@@ -1,4 +1,4 @@
-"""Seconds of one training step, of this library and of the released PyTorch code.
+"""Seconds of a training step, of this library and of the released PyTorch code.
 
   python benchmarks/train_step.py --batch_size=32
   python benchmarks/train_step.py --batch_size=32 --reference=PATH \

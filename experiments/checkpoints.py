@@ -1,6 +1,7 @@
-"""The last and the best state of a run on disk, by orbax: written whole or not at all."""
+"""The last and the best state of a run on disk: whole or not at all."""
 
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -8,6 +9,10 @@ from orbax.checkpoint import v1 as ocp
 
 #: Sub-folders of a workdir's `checkpoints/`.
 KINDS = ('last', 'best')
+
+
+class CheckpointError(ValueError):
+  """There is no checkpoint, or none that this run can go on from."""
 
 
 class Checkpoints:
@@ -20,6 +25,7 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path, kind: str) -> None:
     """Opens `workdir/checkpoints/<kind>`, which need not exist."""
     self.folder = (workdir / 'checkpoints' / kind).resolve()
+    _remove_parts(self.folder)
     self._checkpointer = ocp.training.Checkpointer(
         self.folder, cleanup_tmp_directories=True,
         preservation_policy=(
@@ -53,11 +59,11 @@ class Checkpoints:
       The pytree, with host arrays placed as in `like`, and the notes.
 
     Raises:
-      ValueError: if there is none, or if it holds another model's arrays.
+      CheckpointError: if there is none, or it holds another model's arrays.
     """
     latest = self._checkpointer.latest
     if latest is None:
-      raise ValueError(f'there is no checkpoint in {self.folder}.')
+      raise CheckpointError(f'there is no checkpoint in {self.folder}.')
     metadata = self._checkpointer.metadata(latest)
     _check_same(like, metadata.metadata, self.folder)
     tree = self._checkpointer.load(latest, like)
@@ -66,6 +72,13 @@ class Checkpoints:
   def close(self) -> None:
     """Lets go of the folder."""
     self._checkpointer.close()
+
+
+def _remove_parts(folder: pathlib.Path) -> None:
+  """Removes what a process killed while deleting an old checkpoint left."""
+  for step in folder.glob('[0-9]*'):
+    if step.name.isdecimal() and not (step / '_CHECKPOINT_METADATA').exists():
+      shutil.rmtree(step)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -80,7 +93,7 @@ def _check_same(like: Any, stored: Any, folder: pathlib.Path) -> None:
   wanted, found = _shapes(like), _shapes(stored)
   for name in sorted(wanted.keys() | found.keys()):
     if wanted.get(name) != found.get(name):
-      raise ValueError(
+      raise CheckpointError(
           f'the checkpoint in {folder} is of another model: {name!r} has shape '
           f'{found.get(name, "(absent)")} there, this run needs '
           f'{wanted.get(name, "(absent)")}.')

@@ -39,8 +39,8 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / 'summary.json'
   if not path.exists():
     raise ValueError(
-        f'{str(workdir)!r} holds no summary.json: it is no folder of a finished '
-        'run.')
+        f'{str(workdir)!r} holds no summary.json: it is no folder of a '
+        'finished run.')
   return {
       'name': workdir.name,
       'summary': json.loads(path.read_text()),
@@ -66,7 +66,7 @@ def group_by_config(
 
 
 def rows(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-  """The table's cells, per cent; with a spread where there are several seeds."""
+  """The table's cells, per cent, with a spread where seeds are several."""
   table = [['run', 'seeds', *COLUMNS, 'seconds']]
   for name, runs in groups.items():
     cells = [name, str(len(runs))]

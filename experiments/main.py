@@ -3,50 +3,104 @@
   python experiments/main.py --config=experiments/configs/cifar10_awp.py
 """
 
+import argparse
 import pathlib
 import sys
+from typing import NoReturn
 
 # So that the command above finds the packages beside this folder as well.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from absl import app  # noqa: E402
-from absl import flags  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 CONFIGS = ROOT / 'experiments' / 'configs'
+DEFAULT = CONFIGS / 'digits_awp.py'
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', str(CONFIGS / 'digits_awp.py'), 'File with the config.')
+    'config', None, f'File with the config; by default {DEFAULT.name}.')
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default runs/<name of the config>.')
 _MODE = flags.DEFINE_enum(
     'mode', 'train', ['train', 'evaluate', 'landscape'], 'What to do.')
 
 
+def _fail(error: object, code: int = 2) -> NoReturn:
+  """Leaves with one line on stderr."""
+  print('error:', ' '.join(str(error).split()), file=sys.stderr)
+  sys.exit(code)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags; leaves with one line for a wrong one."""
+  # ml_collections looks in sys.argv for --config.NAME, behind --config only.
+  sys.argv[:] = argv = _config_first(argv)
+  try:
+    rest = flags.FLAGS(argv)
+  except (flags.Error, AttributeError, LookupError, OSError, TypeError,
+          ValueError) as error:
+    _check_names(argv)
+    _fail(error)
+  if rest[1:]:
+    _fail(f'unknown arguments: {" ".join(rest[1:])}')
+  if flags.FLAGS['verbosity'].using_default_value:
+    # Orbax tells its life at INFO, which app.run would choose.
+    flags.FLAGS['verbosity'].value = logging.WARNING
+    flags.FLAGS['verbosity'].using_default_value = False
+  return rest
+
+
+def _config_first(argv: list[str]) -> list[str]:
+  """The arguments with --config in front, whether it was given or not."""
+  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser.add_argument('--config', '-config', default=str(DEFAULT))
+  known, rest = parser.parse_known_args(argv[1:])
+  if not pathlib.Path(known.config.partition(':')[0]).is_file():
+    ours = sorted(
+        path.name for path in CONFIGS.glob('*.py') if path.stem != '__init__')
+    _fail(
+        f'--config={known.config}: there is no such file; {CONFIGS} has '
+        f'{", ".join(ours)}.')
+  return [argv[0], f'--config={known.config}', *rest]
+
+
+def _check_names(argv: list[str]) -> None:
+  """Leaves with the nearest name for a --config.NAME that does not exist."""
+  from experiments import setup
+  from experiments.configs import cifar10_awp
+
+  known = dict(setup.flatten(cifar10_awp.get_config()))
+  for argument in argv[1:]:
+    flag, _, name = argument.partition('=')[0].lstrip('-').partition('.')
+    if flag == 'config' and name and not any(
+        f'{field}.'.startswith(f'{name}.') for field in known):
+      _fail(setup.unknown_field(name, known))
+
+
 def main(argv: list[str]) -> None:
   """Trains as the flags say."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unknown arguments: {" ".join(argv[1:])}')
+  del argv
   if _MODE.value != 'train':
-    sys.exit(
-        f'error: --mode={_MODE.value} is not there yet; --mode=train reports '
-        'natural and PGD-20 robust accuracy after every epoch.')
-  from experiments import setup
-  from experiments import train
+    _fail(
+        f'--mode={_MODE.value} is not there yet; --mode=train reports natural '
+        'and PGD-20 robust accuracy after every epoch.')
+  from experiments import checkpoints, runs, setup, train
   from experiments.configs import cifar10_awp
 
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   config = _CONFIG.value
   try:
     setup.check_fields(config, cifar10_awp.get_config())
-    run = train.prepare(config, _WORKDIR.value or f'runs/{name.stem}')
+    run = runs.prepare(config, _WORKDIR.value or f'runs/{name.stem}')
   except (ValueError, OSError) as error:
-    sys.exit(f'error: {error}')
+    _fail(error)
   try:
     summary = train.train(run)
+  except checkpoints.CheckpointError as error:
+    _fail(error)
   except train.Diverged as error:
-    sys.exit(f'error: {error}')
+    _fail(error, code=1)
   if summary is not None:
     best, last = summary['best'], summary['last']
     print(
@@ -56,4 +110,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  app.run(main, flags_parser=parse)

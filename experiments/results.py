@@ -12,8 +12,8 @@ import jax
 import matplotlib
 
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402
-import tensorboardX  # noqa: E402
+from matplotlib import pyplot as plt
+import tensorboardX
 
 PACKAGES = (
     'jax', 'jaxlib', 'flax', 'optax', 'chex', 'ml_collections',

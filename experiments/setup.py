@@ -1,7 +1,8 @@
-"""From a config's plain values to the objects of a run, checked before anything runs."""
+"""From a config's plain values to the objects of a run, checked first."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import difflib
+import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -11,8 +12,7 @@ import ml_collections
 import optax
 
 import awp_jax
-from awp_jax import checks
-from awp_jax import models
+from awp_jax import checks, models
 from awp_jax.attacks.pgd import STARTS
 from awp_jax.step import MODES, STATISTICS
 from awp_jax.threat import NORMS
@@ -55,16 +55,28 @@ def flatten(
       yield f'{prefix}{name}', value
 
 
+def unknown_field(name: str, known: Iterable[str]) -> str:
+  """What is wrong with a field called `name`, and the nearest one there is."""
+
+  def likeness(field: str) -> float:
+    # `gama` is near `awp.gamma`: people leave out the first part.
+    return max(
+        difflib.SequenceMatcher(None, name, known_as).ratio()
+        for known_as in (field, field.rpartition('.')[2]))
+
+  return (
+      f'the config has an unknown field {name!r}. Did you mean '
+      f'{max(known, key=likeness)!r}?')
+
+
 def check_fields(
     config: ml_collections.ConfigDict, known: ml_collections.ConfigDict
 ) -> None:
-  """Raises ValueError where `config` lacks a field of `known` or has another."""
+  """Raises ValueError unless `config` has the fields of `known`, no others."""
   wanted, given = dict(flatten(known)), dict(flatten(config))
   for name in given:
     if name not in wanted:
-      near = difflib.get_close_matches(name, wanted, n=1, cutoff=0.0)
-      raise ValueError(
-          f'the config has an unknown field {name!r}. Did you mean {near[0]!r}?')
+      raise ValueError(unknown_field(name, wanted))
   for name in wanted:
     if name not in given:
       raise ValueError(f'the config lacks the field {name!r}.')
@@ -153,9 +165,14 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     raise ValueError(
         'optimizer.momentum must be in [0, 1), got '
         f'{config.optimizer.momentum!r}.')
+  if config.awp.alternations > 1 and config.attack.restarts > 1:
+    raise ValueError(
+        f'awp.alternations={config.awp.alternations} continue one attack; '
+        f'attack.restarts={config.attack.restarts} make several. One of them '
+        'must be 1.')
   fractions = config.optimizer.decay_at
-  if list(fractions) != sorted(fractions) or not all(
-      0 < f <= 1 for f in fractions):
+  if not all(isinstance(f, int | float) and 0 < f <= 1 for f in fractions) or (
+      list(fractions) != sorted(fractions)):
     raise ValueError(
         'optimizer.decay_at must be rising fractions of the run in (0, 1], got '
         f'{fractions!r}.')
@@ -201,12 +218,15 @@ def build_schedule(
   """
   optimizer = config.optimizer
   total = config.epochs * steps_per_epoch
+  # Whole numbers, so that 0.55 * 100 = 55.00000000000001 is still step 55.
+  drops = [math.ceil(round(f * total, 6)) for f in optimizer.decay_at]
+  rates = [
+      optimizer.learning_rate * optimizer.decay_factor ** passed
+      for passed in range(len(drops) + 1)]
 
   def schedule(count: Any) -> Any:
-    passed = sum(
-        jnp.asarray(count + 1 >= f * total, jnp.float32)
-        for f in optimizer.decay_at)
-    return optimizer.learning_rate * optimizer.decay_factor ** passed
+    passed = sum(jnp.asarray(count + 1 >= drop, jnp.int32) for drop in drops)
+    return jnp.asarray(rates)[passed]
 
   return schedule
 
@@ -214,7 +234,7 @@ def build_schedule(
 def build_optimizer(
     config: ml_collections.ConfigDict, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-  """SGD with momentum, decaying every parameter: g + wd w enters the momentum."""
+  """SGD with momentum; g + wd w enters it, for every parameter w."""
   optimizer = config.optimizer
   return optax.chain(
       optax.add_decayed_weights(optimizer.weight_decay),

@@ -8,8 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments import results
-from experiments import setup
+from experiments import results, setup
 
 #: Fields that may differ when a run is taken up again: they change where data
 #: lies and how often something is said or saved, never a number.
@@ -31,7 +30,7 @@ def open_workdir(
     config: of the run.
 
   Returns:
-    The folder, which now holds `config.json`.
+    The folder. `claim` makes it this config's.
 
   Raises:
     ValueError: if it cannot be written to, or holds another config's run.
@@ -47,22 +46,37 @@ def open_workdir(
         f'({error.strerror or error}); choose another with --workdir.'
     ) from None
   path = folder / 'config.json'
+  # A process killed while it wrote config.json leaves config.json.tmp.
+  foreign = [file for file in folder.iterdir() if file.stem != path.name]
   if path.exists():
     _check_same(path, _plain(config))
-  elif any(folder.iterdir()):
+  elif foreign:
     raise ValueError(
         f'the workdir {str(folder)!r} holds files but no config.json of a run; '
         'choose an empty or new folder with --workdir.')
-  else:
-    results.write_json(path, _plain(config))
   return folder
+
+
+def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+  """Writes `config.json` unless it is there.
+
+  Not before all else is known to work: a mistyped `npz_path` shall not keep the
+  corrected one out.
+
+  Args:
+    folder: of `open_workdir`.
+    config: of the run.
+  """
+  path = folder / 'config.json'
+  if not path.exists():
+    results.write_json(path, _plain(config))
 
 
 def _check_same(path: pathlib.Path, wanted: dict[str, Any]) -> None:
   try:
-    stored = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not readable as JSON: {error}.') from None
+    stored = dict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError) as error:
+    raise ValueError(f'{path} is not the config of a run: {error}.') from None
   differing = [
       f'{name} ({stored.get(name, "absent")!r} there, '
       f'{wanted.get(name, "absent")!r} now)'

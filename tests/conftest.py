@@ -9,9 +9,9 @@ os.environ['XLA_FLAGS'] = (
     '--xla_backend_optimization_level=0')
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import numpy as np
+import pytest
 
 #: Folders of reference trajectories and of prepared data. They are not part of
 #: the repository; tests that need them are skipped without.

@@ -5,8 +5,9 @@ values, `vmap` with an axis name, and `jit` on a sharded batch must all agree.
 """
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
@@ -77,7 +78,7 @@ def test_agrees_with_one_device(way, dtype, tolerance, x64):
 
 
 @pytest.mark.parametrize('way', WAYS)
-def test_comparison_rejects_a_gradient_that_is_devices_times_too_large(way, x64):
+def test_comparison_rejects_a_gradient_that_is_too_large(way, x64):
   params, x, y = problem('float64')
   wanted, *_ = jax.jit(step(optax.sgd(0.1), None))(params, x, y)
   wrong, *_ = spread(way, optax.sgd(0.1 * DEVICES), params, x, y)

@@ -31,7 +31,8 @@ def test_parameter_counts(model, parameters):
 @pytest.mark.parametrize('model', [
     PreActResNet(7, width=4), PreActResNet(2, depth=34, width=4),
     PreActResNet(7, depth=50, width=4), WideResNet(3, depth=10, width=1)])
-@pytest.mark.parametrize('shape', [(2, 32, 32, 3), (1, 8, 8, 1), (3, 40, 24, 3)])
+@pytest.mark.parametrize(
+    'shape', [(2, 32, 32, 3), (1, 8, 8, 1), (3, 40, 24, 3)])
 def test_any_size_and_number_of_classes(model, shape):
   logits = jax.eval_shape(
       lambda key: model.init_with_output(key, jnp.zeros(shape))[0],

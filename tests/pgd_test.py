@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awp_jax import cross_entropy, cw_margin, fgsm, kl_divergence, pgd
-from awp_jax import loops, pgd_with_state
+from awp_jax import (
+  cross_entropy,
+  cw_margin,
+  fgsm,
+  kl_divergence,
+  loops,
+  pgd,
+  pgd_with_state,
+)
 from awp_jax.threat import NORMS, ThreatModel
 
 WEIGHTS = jnp.array([0.6, -1.5, 0.2, 0.7])

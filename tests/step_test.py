@@ -1,4 +1,4 @@
-"""The composed step: reference trajectories, policies, devices, compiled form."""
+"""The composed step: trajectories, policies, devices, compiled form."""
 
 import functools
 import re
@@ -11,9 +11,7 @@ import optax
 import pytest
 
 import awp_jax
-from awp_jax import loops
-from awp_jax import objectives
-from awp_jax import weights
+from awp_jax import loops, objectives, weights
 from awp_jax.models import PreActResNet
 from tests import torch_layout
 
@@ -139,7 +137,9 @@ def written_out(state, x, y, *, rounds, weight_steps, gamma):
     return jnp.mean(objectives.cross_entropy(
         train_logits(state, params, inputs), y))
 
-  shifted = lambda v: jax.tree.map(jnp.add, state.params, v)  # noqa: E731
+  def shifted(v):
+    return jax.tree.map(jnp.add, state.params, v)
+
   for _ in range(rounds):
     for _ in range(ATTACK.num_steps):
       g = jax.grad(loss, argnums=1)(shifted(v), x_adv)
@@ -162,7 +162,8 @@ def written_out(state, x, y, *, rounds, weight_steps, gamma):
   return value, params
 
 
-@pytest.mark.parametrize('rounds,weight_steps', [(1, 1), (1, 3), (2, 1), (3, 2)])
+@pytest.mark.parametrize(
+    'rounds,weight_steps', [(1, 1), (1, 3), (2, 1), (3, 2)])
 def test_alternation_equals_its_formula(rounds, weight_steps, x64):
   state, (x, y) = tiny_problem()
   wanted_loss, wanted = written_out(

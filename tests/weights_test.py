@@ -37,7 +37,8 @@ def norms(tree):
 
 
 def assert_trees_close(a, b, **tolerances):
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerances), a, b)
+  jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, **tolerances), a, b)
 
 
 def numpy_awp(gradient_fn, params, gamma, num_steps):
@@ -61,7 +62,8 @@ def numpy_awp(gradient_fn, params, gamma, num_steps):
 def test_perturbation_equals_numpy(num_steps, x64):
   gradient_fn = jax.grad(loss_fn)
   wanted = numpy_awp(
-      lambda p: jax.tree.map(np.asarray, gradient_fn(p)), PARAMS, 0.3, num_steps)
+      lambda p: jax.tree.map(np.asarray, gradient_fn(p)), PARAMS, 0.3,
+      num_steps)
   got = weights.awp_perturbation(
       loss_fn, gamma=0.3, num_steps=num_steps)(params_as(np.float64))
   assert_trees_close(got, wanted, rtol=1e-12, atol=1e-14)
@@ -91,8 +93,7 @@ def test_relative_norms_are_gamma_on_weights_and_zero_elsewhere(
     dtype, tolerance, gamma, x64):
   params = params_as(dtype)
   v = weights.awp_perturbation(loss_fn, gamma=gamma)(params)
-  assert jax.tree.map(lambda l: l.dtype, v) == jax.tree.map(
-      lambda l: l.dtype, params)
+  assert jax.tree.map(jnp.dtype, v) == jax.tree.map(jnp.dtype, params)
   for layer in ('dense', 'out'):
     np.testing.assert_allclose(
         norms(v)[layer]['kernel'], gamma * norms(params)[layer]['kernel'],
@@ -358,7 +359,8 @@ def test_nnx_state():
   trained = nnx.merge(graph, out.params)
   np.testing.assert_allclose(
       trained.kernel[...], wanted.params['kernel'], rtol=1e-5)
-  np.testing.assert_allclose(trained.bias[...], wanted.params['bias'], rtol=1e-5)
+  np.testing.assert_allclose(
+      trained.bias[...], wanted.params['bias'], rtol=1e-5)
 
 
 def test_equinox_module():

@@ -13,24 +13,19 @@ which its AT and TRADES share with RobustBench. The logits are equal at 32x32
 pixels; at other sizes ours average all of the last features, theirs patches of
 fixed size.
 
-A network in PyTorch takes normalised images, and files seldom say how. Ours
-normalise inside, so that `mean` and `std` are needed:
+A network in PyTorch takes normalised images, and few files say how. Ours
+normalise inside, so that `mean` and `std` have to be known:
 
-==============================================  ======================  =======
-checkpoint                                      mean                    std
-==============================================  ======================  =======
-AT-AWP, CIFAR-10; RobustBench's Rice2020,       .4914 .4822 .4465       .2471
-Chen2020Efficient, Kireev2021                                           .2435
-                                                                        .2616
-AT-AWP, CIFAR-100; RobustBench's Wu2020 and     .5070751592371323       .2673342858792401
-Rice2020 of CIFAR-100                           .48654887331495095      .2564384629170883
-                                                .4409178433670343       .27615047132568404
-AT-AWP, SVHN; pre-training (Hendrycks2019Using  .5 .5 .5                .5 .5 .5
-and AWP's); Hendrycks2020AugMix
-TRADES-AWP, RST-AWP; RobustBench's Wu2020 of    0 0 0                   1 1 1
-CIFAR-10 (L_inf, extra and L_2), and its
-entries that are a bare WideResNet
-==============================================  ======================  =======
+* (0.4914, 0.4822, 0.4465) and (0.2471, 0.2435, 0.2616): AT-AWP of CIFAR-10;
+  RobustBench's Rice2020Overfitting, Chen2020Efficient and
+  Kireev2021Effectiveness of CIFAR-10.
+* (0.5070751592371323, 0.48654887331495095, 0.4409178433670343) and
+  (0.2673342858792401, 0.2564384629170883, 0.27615047132568404): AT-AWP of
+  CIFAR-100; RobustBench's Wu2020Adversarial and Rice2020Overfitting of
+  CIFAR-100.
+* 0.5 and 0.5: AT-AWP of SVHN; Hendrycks2019Using, Hendrycks2020AugMix_WRN.
+* 0 and 1, the default: TRADES-AWP and RST-AWP; RobustBench's Wu2020Adversarial
+  of CIFAR-10 and all entries that are a bare `WideResNet(...)` there.
 
 Of RobustBench's definitions for CIFAR-10 and CIFAR-100 these are our networks:
 
@@ -53,19 +48,17 @@ Pang2020Boosting, ResNets that normalise after convolutions, and ensembles.
 
 from collections.abc import Mapping, Sequence
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.linen as nn
 from flax import traverse_util
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax.models import preact_resnet
+from awp_jax.models import preact_resnet, torch_names
 from awp_jax.models.preact_resnet import PreActResNet
-from awp_jax.models.torch_files import plain_names
 from awp_jax.models.torch_files import read_state_dict as read_state_dict
 from awp_jax.models.torch_files import write_state_dict as write_state_dict
+from awp_jax.models.torch_names import Network
 from awp_jax.models.wide_resnet import WideResNet
 
 #: Names of the buffers that normalise, in whichever wrapper.
@@ -74,90 +67,25 @@ _NORMALISATION = tuple(
     for prefix in ('', 'normalize.', 'normalizer.', '0.')
     for mean, std in (('mu', 'sigma'), ('mean', 'std')))
 
-_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
-           'mean': 'running_mean', 'var': 'running_var'}
-
 _COUNTER = 'num_batches_tracked'
 
 
-class _Leaf(NamedTuple):
-  """One of our arrays, which a PyTorch name stands for."""
+def _without_idle(
+    state_dict: Mapping[str, Any], model: Network) -> dict[str, Any]:
+  """The plainly named tensors that take part in the logits."""
+  plain = torch_names.plain_names(state_dict)
 
-  path: tuple[str, ...]  # with the collection first
-  shape: tuple[int, ...]  # in PyTorch's layout
-  dtype: Any
+  def is_idle(name: str) -> bool:
+    module, _, leaf = name.rpartition('.')
+    return (
+        any(name in pair for pair in _NORMALISATION)
+        # Batches seen by a batch normalisation or by torch's AveragedModel.
+        or (leaf == _COUNTER and f'{module}.running_mean' in plain)
+        or name == 'n_averaged'
+        or (isinstance(model, WideResNet) and name.startswith('sub_block1.')))
 
-
-def _torch_layout(value: Any) -> Any:
-  """Kernels [H, W, in, out] as [out, in, H, W], and [in, out] as [out, in]."""
-  return value.transpose((3, 2, 0, 1) if value.ndim == 4 else None)
-
-
-def _flax_layout(value: Any) -> Any:
-  """The inverse of `_torch_layout`."""
-  return value.transpose((2, 3, 1, 0) if value.ndim == 4 else None)
-
-
-def _torch_name(path: Sequence[str]) -> str:
-  """'layer1.0.conv1.weight' of ('params', 'layer1_0', 'conv1', 'kernel')."""
-  _, *modules, leaf = path
-  name = '.'.join([*modules, _LEAVES[leaf]])
-  name = re.sub(r'^layer(\d)_(\d+)\.', r'layer\1.\2.', name)
-  name = name.replace('.shortcut.', '.shortcut.0.')
-  # In a wide network each stage is a module around its list of blocks.
-  name = re.sub(r'^block(\d)_(\d+)\.', r'block\1.layer.\2.', name)
-  return re.sub(r'^(block.*)\.shortcut\.0\.', r'\1.convShortcut.', name)
-
-
-def _leaves(model: nn.Module, channels: int) -> dict[str, _Leaf]:
-  """PyTorch names -> all arrays of a model for images of some channels."""
-  if not isinstance(model, PreActResNet | WideResNet):
-    raise TypeError(
-        'only a PreActResNet or a WideResNet has PyTorch names, got '
-        f'{type(model).__name__}.')
-  variables = jax.eval_shape(
-      lambda key: model.init(key, jnp.zeros((1, 8, 8, channels))),
-      jax.random.key(0))
-  leaves = {}
-  for path, value in traverse_util.flatten_dict(variables).items():
-    shape = jax.eval_shape(_torch_layout, value).shape
-    leaves[_torch_name(path)] = _Leaf(path, shape, value.dtype)
-  return leaves
-
-
-def _first(names: Sequence[str]) -> str:
-  return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-
-
-def _check_fit(
-    shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, _Leaf],
-    model: nn.Module) -> None:
-  """Raises one ValueError for all that is missing, unexpected or misshapen."""
-  missing = [name for name in leaves if name not in shapes]
-  unexpected = [name for name in shapes if name not in leaves]
-  misshapen = [
-      f'{name} {shapes[name]} instead of {leaf.shape}'
-      for name, leaf in leaves.items()
-      if name in shapes and shapes[name] != leaf.shape]
-  problems = [
-      f'{len(names)} {what} ({_first(names)})' for what, names in (
-          ('missing', missing), ('unexpected', unexpected),
-          ('misshapen', misshapen)) if names]
-  if problems:
-    raise ValueError(
-        f'the weights do not fit {type(model).__name__}-{model.depth} of width '  # type: ignore[attr-defined]
-        f'{model.width}: {"; ".join(problems)}.')  # type: ignore[attr-defined]
-
-
-def _is_idle(name: str, leaves: Mapping[str, _Leaf], model: nn.Module) -> bool:
-  """Whether a tensor is known and takes no part in the logits."""
-  module, _, leaf = name.rpartition('.')
-  return (
-      any(name in pair for pair in _NORMALISATION)
-      # Batches seen by a batch normalisation or by torch's AveragedModel.
-      or (leaf == _COUNTER and f'{module}.running_mean' in leaves)
-      or name == 'n_averaged'
-      or (isinstance(model, WideResNet) and name.startswith('sub_block1.')))
+  return {name: np.asarray(value) for name, value in plain.items()
+          if not is_idle(name)}
 
 
 def normalisation(
@@ -167,7 +95,7 @@ def normalisation(
 
   They are buffers of the network or of a layer before it: `mu` and `sigma`,
   `mean` and `std`, `normalize.mean` and `normalize.std`. Most published files
-  have none: see the table above.
+  have none: see above.
 
   Args:
     state_dict: PyTorch names -> arrays.
@@ -178,14 +106,15 @@ def normalisation(
   Raises:
     ValueError: if one of two has no partner, or both are given twice.
   """
-  state_dict = plain_names(state_dict)
+  state_dict = torch_names.plain_names(state_dict)
   found = [pair for pair in _NORMALISATION
            if any(name in state_dict for name in pair)]
   if not found:
     return None
   names = [name for pair in found for name in pair if name in state_dict]
   if len(names) != 2:
-    raise ValueError(f'no pair of a mean and a deviation: {_first(names)}.')
+    raise ValueError(
+        f'no one pair of a mean and a deviation: {", ".join(names)}.')
   mean, std = (
       tuple(np.asarray(state_dict[name], np.float64).ravel().tolist())
       for name in names)
@@ -193,12 +122,12 @@ def normalisation(
 
 
 def _check_normalisation(
-    state_dict: Mapping[str, Any], model: nn.Module) -> None:
+    state_dict: Mapping[str, Any], model: Network) -> None:
   """Raises ValueError if the state dict and the model normalise differently."""
   stored = normalisation(state_dict)
   if stored is None:
     return
-  ours = (model.mean, model.std)  # type: ignore[attr-defined]
+  ours = (model.mean, model.std)
   for inside, wanted in zip(ours, stored, strict=True):
     if len(inside) not in (1, len(wanted)) or not np.allclose(
         inside, wanted, rtol=1e-5, atol=1e-6):
@@ -208,8 +137,7 @@ def _check_normalisation(
 
 
 def from_torch(
-    state_dict: Mapping[str, Any], model: nn.Module
-) -> dict[str, Any]:
+    state_dict: Mapping[str, Any], model: Network) -> dict[str, Any]:
   """A PyTorch state dict as the variables of one of our networks.
 
   Each tensor is used or known to be idle: counters of batches, `sub_block1`,
@@ -231,21 +159,18 @@ def from_torch(
     ValueError: if names or shapes do not fit, or if the state dict has a
       normalisation that is not the model's.
   """
-  state_dict = plain_names(state_dict)
-  first = np.shape(state_dict.get('conv1.weight', ()))
-  leaves = _leaves(model, channels=first[1] if len(first) == 4 else 3)
-  tensors = {name: np.asarray(value) for name, value in state_dict.items()
-             if not _is_idle(name, leaves, model)}
-  _check_fit({name: value.shape for name, value in tensors.items()}, leaves,
-             model)
+  tensors = _without_idle(state_dict, model)
+  leaves = torch_names.leaves(
+      model, {name: value.shape for name, value in tensors.items()})
   _check_normalisation(state_dict, model)
   return traverse_util.unflatten_dict({
-      leaf.path: jnp.asarray(_flax_layout(tensors[name]), leaf.dtype)
+      leaf.path: jnp.asarray(
+          torch_names.flax_layout(tensors[name]), leaf.dtype)
       for name, leaf in leaves.items()})
 
 
 def to_torch(
-    variables: Mapping[str, Any], model: nn.Module, *, prefix: str = '',
+    variables: Mapping[str, Any], model: Network, *, prefix: str = '',
     with_normalisation: bool = False
 ) -> dict[str, np.ndarray]:
   """The variables of one of our networks as a PyTorch state dict.
@@ -268,14 +193,12 @@ def to_torch(
     ValueError: if the variables are not the model's.
   """
   ours = {
-      _torch_name(path): _torch_layout(np.asarray(value))
-      for path, value in traverse_util.flatten_dict(
-          {name: variables[name] for name in ('params', 'batch_stats')}).items()
-  }
-  first = np.shape(ours.get('conv1.weight', ()))
-  channels = first[1] if len(first) == 4 else 3
-  leaves = _leaves(model, channels)
-  _check_fit({name: value.shape for name, value in ours.items()}, leaves, model)
+      torch_names.torch_name(path): torch_names.torch_layout(np.asarray(value))
+      for path, value in traverse_util.flatten_dict({
+          name: variables.get(name, {}) for name in ('params', 'batch_stats')
+      }).items()}
+  leaves = torch_names.leaves(
+      model, {name: value.shape for name, value in ours.items()})
   state_dict = {}
   for name in leaves:
     state_dict[name] = np.array(ours[name], order='C')
@@ -283,9 +206,10 @@ def to_torch(
       counter = name.replace('running_var', _COUNTER)
       state_dict[counter] = np.zeros((), np.int64)
   if with_normalisation:
-    for name, values in (('mu', model.mean), ('sigma', model.std)):  # type: ignore[attr-defined]
-      state_dict[name] = np.broadcast_to(
-          np.asarray(values, np.float32)[:, None, None], (1, channels, 1, 1))
+    shape = (1, ours['conv1.weight'].shape[1], 1, 1)
+    for name, values in (('mu', model.mean), ('sigma', model.std)):
+      by_channel = np.asarray(values, np.float32)[:, None, None]
+      state_dict[name] = np.broadcast_to(by_channel, shape).copy()
   return {prefix + name: value for name, value in state_dict.items()}
 
 
@@ -299,7 +223,7 @@ def _count_blocks(
 
 def model_from_torch(
     state_dict: Mapping[str, Any], *, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None) -> PreActResNet | WideResNet:
+    std: Sequence[float] | None = None) -> Network:
   """The network that a state dict belongs to, from its names and shapes.
 
   Names do not tell the activation: it is 'relu', as in the reference. Another
@@ -317,12 +241,12 @@ def model_from_torch(
     ValueError: if it is none of our networks, or one of mean and std is given
       without the other.
   """
-  state_dict = plain_names(state_dict)
+  state_dict = torch_names.plain_names(state_dict)
   if (mean is None) != (std is None):
     raise ValueError(f'give both mean and std, or none: got {mean} and {std}.')
   if mean is None or std is None:
     mean, std = normalisation(state_dict) or ((0.0,), (1.0,))
-  inside = {'mean': tuple(mean), 'std': tuple(std)}
+  mean, std = tuple(mean), tuple(std)
   shapes = {name: np.shape(value) for name, value in state_dict.items()}
   if {'linear.weight', 'bn.weight', 'layer1.0.conv1.weight'} <= shapes.keys():
     blocks = _count_blocks(shapes, [f'layer{i}' for i in (1, 2, 3, 4)])
@@ -333,7 +257,7 @@ def model_from_torch(
       if wanted == (block, blocks):
         return PreActResNet(
             shapes['linear.weight'][0], depth=depth,
-            width=shapes['layer1.0.conv1.weight'][0], **inside)
+            width=shapes['layer1.0.conv1.weight'][0], mean=mean, std=std)
     raise ValueError(
         f'no PreActResNet here has {blocks} blocks of type {block.__name__}.')
   if {'fc.weight', 'block1.layer.0.conv1.weight'} <= shapes.keys():
@@ -344,7 +268,8 @@ def model_from_torch(
           f'no WideResNet has {blocks} blocks of {16 * width + rest} channels '
           'at first.')
     return WideResNet(
-        shapes['fc.weight'][0], depth=6 * blocks[0] + 4, width=width, **inside)
+        shapes['fc.weight'][0], depth=6 * blocks[0] + 4, width=width,
+        mean=mean, std=std)
   raise ValueError(
       'the state dict is neither of a PreActResNet with a normalisation before '
-      f'its classifier nor of a WideResNet: {_first(list(shapes))}.')
+      f'its classifier nor of a WideResNet: {", ".join([*shapes][:3])}, ...')

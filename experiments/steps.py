@@ -1,0 +1,168 @@
+"""The compiled pieces of a run: the training step, and evaluation by PGD."""
+
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import awp_jax
+from experiments import pipeline, runs
+
+AXIS = 'batch'
+
+
+class Sums(NamedTuple):
+  """Sums of the step's metrics over the images of an epoch, on the device."""
+
+  loss: Any
+  robust_accuracy: Any
+  gradient_norm: Any
+  perturbation_ratio: Any
+  images: Any
+
+
+def zero_sums() -> Sums:
+  """The sums at the start of an epoch."""
+  return Sums(*(np.zeros((), np.float32) for _ in Sums._fields))
+
+
+def to_tree(state: awp_jax.TrainState, sums: Sums) -> dict[str, Any]:
+  """What a checkpoint holds, as a tree of arrays."""
+  return {
+      'step': jnp.asarray(state.step, jnp.int32), 'params': state.params,
+      'batch_stats': state.batch_stats, 'opt_state': state.opt_state,
+      'sums': sums}
+
+
+def from_tree(
+    state: awp_jax.TrainState, tree: dict[str, Any]
+) -> tuple[awp_jax.TrainState, Sums]:
+  """The state and sums of a checkpoint; `state` gives model and optimizer."""
+  return state.replace(
+      step=tree['step'], params=tree['params'],
+      batch_stats=tree['batch_stats'], opt_state=tree['opt_state']
+  ), Sums(*tree['sums'])
+
+
+def make_train_fn(run: runs.Run, size: int, with_awp: bool) -> Any:
+  """The pmapped step: (state, sums, images, labels, device numbers).
+
+  Args:
+    run: the run.
+    size: the images of the batch over all devices.
+    with_awp: whether weights are perturbed (not before the end of warm-up).
+
+  Returns:
+    A pmapped function that returns the next state and sums, both un-stacked; it
+    consumes those that it is given.
+  """
+  config, keys = run.config, runs.keys(run.config)
+  augmentation = pipeline.Augmentation(**config.augmentation)
+  perturbation = run.setup.perturbation
+  if not with_awp:
+    perturbation = perturbation._replace(gamma=0.0)
+  pixels = jnp.dtype(config.model.param_dtype)
+  if pixels == jnp.bfloat16:
+    pixels = jnp.dtype(jnp.float32)  # steps of 2 / 255 need more than 8 bits
+
+  def step(
+      state: awp_jax.TrainState, sums: Sums, images: Any, labels: Any,
+      device: Any) -> tuple[awp_jax.TrainState, Sums]:
+    indices = pipeline.batch_indices(
+        keys['order'], labels.shape[0], config.batch_size,
+        jnp.asarray(state.step),
+        run.steps_per_epoch, size)
+    batch = pipeline.augment(
+        jax.random.fold_in(keys['augment'], state.step), images[indices],
+        augmentation)
+    batch, targets = (
+        pipeline.device_part(array, device, run.num_devices)
+        for array in (batch, labels[indices]))
+    state, metrics = awp_jax.train_step(
+        state, (pipeline.to_pixels(batch, pixels), targets), keys['step'],
+        objective=run.setup.objective, threat=run.setup.threat,
+        attack=run.setup.attack, perturbation=perturbation,
+        statistics=config.statistics, axis_name=AXIS)
+    weighted = (*(size * metric for metric in metrics), size)
+    return state, Sums(*(
+        (total + value).astype(jnp.float32)
+        for total, value in zip(sums, weighted, strict=True)))
+
+  return jax.pmap(
+      step, axis_name=AXIS, in_axes=(None, None, None, None, 0), out_axes=None,
+      donate_argnums=(0, 1))
+
+
+def make_eval_fn(run: runs.Run) -> Callable[..., Any]:
+  """The pmapped evaluation: (state, images, labels, valid, key) -> sums."""
+
+  def step(
+      state: awp_jax.TrainState, images: Any, labels: Any, valid: Any, key: Any
+  ) -> awp_jax.EvalMetrics:
+    pixels = pipeline.to_pixels(images, jnp.dtype(jnp.float32))
+    return awp_jax.eval_step(
+        state, (pixels, labels, valid), key, threat=run.setup.threat,
+        attack=run.setup.eval_attack, axis_name=AXIS)
+
+  return jax.pmap(
+      step, axis_name=AXIS, in_axes=(None, 0, 0, 0, None), out_axes=None)
+
+
+def evaluate_split(
+    run: runs.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState,
+    images: np.ndarray, labels: np.ndarray, key: Any) -> dict[str, float]:
+  """Natural and robust accuracy and loss on one split.
+
+  Args:
+    run: the run.
+    eval_fn: of `make_eval_fn`.
+    state: the model.
+    images: [N, H, W, C].
+    labels: [N].
+    key: a PRNG key; each batch folds in its number.
+
+  Returns:
+    Means by name; accuracies in [0, 1].
+  """
+  size = run.config.eval.batch_size
+  spread = (run.num_devices, size // run.num_devices)
+  pending = []
+  for number in range(math.ceil(len(images) / size)):
+    part = slice(number * size, (number + 1) * size)
+    x, y = images[part], labels[part]
+    valid = np.arange(size) < len(x)
+    x = np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
+    y = np.pad(y, (0, size - len(y)))
+    pending.append(eval_fn(
+        state, x.reshape(*spread, *x.shape[1:]), y.reshape(spread),
+        valid.reshape(spread), jax.random.fold_in(key, number)))
+  sums = jax.tree.map(lambda *values: float(np.sum(values)),
+                      *jax.device_get(pending))
+  return {
+      'natural_accuracy': sums.natural_correct / sums.examples,
+      'robust_accuracy': sums.robust_correct / sums.examples,
+      'natural_loss': sums.natural_loss / sums.examples,
+      'robust_loss': sums.robust_loss / sums.examples}
+
+
+def evaluate(
+    run: runs.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState
+) -> dict[str, float]:
+  """`evaluate_split` on each split, whose name goes before the metric's."""
+  wanted = min(run.config.eval.num_train, len(run.dataset.x_train))
+  shown = np.linspace(0, len(run.dataset.x_train) - 1, wanted).astype(int)
+  splits = {
+      'train': (run.dataset.x_train[shown], run.dataset.y_train[shown]),
+      'test': (run.dataset.x_test, run.dataset.y_test)}
+  if len(run.validation[0]):
+    splits['validation'] = run.validation
+  key = jax.random.fold_in(runs.keys(run.config)['eval'], int(state.step))
+  metrics: dict[str, float] = {}
+  for number, (split, (images, labels)) in enumerate(splits.items()):
+    values = evaluate_split(
+        run, eval_fn, state, images, labels, jax.random.fold_in(key, number))
+    metrics |= {f'{split}_{name}': value for name, value in values.items()}
+  return metrics
