@@ -1,0 +1,140 @@
+"""PyTorch's names, shapes and layouts of our networks' arrays."""
+
+from collections.abc import Mapping, Sequence
+import re
+from typing import Any, NamedTuple
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+from awp_jax.models.preact_resnet import PreActResNet
+from awp_jax.models.wide_resnet import WideResNet
+
+#: The networks that have PyTorch names.
+Network = PreActResNet | WideResNet
+
+#: What wrappers put before a name: DataParallel, torch.compile, RobustBench's
+#: and other modules around a network, nn.Sequential(normalisation, network).
+_WRAPPERS = re.compile(r'^((module|_orig_mod|model|net|1)\.)+')
+
+_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
+           'mean': 'running_mean', 'var': 'running_var'}
+
+
+class Leaf(NamedTuple):
+  """One of our arrays, which a PyTorch name stands for.
+
+  Attributes:
+    path: of the array in the variables, with the collection first.
+    shape: in PyTorch's layout.
+    dtype: of the array.
+  """
+
+  path: tuple[str, ...]
+  shape: tuple[int, ...]
+  dtype: Any
+
+
+def torch_layout(value: Any) -> Any:
+  """Kernels [H, W, in, out] as [out, in, H, W], and [in, out] as [out, in]."""
+  return value.transpose((3, 2, 0, 1) if value.ndim == 4 else None)
+
+
+def flax_layout(value: Any) -> Any:
+  """The inverse of `torch_layout`."""
+  return value.transpose((2, 3, 1, 0) if value.ndim == 4 else None)
+
+
+def torch_name(path: Sequence[str]) -> str:
+  """'layer1.0.conv1.weight' of ('params', 'layer1_0', 'conv1', 'kernel')."""
+  _, *modules, leaf = path
+  name = '.'.join([*modules, _LEAVES.get(leaf, leaf)])
+  if name.startswith('block'):
+    # In a wide network each stage is a module around its list of blocks.
+    name = name.replace('.shortcut.', '.convShortcut.')
+    return re.sub(r'^block(\d)_(\d+)', r'block\1.layer.\2', name)
+  name = name.replace('.shortcut.', '.shortcut.0.')
+  return re.sub(r'^layer(\d)_(\d+)', r'layer\1.\2', name)
+
+
+def _first(names: Sequence[str]) -> str:
+  return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+
+
+def _check_fit(
+    shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Leaf],
+    model: Network) -> None:
+  """Raises one ValueError for all that is missing, unexpected or misshapen."""
+  missing = [name for name in wanted if name not in shapes]
+  unexpected = [name for name in shapes if name not in wanted]
+  misshapen = [
+      f'{name} {shapes[name]} instead of {leaf.shape}'
+      for name, leaf in wanted.items()
+      if name in shapes and shapes[name] != leaf.shape]
+  problems = [
+      f'{len(names)} {what} ({_first(names)})' for what, names in (
+          ('missing', missing), ('unexpected', unexpected),
+          ('misshapen', misshapen)) if names]
+  if problems:
+    raise ValueError(
+        f'the weights do not fit {type(model).__name__}-{model.depth} of width '
+        f'{model.width} with {model.num_classes} classes: '
+        f'{"; ".join(problems)}.')
+
+
+def leaves(
+    model: Network, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Leaf]:
+  """All arrays of a model, once it is known that a state dict has them.
+
+  Args:
+    model: a PreActResNet or WideResNet.
+    shapes: PyTorch names -> shapes of what is to fit the model. They also tell
+      how many channels the images have.
+
+  Returns:
+    PyTorch names -> arrays.
+
+  Raises:
+    TypeError: for another model.
+    ValueError: one for all that is missing, unexpected or misshapen.
+  """
+  if not isinstance(model, Network):
+    raise TypeError(
+        'only a PreActResNet or a WideResNet has PyTorch names, got '
+        f'{type(model).__name__}.')
+  first = shapes.get('conv1.weight', ())
+  channels = first[1] if len(first) == 4 else 3
+  if len(model.mean) > 1:
+    channels = len(model.mean)
+  images = jnp.zeros((1, 8, 8, channels))
+  variables = jax.eval_shape(
+      lambda key: model.init(key, images), jax.random.key(0))
+  wanted = {}
+  for path, value in traverse_util.flatten_dict(variables).items():
+    shape = jax.eval_shape(torch_layout, value).shape
+    wanted[torch_name(path)] = Leaf(path, shape, value.dtype)
+  _check_fit(shapes, wanted, model)
+  return wanted
+
+
+def plain_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+  """The same entries without what wrappers put before their names.
+
+  Args:
+    state_dict: names like 'module.conv1.weight', 'model.conv1.weight' (and
+      'conv1.weight', which stays).
+
+  Returns:
+    A dictionary in the same order.
+
+  Raises:
+    ValueError: if two names become the same.
+  """
+  plain: dict[str, Any] = {}
+  for name, value in state_dict.items():
+    short = _WRAPPERS.sub('', name)
+    if short in plain:
+      raise ValueError(f'the state dict has two entries for {short!r}.')
+    plain[short] = value
+  return plain
