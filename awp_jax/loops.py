@@ -37,3 +37,27 @@ def repeat(num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry
       carry = body(carry)
     return carry
   return jax.lax.fori_loop(0, num_steps, lambda _, carry: body(carry), init)
+
+
+#: Iterations of an open-ended loop that one compiled call makes off the CPU.
+CHUNK = 10
+
+
+def chunked(body: Callable[[Carry], Carry]) -> Callable[[Carry], Carry]:
+  """Some iterations of a loop that the host drives and looks into.
+
+  On the CPU one: `body` itself, called from Python, so its compiled pieces run
+  outside of any `while` and are shared by every loop that uses them. On every
+  other platform `CHUNK` of them in one compiled loop, since there each look of
+  the host at the device costs more than an iteration.
+
+  Args:
+    body: one iteration, made of compiled pieces.
+
+  Returns:
+    A function of the carry.
+  """
+  if unrolls():
+    return body
+  return jax.jit(
+      lambda carry: jax.lax.fori_loop(0, CHUNK, lambda _, c: body(c), carry))

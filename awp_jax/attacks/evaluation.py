@@ -1,0 +1,361 @@
+"""Runs a list of attacks, each on the examples that the ones before left standing.
+
+The examples lie on the host and stream through the device in batches of one
+fixed size. After each group of examples `Options.progress` hears what happened;
+handed back as `Options.done`, those records resume an evaluation where it was
+interrupted, with the same result.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import time
+from typing import Any, NamedTuple
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax import checks
+from awp_jax import loops
+from awp_jax.attacks import diagnostics
+from awp_jax.attacks import engine
+from awp_jax.attacks import results
+from awp_jax.attacks.engine import AttackSpec
+from awp_jax.attacks.model import Model, make_model, misclassified
+from awp_jax.attacks.results import AttackResult, AttackWarning, BatchResult
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array
+
+#: Groups hold this many batches unless told otherwise.
+_BATCHES_PER_GROUP = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How examples stream through an evaluation; none changes what is attacked.
+
+  Attributes:
+    batch_size: examples on the device at a time, over all devices; None means
+      64 on the CPU, where larger batches leave the caches, and 512 elsewhere.
+    group_size: examples per record of `progress`, and per unit of resuming;
+      None means eight batches.
+    devices: spread each batch over these; None means the default device.
+    progress: called with a `BatchResult` after each group.
+    done: records of an interrupted evaluation with the same arguments, in their
+      order; they are taken over instead of attacking again.
+    keep_images: whether the result holds the adversarial examples.
+    takes_key: whether the model is randomised: `logits_fn(images, key)`.
+    num_draws: over how many draws of a randomised model a gradient is averaged;
+      None means 20 for version 'rand' and 1 otherwise.
+    check_model: whether to look for signs of an unreliable evaluation first.
+  """
+
+  batch_size: int | None = None
+  group_size: int | None = None
+  devices: Sequence[jax.Device] | None = None
+  progress: Callable[[BatchResult], None] | None = None
+  done: Sequence[BatchResult] = ()
+  keep_images: bool = True
+  takes_key: bool = False
+  num_draws: int | None = None
+  check_model: bool = True
+
+
+class _Setting(NamedTuple):
+  """Everything that stays the same through an evaluation."""
+
+  key: Array
+  model: Model
+  threat: ThreatModel
+  images: np.ndarray
+  labels: np.ndarray
+  sizes: tuple[int, ...]
+  group_size: int
+  place: Callable[[Any], Any]
+
+
+class _Natural(NamedTuple):
+  """What the model says of the natural images: [N], [N, T], and oddities."""
+
+  correct: np.ndarray
+  targets: np.ndarray
+  not_finite: int
+  probable: bool
+
+
+def _check_images(images: np.ndarray, threat: ThreatModel) -> None:
+  if images.ndim < 2 or not images.shape[0] or not images[0].size:
+    raise ValueError(
+        'images need at least one example and rank >= 2, [N, ...], got shape '
+        f'{images.shape}.')
+  if not np.issubdtype(images.dtype, np.floating):
+    raise ValueError(
+        f'images must be floating point in [{threat.lower}, {threat.upper}], '
+        f'got {images.dtype}. Bytes need a division by 255.')
+  # In blocks, so that an image file mapped into memory stays on the disk.
+  for begin in range(0, len(images), 1024):
+    block = images[begin:begin + 1024]
+    low, high = float(np.min(block)), float(np.max(block))
+    # Written so that NaN fails as well.
+    if not (low >= threat.lower and high <= threat.upper):
+      raise ValueError(
+          f'images must lie in [{threat.lower}, {threat.upper}] and hold no '
+          f'NaN, got values from {low} to {high}.')
+
+
+def _check_labels(
+    labels: np.ndarray, count: int, num_classes: int) -> None:
+  if labels.shape != (count,):
+    raise ValueError(
+        f'labels must have shape ({count},), one per image, got '
+        f'{labels.shape}.')
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(f'labels must be integers, got {labels.dtype}.')
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(
+        f'labels must lie in [0, {num_classes}), got {labels.min()} to '
+        f'{labels.max()}.')
+
+
+def _count_classes(
+    logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool) -> int:
+  """Traces the model once; nothing is compiled."""
+  spec = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
+  keys = (jax.random.key(0),) if takes_key else ()
+  shape = jax.eval_shape(logits_fn, spec, *keys)
+  if not hasattr(shape, 'shape') or len(shape.shape) != 2 or shape.shape[0] != 2:
+    raise ValueError(
+        'logits_fn must map images [B, ...] to one array of logits [B, C], got '
+        f'{shape} for images of shape {spec.shape}.')
+  if shape.shape[1] < 2:
+    raise ValueError(
+        f'logits_fn must tell at least 2 classes apart, got {shape.shape[1]}.')
+  return int(shape.shape[1])
+
+
+def _check_specs(specs: Sequence[AttackSpec], rank: int) -> None:
+  names = [spec.name for spec in specs]
+  if not names or len(set(names)) < len(names):
+    raise ValueError(
+        f'attacks must be at least one, each of its own name, got {names}.')
+  for spec in specs:
+    if spec.needs_images and rank != 4:
+      raise ValueError(
+          f'{spec.name} moves squares over images [N, height, width, channels]'
+          f', got inputs of rank {rank}. Leave it out of the attacks.')
+
+
+def _placement(devices: Sequence[jax.Device] | None) -> Callable[[Any], Any]:
+  if devices is None:
+    return jax.device_put
+  mesh = jax.sharding.Mesh(np.asarray(devices), ('batch',))
+  spec = jax.sharding.PartitionSpec('batch')
+  sharding = jax.sharding.NamedSharding(mesh, spec)
+  return lambda tree: jax.device_put(tree, sharding)
+
+
+def _blocks(count: int, size: int) -> Iterator[np.ndarray]:
+  """Rows of one batch after the other; the last is filled up with its last row."""
+  for begin in range(0, count, size):
+    yield np.minimum(np.arange(begin, begin + size), count - 1)
+
+
+def _keys(key: Array, count: int) -> Array:
+  return jax.random.split(key, count)
+
+
+def _natural(setting: _Setting, num_targets: int) -> _Natural:
+  """One pass over the natural images; of each, the likeliest wrong classes."""
+  count, size = len(setting.labels), setting.sizes[0]
+  wanted = max(1, min(num_targets, setting.model.num_classes - 1))
+  correct = np.zeros(count, bool)
+  targets = np.zeros((count, wanted), np.int32)
+  not_finite, probable = 0, True
+  key = jax.random.fold_in(setting.key, zlib.crc32(b'natural'))
+  for turn, rows in enumerate(_blocks(count, size)):
+    keys = _keys(jax.random.fold_in(key, turn), size)
+    logits = np.asarray(setting.model.logits(
+        setting.place(setting.images[rows]), setting.place(keys)), np.float32)
+    labels = setting.labels[rows]
+    strange, alike = diagnostics.check_logits(logits[:count - rows[0]])
+    not_finite, probable = not_finite + strange, probable and alike
+    correct[rows] = (
+        np.isfinite(logits).all(axis=-1) & (logits.argmax(axis=-1) == labels))
+    others = logits.copy()
+    others[np.arange(size), labels] = -np.inf
+    targets[rows] = np.argsort(-others, axis=-1, kind='stable')[:, :wanted]
+  return _Natural(correct, targets, not_finite, probable)
+
+
+def _check_model(
+    setting: _Setting, logits_fn: Callable[..., Array], natural: _Natural,
+    specs: Sequence[AttackSpec], takes_key: bool) -> list[AttackWarning]:
+  rows = next(_blocks(len(setting.labels), setting.sizes[0]))
+  keys = setting.place(_keys(setting.key, rows.size))
+  found = diagnostics.about_logits(natural.not_finite, natural.probable)
+  if not takes_key:
+    batch = setting.images[rows]
+    logits = lambda images: setting.model.logits(images, keys)
+    found += diagnostics.check_randomized(
+        logits_fn, logits, setting.place(batch))
+    if rows.size > 1:
+      found += diagnostics.check_batch_dependence(logits, batch, setting.place)
+  return found + diagnostics.check_classes(specs, setting.model.num_classes)
+
+
+def _confirm(
+    setting: _Setting, attack_key: Array, group: engine.Group,
+    outcome: engine.Outcome) -> tuple[np.ndarray, np.ndarray]:
+  """Judges what an attack found once more, by the plain forward pass.
+
+  The step of an attack is compiled with its gradient, and may round otherwise.
+
+  Args:
+    setting: the evaluation.
+    attack_key: of the attack.
+    group: the examples.
+    outcome: what the attack did to them.
+
+  Returns:
+    Which examples are broken, [n], and their distances, [n].
+  """
+  broken = np.zeros(outcome.broken.size, bool)
+  distances = np.zeros(outcome.broken.size, np.float32)
+  candidates = np.flatnonzero(outcome.broken)
+  size = setting.sizes[0]
+  for block in _blocks(candidates.size, size):
+    rows = candidates[block]
+    x_adv = setting.place(outcome.adversarial[rows])
+    keys = setting.place(_keys(attack_key, size))
+    logits = setting.model.logits(x_adv, keys)
+    wrong = misclassified(logits, setting.place(group.labels[rows]))
+    far = setting.threat.distance(x_adv, setting.place(group.images[rows]))
+    broken[rows] = np.asarray(wrong)
+    distances[rows] = np.asarray(far)
+  return broken, distances
+
+
+def _attack_group(
+    setting: _Setting, spec: AttackSpec, attack: engine.Attack,
+    indices: np.ndarray, targets: np.ndarray) -> BatchResult:
+  begin = time.perf_counter()
+  group = engine.Group(
+      indices, np.asarray(setting.images[indices]), setting.labels[indices],
+      targets[indices])
+  key = jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode()))
+  outcome = engine.attack_group(
+      attack, key, group, sizes=setting.sizes, place=setting.place)
+  broken, distances = _confirm(setting, key, group, outcome)
+  return BatchResult(
+      spec.name, indices, broken, outcome.adversarial[broken],
+      distances[broken], int(outcome.flat.sum()), time.perf_counter() - begin)
+
+
+def _taken_over(
+    record: BatchResult, spec: AttackSpec, indices: np.ndarray) -> BatchResult:
+  if record.attack != spec.name or not np.array_equal(record.indices, indices):
+    raise ValueError(
+        'Options.done belongs to another evaluation: it holds '
+        f'{record.attack} on {len(record.indices)} examples where '
+        f'{spec.name} on {len(indices)} is due. The arguments, batch and group '
+        'sizes must be those of the interrupted run.')
+  return record
+
+
+def _run(
+    setting: _Setting, natural: _Natural, specs: Sequence[AttackSpec],
+    options: Options, found: list[AttackWarning]) -> AttackResult:
+  robust = natural.correct.copy()
+  adversarial = setting.images.copy() if options.keep_images else None
+  done = iter(options.done)
+  reports: list[results.AttackReport] = []
+  for number, spec in enumerate(specs):
+    attack = spec.build(setting.model, setting.threat)
+    standing = np.flatnonzero(robust)
+    seconds, flat, broken, far = 0.0, 0, [standing[:0]], 0.0
+    for begin in range(0, standing.size, setting.group_size):
+      indices = standing[begin:begin + setting.group_size]
+      record = next(done, None)
+      if record is not None:
+        record = _taken_over(record, spec, indices)
+      else:
+        record = _attack_group(setting, spec, attack, indices, natural.targets)
+        if options.progress is not None:
+          options.progress(record)
+      fallen = indices[record.broken]
+      robust[fallen] = False
+      if adversarial is not None:
+        adversarial[fallen] = record.adversarial
+      broken.append(fallen)
+      seconds, flat = seconds + record.seconds, flat + record.flat
+      far = max([far, *map(float, record.distances)])
+    fallen = np.concatenate(broken)
+    found += diagnostics.after_attack(
+        spec, flat, fallen.size / robust.size,
+        any(before.white_box for before in specs[:number]))
+    reports.append(results.AttackReport(
+        spec.name, seconds, float(robust.mean()), fallen, far))
+  return AttackResult(
+      adversarial, robust, natural.correct, float(natural.correct.mean()),
+      float(robust.mean()), tuple(reports), tuple(found))
+
+
+def evaluate(
+    key: Array, logits_fn: Callable[..., Array], images: Array | np.ndarray,
+    labels: Array | np.ndarray, threat: ThreatModel,
+    specs: Sequence[AttackSpec], *, options: Options | None = None
+) -> AttackResult:
+  """Runs attacks one after the other, each on what still stands.
+
+  Args:
+    key: a PRNG key. Each attack, example and run draws its own randomness from
+      it, whatever the batch size and whichever attacks run beside it.
+    logits_fn: images [B, ...] -> logits [B, C], C >= 2, traceable by JAX.
+    images: [N, ...], N >= 1, rank >= 2, in the box of `threat`; they stay on
+      the host.
+    labels: integers [N] in [0, C).
+    threat: what the adversary may do.
+    specs: the attacks, of different names.
+    options: how the examples stream through.
+
+  Returns:
+    The result, on the host.
+
+  Raises:
+    ValueError: for arguments that are not as above, before anything compiles.
+  """
+  options = Options() if options is None else options
+  # Arrays in a file mapped into memory stay there.
+  images = np.asanyarray(images)
+  labels = np.asarray(labels)
+  _check_images(images, threat)
+  if images.dtype != np.float32 and images.dtype != np.float64:
+    images = images.astype(np.float32)
+  num_classes = _count_classes(logits_fn, images, options.takes_key)
+  _check_labels(labels, len(images), num_classes)
+  _check_specs(specs, images.ndim)
+  batch_size = options.batch_size
+  if batch_size is None:
+    batch_size = 64 if loops.unrolls() else 512
+  checks.count('batch_size', batch_size)
+  num_devices = len(options.devices) if options.devices else 1
+  if batch_size % num_devices:
+    raise ValueError(
+        f'batch_size must be a multiple of the {num_devices} devices, got '
+        f'{batch_size}.')
+  group_size = options.group_size or _BATCHES_PER_GROUP * batch_size
+  checks.count('group_size', group_size)
+  model = make_model(
+      logits_fn, num_classes, takes_key=options.takes_key,
+      num_draws=options.num_draws or 1)
+  setting = _Setting(
+      key, model, threat, images, labels.astype(np.int32),
+      engine.batch_sizes(batch_size, num_devices), group_size,
+      _placement(options.devices))
+  natural = _natural(setting, max(spec.num_targets for spec in specs))
+  found: list[AttackWarning] = []
+  if options.check_model:
+    found = _check_model(
+        setting, logits_fn, natural, specs, options.takes_key)
+  return _run(setting, natural, specs, options, found)
