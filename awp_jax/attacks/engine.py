@@ -9,8 +9,8 @@ restart or a target class, ordered by run, and a batch of B places:
   drop what is queued for broken examples;  fill the free places from the queue.
 
 Places run at their own iteration each, so no time goes to broken examples and
-no shape changes. When the queue is empty the batch shrinks to a quarter, at
-most twice. An example is broken as soon as one iterate is misclassified, so
+no shape changes. When the queue is empty the batch shrinks, to one of a few
+sizes. An example is broken as soon as one iterate is misclassified, so
 leaving early changes no verdict.
 
 Randomness belongs to (attack, example, run), never to a place in the batch.
@@ -153,8 +153,16 @@ class _Places(NamedTuple):
 
 
 def batch_sizes(batch_size: int, num_devices: int) -> tuple[int, ...]:
-  """The full batch and the smaller ones that the end of a queue shrinks to."""
-  sizes = (batch_size, batch_size // 4, batch_size // 16)
+  """The full batch and the smaller ones that the end of a queue shrinks to.
+
+  On the CPU idle places cost as much as busy ones, so the sizes lie close; an
+  accelerator hardly notices them, and compiles for longer.
+  """
+  if loops.unrolls():
+    parts = (batch_size >> k for k in range(8))
+    sizes = sorted({s for p in parts for s in (p, p * 3 // 4)}, reverse=True)
+  else:
+    sizes = [batch_size, batch_size // 4, batch_size // 16]
   return tuple(
       s for s in sizes
       if s == batch_size or (s >= 8 and s % num_devices == 0))

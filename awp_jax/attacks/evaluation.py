@@ -8,6 +8,7 @@ interrupted, with the same result.
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import functools
 import time
 from typing import Any, NamedTuple
 import zlib
@@ -26,6 +27,9 @@ from awp_jax.attacks.model import Model, make_model, misclassified
 from awp_jax.attacks.results import AttackResult, AttackWarning, BatchResult
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
+
+#: Batches are this much larger where no gradient is taken.
+_FORWARD_BATCH = 4
 
 #: Groups hold this many batches unless told otherwise.
 _BATCHES_PER_GROUP = 8
@@ -71,6 +75,7 @@ class _Setting(NamedTuple):
   images: np.ndarray
   labels: np.ndarray
   sizes: tuple[int, ...]
+  forward_sizes: tuple[int, ...]
   group_size: int
   place: Callable[[Any], Any]
 
@@ -204,6 +209,13 @@ def _check_model(
   return found + diagnostics.check_classes(specs, setting.model.num_classes)
 
 
+@functools.partial(jax.jit, static_argnames=('threat',))
+def _judge(
+    logits: Array, x_adv: Array, labels: Array, images: Array,
+    threat: ThreatModel) -> tuple[Array, Array]:
+  return misclassified(logits, labels), threat.distance(x_adv, images)
+
+
 def _confirm(
     setting: _Setting, attack_key: Array, group: engine.Group,
     outcome: engine.Outcome) -> tuple[np.ndarray, np.ndarray]:
@@ -228,9 +240,10 @@ def _confirm(
     rows = candidates[block]
     x_adv = setting.place(outcome.adversarial[rows])
     keys = setting.place(_keys(attack_key, size))
-    logits = setting.model.logits(x_adv, keys)
-    wrong = misclassified(logits, setting.place(group.labels[rows]))
-    far = setting.threat.distance(x_adv, setting.place(group.images[rows]))
+    wrong, far = _judge(
+        setting.model.logits(x_adv, keys), x_adv,
+        setting.place(group.labels[rows]), setting.place(group.images[rows]),
+        setting.threat)
     broken[rows] = np.asarray(wrong)
     distances[rows] = np.asarray(far)
   return broken, distances
@@ -244,8 +257,9 @@ def _attack_group(
       indices, np.asarray(setting.images[indices]), setting.labels[indices],
       targets[indices])
   key = jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode()))
+  sizes = setting.sizes if spec.white_box else setting.forward_sizes
   outcome = engine.attack_group(
-      attack, key, group, sizes=setting.sizes, place=setting.place)
+      attack, key, group, sizes=sizes, place=setting.place)
   broken, distances = _confirm(setting, key, group, outcome)
   return BatchResult(
       spec.name, indices, broken, outcome.adversarial[broken],
@@ -351,7 +365,8 @@ def evaluate(
       num_draws=options.num_draws or 1)
   setting = _Setting(
       key, model, threat, images, labels.astype(np.int32),
-      engine.batch_sizes(batch_size, num_devices), group_size,
+      engine.batch_sizes(batch_size, num_devices),
+      engine.batch_sizes(_FORWARD_BATCH * batch_size, num_devices), group_size,
       _placement(options.devices))
   natural = _natural(setting, max(spec.num_targets for spec in specs))
   found: list[AttackWarning] = []
