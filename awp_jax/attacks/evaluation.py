@@ -19,6 +19,7 @@ import numpy as np
 
 from awp_jax import checks
 from awp_jax import loops
+from awp_jax.attacks import arguments
 from awp_jax.attacks import diagnostics
 from awp_jax.attacks import engine
 from awp_jax.attacks import results
@@ -87,68 +88,6 @@ class _Natural(NamedTuple):
   targets: np.ndarray
   not_finite: int
   probable: bool
-
-
-def _check_images(images: np.ndarray, threat: ThreatModel) -> None:
-  if images.ndim < 2 or not images.shape[0] or not images[0].size:
-    raise ValueError(
-        'images need at least one example and rank >= 2, [N, ...], got shape '
-        f'{images.shape}.')
-  if not np.issubdtype(images.dtype, np.floating):
-    raise ValueError(
-        f'images must be floating point in [{threat.lower}, {threat.upper}], '
-        f'got {images.dtype}. Bytes need a division by 255.')
-  # In blocks, so that an image file mapped into memory stays on the disk.
-  for begin in range(0, len(images), 1024):
-    block = images[begin:begin + 1024]
-    low, high = float(np.min(block)), float(np.max(block))
-    # Written so that NaN fails as well.
-    if not (low >= threat.lower and high <= threat.upper):
-      raise ValueError(
-          f'images must lie in [{threat.lower}, {threat.upper}] and hold no '
-          f'NaN, got values from {low} to {high}.')
-
-
-def _check_labels(
-    labels: np.ndarray, count: int, num_classes: int) -> None:
-  if labels.shape != (count,):
-    raise ValueError(
-        f'labels must have shape ({count},), one per image, got '
-        f'{labels.shape}.')
-  if not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f'labels must be integers, got {labels.dtype}.')
-  if labels.min() < 0 or labels.max() >= num_classes:
-    raise ValueError(
-        f'labels must lie in [0, {num_classes}), got {labels.min()} to '
-        f'{labels.max()}.')
-
-
-def _count_classes(
-    logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool) -> int:
-  """Traces the model once; nothing is compiled."""
-  spec = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
-  keys = (jax.random.key(0),) if takes_key else ()
-  shape = jax.eval_shape(logits_fn, spec, *keys)
-  if not hasattr(shape, 'shape') or len(shape.shape) != 2 or shape.shape[0] != 2:
-    raise ValueError(
-        'logits_fn must map images [B, ...] to one array of logits [B, C], got '
-        f'{shape} for images of shape {spec.shape}.')
-  if shape.shape[1] < 2:
-    raise ValueError(
-        f'logits_fn must tell at least 2 classes apart, got {shape.shape[1]}.')
-  return int(shape.shape[1])
-
-
-def _check_specs(specs: Sequence[AttackSpec], rank: int) -> None:
-  names = [spec.name for spec in specs]
-  if not names or len(set(names)) < len(names):
-    raise ValueError(
-        f'attacks must be at least one, each of its own name, got {names}.')
-  for spec in specs:
-    if spec.needs_images and rank != 4:
-      raise ValueError(
-          f'{spec.name} moves squares over images [N, height, width, channels]'
-          f', got inputs of rank {rank}. Leave it out of the attacks.')
 
 
 def _placement(devices: Sequence[jax.Device] | None) -> Callable[[Any], Any]:
@@ -343,12 +282,12 @@ def evaluate(
   # Arrays in a file mapped into memory stay there.
   images = np.asanyarray(images)
   labels = np.asarray(labels)
-  _check_images(images, threat)
+  arguments.check_images(images, threat)
   if images.dtype != np.float32 and images.dtype != np.float64:
     images = images.astype(np.float32)
-  num_classes = _count_classes(logits_fn, images, options.takes_key)
-  _check_labels(labels, len(images), num_classes)
-  _check_specs(specs, images.ndim)
+  num_classes = arguments.count_classes(logits_fn, images, options.takes_key)
+  arguments.check_labels(labels, len(images), num_classes)
+  arguments.check_specs(specs, images.ndim)
   batch_size = options.batch_size
   if batch_size is None:
     batch_size = 64 if loops.unrolls() else 512
@@ -363,8 +302,11 @@ def evaluate(
   model = make_model(
       logits_fn, num_classes, takes_key=options.takes_key,
       num_draws=options.num_draws or 1)
+  # Threefry, whatever the caller's kind: others draw for a whole batch at once,
+  # and an example's draws must not depend on its neighbours.
+  seed = jax.random.bits(key, (2,), jnp.uint32)
   setting = _Setting(
-      key, model, threat, images, labels.astype(np.int32),
+      jax.random.wrap_key_data(seed, impl='threefry2x32'), model, threat, images, labels.astype(np.int32),
       engine.batch_sizes(batch_size, num_devices),
       engine.batch_sizes(_FORWARD_BATCH * batch_size, num_devices), group_size,
       _placement(options.devices))
