@@ -1,4 +1,4 @@
-"""Checks of arguments: each raises one error that shows the value and what is allowed."""
+"""Checks of arguments: one error each, with the value and what is allowed."""
 
 from collections.abc import Iterable
 import difflib
@@ -9,7 +9,7 @@ import jax
 
 
 def positive(name: str, value: Any) -> None:
-  """Raises ValueError unless `value` is a finite number above 0; tracers pass."""
+  """Raises ValueError unless `value` is finite and > 0; tracers pass."""
   if isinstance(value, jax.core.Tracer):
     return
   if not (math.isfinite(value) and value > 0):
@@ -17,7 +17,7 @@ def positive(name: str, value: Any) -> None:
 
 
 def not_negative(name: str, value: Any) -> None:
-  """Raises ValueError unless `value` is a finite number >= 0; tracers pass."""
+  """Raises ValueError unless `value` is finite and >= 0; tracers pass."""
   if isinstance(value, jax.core.Tracer):
     return
   if not (math.isfinite(value) and value >= 0):
@@ -25,14 +25,14 @@ def not_negative(name: str, value: Any) -> None:
 
 
 def count(name: str, value: Any, minimum: int = 1) -> None:
-  """Raises ValueError unless `value` is a whole number of at least `minimum`."""
+  """Raises ValueError unless `value` is a whole number >= `minimum`."""
   if isinstance(value, bool) or int(value) != value or value < minimum:
     raise ValueError(
         f'{name} must be a whole number >= {minimum}, got {value!r}.')
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
-  """Raises ValueError unless `value` is among `allowed`; names the nearest one."""
+  """Raises ValueError unless `value` is among `allowed`; names the nearest."""
   allowed = list(allowed)
   if value in allowed:
     return

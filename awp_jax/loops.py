@@ -14,13 +14,14 @@ Carry = TypeVar('Carry')
 
 
 def unrolls() -> bool:
-  """Whether loops are written out: true where JAX's default backend is the CPU."""
-  device = jax.config.jax_default_device
+  """Whether loops are written out: where the default backend is the CPU."""
+  device = getattr(jax.config, 'jax_default_device', None)
   platform = getattr(device, 'platform', device) or jax.default_backend()
   return platform == 'cpu'
 
 
-def repeat(num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry:
+def repeat(
+    num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry:
   """Applies `body` to `init` `num_steps` times.
 
   Args:
@@ -32,9 +33,10 @@ def repeat(num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry
     `body(body(...body(init)))`.
   """
   if unrolls():
-    carry = init
+    # Traced once: XLA inlines the calls of one and the same function.
+    step, carry = jax.jit(body), init
     for _ in range(num_steps):
-      carry = body(carry)
+      carry = step(carry)
     return carry
   return jax.lax.fori_loop(0, num_steps, lambda _, carry: body(carry), init)
 

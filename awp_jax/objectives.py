@@ -6,8 +6,9 @@ Adversarial training is a game of two losses of one network f:
   w   descends  mean of train_loss(f(x'), f(x), y)
 
 An `Objective` is that pair, together with the habits of its published code that
-change numbers: most of them bear on batch statistics. The three of the paper are `standard` (Madry et al.
-2018), `trades` (Zhang et al. 2019) and `mart` (Wang et al. 2020).
+change numbers: most of them bear on batch statistics. The three of the paper
+are `standard` (Madry et al. 2018), `trades` (Zhang et al. 2019) and `mart`
+(Wang et al. 2020).
 
   >>> import jax.numpy as jnp
   >>> logits = jnp.array([[2.0, 0.0, -1.0]])
@@ -59,7 +60,7 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def kl_divergence(logits: Array, other_logits: Array) -> Array:
-  """KL(p || q) = sum_k p_k (log p_k - log q_k), p = softmax(logits), q of the other.
+  """KL(p || q) = sum_k p_k (log p_k - log q_k) of two softmax distributions.
 
   Finite for all finite logits: a class of probability zero contributes zero.
 
@@ -146,7 +147,7 @@ def standard() -> Objective:
 
 
 def trades(beta: float = 6.0) -> Objective:
-  """TRADES: CE(f(x), y) + beta KL(f(x) || f(x')); the attack ascends the KL term.
+  """TRADES: CE(f(x), y) + beta KL(f(x) || f(x')); the attack ascends the KL.
 
   Args:
     beta: the weight of the robust term, >= 0 (1 / lambda in the paper).
@@ -176,15 +177,15 @@ def trades(beta: float = 6.0) -> Objective:
 
 
 def mart(beta: float = 5.0) -> Objective:
-  """MART: BCE(f(x'), y) + beta KL(p || p') (1.0000001 - p_y); the attack ascends CE.
+  """MART: BCE(f(x'), y) + beta KL(p || p') (1.0000001 - p_y).
 
   With p = softmax f(x), p' = softmax f(x') and k the most probable wrong class
   at x',
 
     BCE = CE(f(x'), y) - log(1.0001 - p'_k + 1e-12).
 
-  The published code adds 1e-12 to p' inside the logarithm of the KL term as
-  well; here that logarithm is exact.
+  The attack ascends CE(f(x'), y). The published code adds 1e-12 to p' inside
+  the logarithm of the KL term as well; here that logarithm is exact.
 
   Args:
     beta: the weight of the second term, >= 0.

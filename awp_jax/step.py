@@ -21,9 +21,7 @@ from flax.training import train_state
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks
-from awp_jax import objectives
-from awp_jax import weights
+from awp_jax import checks, objectives, weights
 from awp_jax.attacks import pgd as pgd_lib
 from awp_jax.objectives import Objective, Pass
 from awp_jax.threat import ThreatModel
@@ -101,14 +99,14 @@ class EvalMetrics(NamedTuple):
   """Sums over the valid examples of a batch (and, under an axis, over devices).
 
   Attributes:
-    count: valid examples.
+    examples: how many examples are valid.
     natural_loss: sum of cross-entropies at x.
     natural_correct: how many are classified right at x.
     robust_loss: sum of cross-entropies at x'.
     robust_correct: how many are classified right at x' and at x.
   """
 
-  count: Array
+  examples: Array
   natural_loss: Array
   natural_correct: Array
   robust_loss: Array
@@ -118,7 +116,7 @@ class EvalMetrics(NamedTuple):
 def _forward(
     state: TrainState, params: Params, batch_stats: Any, images: Array, *,
     train: bool, dropout_key: Array | None = None) -> tuple[Array, Any]:
-  """Logits and the next running statistics; the latter move in train mode only."""
+  """Logits and the next running statistics, which move in train mode only."""
   variables = {'params': params, 'batch_stats': batch_stats}
   if not train:
     return state.apply_fn(variables, images, train=False), batch_stats
@@ -128,7 +126,8 @@ def _forward(
   return logits, moved.get('batch_stats', batch_stats)
 
 
-def _device_key(key: Array, step: Array, axis_name: str | None) -> Array:
+def _device_key(
+    key: Array, step: int | Array, axis_name: str | None) -> Array:
   """The key of this step; under an axis, each device's own."""
   key = jax.random.fold_in(key, step)
   if axis_name is None:
@@ -144,10 +143,11 @@ def _weight_loss(
     state: TrainState, objective: Objective, passes: tuple[Pass, ...],
     natural: Array, labels: Array, dropout_key: Array
 ) -> Callable[[Params, Any, Array], tuple[Array, tuple[Any, Array]]]:
-  """The loss of the weights: (params, statistics, x') -> loss, (statistics, losses).
+  """The loss of the weights, and what it leaves behind.
 
-  `passes` is the order in which forward passes move the statistics; one that
-  appears twice moves them twice.
+  It maps (params, statistics, x') to the mean loss and the pair of the next
+  statistics and the logits at x'. `passes` is the order in which
+  forward passes move the statistics; one that appears twice moves them twice.
   """
 
   def loss_fn(
@@ -171,7 +171,7 @@ def _attack_inputs(
     labels: Array, key: Array, *, objective: Objective, threat: ThreatModel,
     attack: Attack, start: pgd_lib.Start | Array,
     axis_name: str | None) -> tuple[Array, Any]:
-  """x' at `params`, and the running statistics that the attack's passes leave."""
+  """x' at `params`, and the running statistics after the attack's passes."""
   train = (attack.mode or objective.attack_mode) == 'train'
   attack_key, dropout_key = jax.random.split(key)
   devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
@@ -341,7 +341,7 @@ def eval_step(
     return jnp.sum(jnp.where(valid, values, 0), dtype=jnp.float32)
 
   metrics = EvalMetrics(
-      count=total(valid),
+      examples=total(valid),
       natural_loss=total(objectives.cross_entropy(natural, labels)),
       natural_correct=total(is_natural),
       robust_loss=total(objectives.cross_entropy(robust, labels)),

@@ -63,7 +63,7 @@ def l2_norms(x: Array) -> Array:
 
 
 def unit_l2(x: Array, floor: float = 0.0) -> Array:
-  """x_i / (|x_i|_2 + floor) for each example; an example of zeros stays zero."""
+  """x_i / (|x_i|_2 + floor) of each example; one of zeros stays zero."""
   axes = _over_features(x)
   wide = x.astype(_accumulation_dtype(x))
   largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)

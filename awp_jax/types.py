@@ -1,4 +1,4 @@
-"""Names for the things that the library passes around, and the callbacks' contracts."""
+"""Names for what the library passes around, and the callbacks' contracts."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -23,7 +23,8 @@ class LossFn(Protocol):
   pair of that scalar and any pytree.
   """
 
-  def __call__(self, params: Params, *args: Any, **kwargs: Any) -> Any:
+  def __call__(self, params: Params, /, *args: Any, **kwargs: Any) -> Any:
+    """The loss, and aux if the caller asked for it."""
     ...
 
 
@@ -36,6 +37,7 @@ class InputLossFn(Protocol):
   """
 
   def __call__(self, x: Array, /) -> Array:
+    """Losses [B]."""
     ...
 
 
@@ -46,6 +48,7 @@ class StatefulInputLossFn(Protocol):
   """
 
   def __call__(self, x: Array, state: Any, /) -> tuple[Array, Any]:
+    """Losses [B] and the next state."""
     ...
 
 
@@ -53,6 +56,7 @@ class LogitsFn(Protocol):
   """A classifier: maps inputs [B, ...] to logits [B, C]."""
 
   def __call__(self, x: Array, /) -> Array:
+    """Logits [B, C]."""
     ...
 
 

@@ -2,7 +2,7 @@
 
 AWP trains weights w that stay good in the worst direction near by:
 
-  min_w max_{v in V} L(w + v),    V = { v : |v_l| <= gamma |w_l| in every leaf l }.
+  min_w max_{v in V} L(w + v),   V = { v : |v_l| <= gamma |w_l|, all leaves l }.
 
 The inner maximum is approached from v = 0 by K2 projected steps,
 
@@ -49,7 +49,7 @@ DECAY_AT: tuple[DecayAt, ...] = ('perturbed', 'natural')
 
 
 def is_weight(path: str, leaf: Array) -> bool:
-  """Whether a leaf has two axes or more: kernels do, biases and scales do not."""
+  """Whether a leaf has two axes or more, as kernels do and biases do not."""
   del path
   return jnp.ndim(leaf) > 1
 
@@ -73,11 +73,12 @@ def weight_mask(params: Params, mask: Mask = is_weight) -> Params:
         lambda path, leaf: bool(mask(
             jax.tree_util.keystr(path, simple=True, separator='/'), leaf)),
         params)
-  if jax.tree.structure(mask) != jax.tree.structure(params):
+  wanted: Any = jax.tree.structure(params)
+  got: Any = jax.tree.structure(mask)
+  if got != wanted:
     raise ValueError(
-        'mask must be a predicate of (path, leaf) or a pytree of bools with the '
-        f'structure of the parameters, {jax.tree.structure(params)}, got '
-        f'{jax.tree.structure(mask)}.')
+        'mask must be a predicate of (path, leaf) or a pytree of bools like '
+        f'the parameters, {wanted}, got {got}.')
   return mask
 
 
@@ -102,7 +103,7 @@ def _unit_and_norm(leaf: Array) -> tuple[Array, Array]:
 def _ascend_leaf(
     perturbation: Array | None, gradient: Array, weight: Array, gamma: Any,
     step: Any) -> Array:
-  """One projected step of one leaf; `perturbation` None stands for zero."""
+  """One projected step of a leaf; `perturbation` None stands for zero."""
   direction, _ = _unit_and_norm(gradient)
   _, weight_norm = _unit_and_norm(weight)
   moved = step * weight_norm * direction
@@ -116,7 +117,7 @@ def _ascend_leaf(
 def ascend(
     perturbation: Params | None, gradients: Params, params: Params, *,
     gamma: Any, step: Any, mask: Mask = is_weight) -> Params:
-  """One step of the weight adversary, v <- project(v + step |w| g / |g|) per leaf.
+  """The weight adversary's step: v <- project(v + step |w| g / |g|) per leaf.
 
   Args:
     perturbation: v, a pytree like `params`, or None for v = 0.
@@ -362,7 +363,7 @@ def global_norm(tree: Params) -> Array:
 def relative_norm(
     perturbation: Params | None, params: Params, mask: Mask = is_weight
 ) -> Array:
-  """|v| / |w|, both norms over the chosen leaves; 0 for no perturbation or w = 0."""
+  """|v| / |w| over the chosen leaves; 0 for no perturbation or w = 0."""
   if perturbation is None:
     return jnp.float32(0)
   chosen = jax.tree.map(

@@ -23,8 +23,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks
-from awp_jax import loops
+from awp_jax import checks, loops
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, InputLossFn, StatefulInputLossFn
 
@@ -57,7 +56,8 @@ def _check(
     checks.one_of('start', start, STARTS)
   elif start.shape != x.shape:
     raise ValueError(
-        f'a given start must have the shape of x, {x.shape}, got {start.shape}.')
+        f'a given start must have the shape of x, {x.shape}, got '
+        f'{start.shape}.')
   if restarts > 1 and start != 'random' and start != 'gaussian':
     raise ValueError(
         f"restarts={restarts} needs a random start ('random' or 'gaussian'): "

@@ -1,4 +1,4 @@
-"""What the residual networks share: layers, initialisers, pixel normalisation."""
+"""What the residual networks share: layers, initialisers, normalisation."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -15,7 +15,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'relu': nn.relu, 'silu': nn.silu}
 
 #: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), which PyTorch gives to convolutions
-#: and linear layers unless told otherwise; the paper's PreActResNet relies on it.
+#: and linear layers unless told otherwise, as the paper's PreActResNet does.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 #: N(0, 2 / fan_out), of the paper's WideResNet.

@@ -14,7 +14,6 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from awp_jax import checks
 from awp_jax.models import layers
 from awp_jax.types import Array
 
@@ -30,6 +29,7 @@ class PreActBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
+    """Features [B, H / stride, W / stride, C'] of features [B, H, W, C]."""
     parts = self.parts
     out = parts.activate(x, train, 'bn1')
     shortcut = x
@@ -51,6 +51,7 @@ class PreActBottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
+    """Features [B, H / stride, W / stride, C'] of features [B, H, W, C]."""
     parts = self.parts
     out = parts.activate(x, train, 'bn1')
     width = self.planes * self.expansion

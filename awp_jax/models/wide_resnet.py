@@ -19,7 +19,7 @@ from awp_jax.types import Array
 
 
 class WideBlock(nn.Module):
-  """Two 3x3 convolutions; where widths differ the shortcut sees the activation."""
+  """Two 3x3 convolutions, and a shortcut that projects where widths differ."""
 
   planes: int
   stride: int
@@ -28,6 +28,7 @@ class WideBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, train: bool) -> Array:
+    """Features [B, H / stride, W / stride, C'] of features [B, H, W, C]."""
     parts = self.parts
     out = parts.activate(x, train, 'bn1')
     shortcut = x
@@ -70,7 +71,7 @@ class WideResNet(nn.Module):
     checks.count('depth', self.depth, minimum=10)
     if (self.depth - 4) % 6:
       raise ValueError(
-          'the depth of a WideResNet must be 6 n + 4 (10, 16, 22, 28, 34, ...), '
+          'the depth of a WideResNet must be 6 n + 4 (10, 16, 22, 28, ...), '
           f'got {self.depth!r}.')
     if not 0 <= self.dropout_rate < 1:
       raise ValueError(

@@ -1,0 +1,1 @@
+"""Training, evaluation and plots of the paper, built on `awp_jax`."""

@@ -1,0 +1,1 @@
+"""Plain values, a file a run."""

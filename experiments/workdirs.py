@@ -1,0 +1,75 @@
+"""A run's folder: made, recognised, or refused."""
+
+import json
+import os
+import pathlib
+import tempfile
+from typing import Any
+
+import ml_collections
+
+from experiments import results
+from experiments import setup
+
+#: Fields that may differ when a run is taken up again: they change where data
+#: lies and how often something is said or saved, never a number.
+FREE_FIELDS = ('data_dir', 'log_every_steps', 'checkpoint_every_steps')
+
+
+def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The fields as JSON gives them back."""
+  return json.loads(json.dumps(dict(setup.flatten(config))))
+
+
+def open_workdir(
+    workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
+) -> pathlib.Path:
+  """Makes the folder, or takes up the one of the same config.
+
+  Args:
+    workdir: the folder.
+    config: of the run.
+
+  Returns:
+    The folder, which now holds `config.json`.
+
+  Raises:
+    ValueError: if it cannot be written to, or holds another config's run.
+  """
+  folder = pathlib.Path(workdir).expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise ValueError(
+        f'the workdir {str(folder)!r} cannot be written to '
+        f'({error.strerror or error}); choose another with --workdir.'
+    ) from None
+  path = folder / 'config.json'
+  if path.exists():
+    _check_same(path, _plain(config))
+  elif any(folder.iterdir()):
+    raise ValueError(
+        f'the workdir {str(folder)!r} holds files but no config.json of a run; '
+        'choose an empty or new folder with --workdir.')
+  else:
+    results.write_json(path, _plain(config))
+  return folder
+
+
+def _check_same(path: pathlib.Path, wanted: dict[str, Any]) -> None:
+  try:
+    stored = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not readable as JSON: {error}.') from None
+  differing = [
+      f'{name} ({stored.get(name, "absent")!r} there, '
+      f'{wanted.get(name, "absent")!r} now)'
+      for name in sorted(stored.keys() | wanted.keys())
+      if name not in FREE_FIELDS and stored.get(name) != wanted.get(name)]
+  if differing:
+    raise ValueError(
+        f'the workdir {str(path.parent)!r} holds the run of another config; '
+        f'it differs in {", ".join(differing)}. Choose another --workdir, or '
+        'remove this one.')
