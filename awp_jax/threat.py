@@ -251,10 +251,10 @@ class ThreatModel:
   def project(self, x_adv: Array, x: Array) -> Array:
     """Brings `x_adv` into the ball around `x`, then into the box.
 
-    For L_inf and L_1 this is the nearest point of the set. For L_2 the two projections
-    in turn, as in the reference: the result lies in ball and box (clipping
-    moves no entry further from `x`, which lies in the box itself), though a
-    nearer point may exist.
+    For L_inf and L_1 this is the nearest point of the set. For L_2 the two
+    projections in turn, as in the reference: the result lies in ball and box
+    (clipping moves no entry further from `x`, which lies in the box itself),
+    though a nearer point may exist.
 
     Args:
       x_adv: perturbed inputs [B, ...].

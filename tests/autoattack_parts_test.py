@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 
 from awp_jax import threat as threats
-from awp_jax.attacks import apgd_steps
-from awp_jax.attacks import hyperplanes
+from awp_jax.attacks import apgd_steps, hyperplanes, square_patterns
 from awp_jax.attacks import model as models
-from awp_jax.attacks import square_patterns
 from awp_jax.attacks.engine import Examples
 from awp_jax.threat import ThreatModel
 
@@ -155,7 +153,8 @@ def test_square_schedule():
     ours = [square_patterns.window_share(int(q), course)
             for q in DATA['square/queries']]
     np.testing.assert_allclose(ours, DATA[f'square/share_{rescale}'])
-  sides = square_patterns.window_sides(square_patterns.Course(5000, 0.8, False), 32, 32, False)
+  sides = square_patterns.window_sides(
+      square_patterns.Course(5000, 0.8, False), 32, 32, False)
   assert sides[0] == 29 and sides[-1] == 3 and (np.diff(sides) <= 0).all()
 
 

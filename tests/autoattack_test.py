@@ -11,12 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awp_jax.attacks import apgd
-from awp_jax.attacks import autoattack
-from awp_jax.attacks import fab
-from awp_jax.attacks import fixed_step
-from awp_jax.attacks import spsa
-from awp_jax.attacks import square
+from awp_jax.attacks import apgd, autoattack, fab, fixed_step, spsa, square
 from awp_jax.attacks.evaluation import Options, evaluate
 from awp_jax.attacks.results import RobustnessWarning, confidence_interval
 from awp_jax.objectives import cw_margin
@@ -28,7 +23,7 @@ NORMS = ('Linf', 'L2', 'L1')
 RADII = {'Linf': 0.03, 'L2': 0.25, 'L1': 1.5}
 
 
-def problem(count=24, shape=(8, 6, 3), classes=5, seed=0):
+def problem(count=24, shape=(6, 5, 3), classes=5, seed=0):
   """A random two-layer network and images that it gets right, by definition."""
   rng = np.random.default_rng(seed)
   size = int(np.prod(shape))
@@ -47,7 +42,7 @@ def short(name, steps=12):
   """Each attack with a small budget."""
   return {
       'apgd-ce': lambda: apgd.apgd_spec(
-          'apgd-ce', loss='ce', num_steps=steps, restarts=2, large_start=True),
+          'apgd-ce', loss='ce', num_steps=steps, restarts=2),
       'apgd-dlr': lambda: apgd.apgd_spec(
           'apgd-dlr', loss='dlr', num_steps=steps),
       'apgd-t': lambda: apgd.apgd_spec(
@@ -299,7 +294,7 @@ def test_warns_of_logits_that_are_not_finite():
     return jnp.where(bad, jnp.nan, logits_fn(x))
 
   found = warnings_of(broken, images, labels)
-  assert found['non-finite'].count == 3
+  assert found['non-finite'].num_examples == 3
 
 
 @pytest.mark.parametrize('classes', (2, 3))
@@ -406,7 +401,8 @@ def bad_calls():
   nan[0, 0, 0, 0] = np.nan
   fine = dict(logits_fn=logits_fn, images=images, labels=labels)
   return {
-      'label too large': (dict(labels=labels + 9), r'labels must lie in \[0, 5'),
+      'label too large': (
+          dict(labels=labels + 9), r'labels must lie in \[0, 5'),
       'label negative': (dict(labels=labels - 9), r'labels must lie in \[0, 5'),
       'label count': (dict(labels=labels[:2]), r'shape \(4,\)'),
       'label dtype': (dict(labels=labels * 1.0), 'must be integers'),

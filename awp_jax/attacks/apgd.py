@@ -31,9 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax import checks
-from awp_jax.attacks import apgd_steps
-from awp_jax.attacks import engine
-from awp_jax.attacks import evaluation
+from awp_jax.attacks import apgd_steps, engine, evaluation
 from awp_jax.attacks.apgd_steps import APGDState
 from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
 from awp_jax.attacks.model import Model

@@ -129,7 +129,8 @@ def _pick(mask: Array, new: Array, old: Array) -> Array:
   return jnp.where(_column(mask, new), new, old)
 
 
-def _project(x_adv: Array, x: Array, threat: ThreatModel, radius: Array) -> Array:
+def _project(
+    x_adv: Array, x: Array, threat: ThreatModel, radius: Array) -> Array:
   if threat.norm != 'L1':
     return threat.project(x_adv, x)
   inside = threats.project_l1(

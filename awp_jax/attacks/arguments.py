@@ -33,7 +33,7 @@ def check_images(images: np.ndarray, threat: ThreatModel) -> None:
 
 def check_labels(
     labels: np.ndarray, count: int, num_classes: int) -> None:
-  """Raises ValueError unless labels are `count` integers in [0, num_classes)."""
+  """Raises ValueError unless labels are `count` integers in [0, C)."""
   if labels.shape != (count,):
     raise ValueError(
         f'labels must have shape ({count},), one per image, got '
@@ -47,7 +47,8 @@ def check_labels(
 
 
 def count_classes(
-    logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool) -> int:
+    logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool
+) -> int:
   """C, by tracing the model once; nothing is compiled.
 
   Args:
@@ -63,15 +64,16 @@ def count_classes(
   """
   spec = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
   keys = (jax.random.key(0),) if takes_key else ()
-  shape = jax.eval_shape(logits_fn, spec, *keys)
-  if not hasattr(shape, 'shape') or len(shape.shape) != 2 or shape.shape[0] != 2:
+  logits = jax.eval_shape(logits_fn, spec, *keys)
+  shape = getattr(logits, 'shape', ())
+  if len(shape) != 2 or shape[0] != 2:
     raise ValueError(
         'logits_fn must map images [B, ...] to one array of logits [B, C], got '
-        f'{shape} for images of shape {spec.shape}.')
-  if shape.shape[1] < 2:
+        f'{logits} for images of shape {spec.shape}.')
+  if shape[1] < 2:
     raise ValueError(
-        f'logits_fn must tell at least 2 classes apart, got {shape.shape[1]}.')
-  return int(shape.shape[1])
+        f'logits_fn must tell at least 2 classes apart, got {shape[1]}.')
+  return int(shape[1])
 
 
 def check_specs(specs: Sequence[AttackSpec], rank: int) -> None:

@@ -24,11 +24,11 @@ _SQUARE_GAIN = 0.002
 
 
 def warn(
-    kind: WarningKind, message: str, attack: str = '', count: int = 0
+    kind: WarningKind, message: str, attack: str = '', num_examples: int = 0
 ) -> AttackWarning:
   """Emits a `RobustnessWarning` and returns its record."""
   warnings.warn(message, RobustnessWarning, stacklevel=4)
-  return AttackWarning(kind, message, attack, count)
+  return AttackWarning(kind, message, attack, num_examples)
 
 
 def _apart(left: Any, right: Any) -> np.ndarray:
@@ -73,7 +73,7 @@ def check_randomized(
   return [warn(
       'randomized', 'the model gives different logits for the same images: a '
       "randomised defence. Give it a key, use version='rand' and "
-      'Options(takes_key=True).', count=differing)]
+      'Options(takes_key=True).', num_examples=differing)]
 
 
 def check_batch_dependence(
@@ -92,7 +92,7 @@ def check_batch_dependence(
   return [warn(
       'batch-dependent', f'the logits of {apart.sum()} of {half} images depend '
       'on the other images of the batch (BatchNorm in train mode?): no verdict '
-      'on one example means anything.', count=int(apart.sum()))]
+      'on one example means anything.', num_examples=int(apart.sum()))]
 
 
 def check_logits(logits: np.ndarray) -> tuple[int, bool]:
@@ -110,9 +110,9 @@ def about_logits(not_finite: int, probable: bool) -> list[AttackWarning]:
   found = []
   if not_finite:
     found.append(warn(
-        'non-finite', f'the logits of {not_finite} images are not finite. Those '
-        'count as misclassified, and no attack can count on such logits.',
-        count=not_finite))
+        'non-finite', f'the logits of {not_finite} images are not finite. '
+        'Those count as misclassified, and no attack can count on such logits.',
+        num_examples=not_finite))
   if probable:
     found.append(warn(
         'probabilities', 'the outputs are probabilities, not logits: their '
@@ -137,7 +137,7 @@ def check_classes(
     if told:
       found.append(warn(
           'few-classes', f'{spec.name} with {num_classes} classes: '
-          f'{"; ".join(told)}.', spec.name, num_classes))
+          f'{"; ".join(told)}.', spec.name))
   return found
 
 

@@ -85,6 +85,7 @@ class BuildAttack(Protocol):
   """Makes an attack on a model within a threat model."""
 
   def __call__(self, model: Model, threat: ThreatModel, /) -> Attack:
+    """Makes the attack; compiles nothing yet."""
     ...
 
 

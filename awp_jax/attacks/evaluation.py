@@ -1,4 +1,4 @@
-"""Runs a list of attacks, each on the examples that the ones before left standing.
+"""Runs a list of attacks, each on what the ones before left standing.
 
 The examples lie on the host and stream through the device in batches of one
 fixed size. After each group of examples `Options.progress` hears what happened;
@@ -17,12 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks
-from awp_jax import loops
-from awp_jax.attacks import arguments
-from awp_jax.attacks import diagnostics
-from awp_jax.attacks import engine
-from awp_jax.attacks import results
+from awp_jax import checks, loops
+from awp_jax.attacks import arguments, diagnostics, engine, results
 from awp_jax.attacks.engine import AttackSpec
 from awp_jax.attacks.model import Model, make_model, misclassified
 from awp_jax.attacks.results import AttackResult, AttackWarning, BatchResult
@@ -100,9 +96,13 @@ def _placement(devices: Sequence[jax.Device] | None) -> Callable[[Any], Any]:
 
 
 def _blocks(count: int, size: int) -> Iterator[np.ndarray]:
-  """Rows of one batch after the other; the last is filled up with its last row."""
+  """Rows of one batch after the other; the last repeats its last row."""
   for begin in range(0, count, size):
     yield np.minimum(np.arange(begin, begin + size), count - 1)
+
+
+def _logits(model: Model, keys: Array, images: Array) -> Array:
+  return model.logits(images, keys)
 
 
 def _keys(key: Array, count: int) -> Array:
@@ -140,7 +140,7 @@ def _check_model(
   found = diagnostics.about_logits(natural.not_finite, natural.probable)
   if not takes_key:
     batch = setting.images[rows]
-    logits = lambda images: setting.model.logits(images, keys)
+    logits = functools.partial(_logits, setting.model, keys)
     found += diagnostics.check_randomized(
         logits_fn, logits, setting.place(batch))
     if rows.size > 1:
@@ -306,7 +306,8 @@ def evaluate(
   # and an example's draws must not depend on its neighbours.
   seed = jax.random.bits(key, (2,), jnp.uint32)
   setting = _Setting(
-      jax.random.wrap_key_data(seed, impl='threefry2x32'), model, threat, images, labels.astype(np.int32),
+      jax.random.wrap_key_data(seed, impl='threefry2x32'), model, threat,
+      images, labels.astype(np.int32),
       engine.batch_sizes(batch_size, num_devices),
       engine.batch_sizes(_FORWARD_BATCH * batch_size, num_devices), group_size,
       _placement(options.devices))

@@ -18,12 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks
-from awp_jax import loops
+from awp_jax import checks, loops
 from awp_jax import threat as threats
-from awp_jax.attacks import engine
-from awp_jax.attacks import evaluation
-from awp_jax.attacks import hyperplanes
+from awp_jax.attacks import engine, evaluation, hyperplanes
 from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
 from awp_jax.attacks.model import Gradients, Model, misclassified
 from awp_jax.threat import ThreatModel
@@ -47,7 +44,7 @@ class FABState(NamedTuple):
 
 
 class _Boundary(NamedTuple):
-  """A linearised boundary: value z_k - z_y, its gradient, the distance to it."""
+  """A linearised boundary: z_k - z_y, its gradient, the distance to it."""
 
   value: Array
   gradient: Array

@@ -5,8 +5,8 @@ an example is broken if the *last* iterate of a run is misclassified. With a
 second model as the source of the gradients it is a transfer attack.
 """
 
-import functools
 from collections.abc import Callable
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax import checks
-from awp_jax.attacks import engine
-from awp_jax.attacks import evaluation
+from awp_jax.attacks import engine, evaluation
 from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
 from awp_jax.attacks.model import Gradients, Model, make_model
 from awp_jax.threat import ThreatModel

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from awp_jax import loops
-from awp_jax import objectives
+from awp_jax import loops, objectives
 from awp_jax.types import Array
 
 
@@ -20,6 +19,7 @@ class RandomLogitsFn(Protocol):
   """A randomised classifier: (images [B, ...], key) -> logits [B, C]."""
 
   def __call__(self, x: Array, key: Array, /) -> Array:
+    """Maps a batch and a key to logits."""
     ...
 
 

@@ -1,8 +1,8 @@
 """What an evaluation returns: verdicts, who broke what, warnings, intervals.
 
-  >>> interval = confidence_interval(52, 256)
-  >>> [round(bound, 3) for bound in interval]
-  [0.159, 0.257]
+>>> interval = confidence_interval(52, 256)
+>>> [round(bound, 3) for bound in interval]
+[0.159, 0.257]
 """
 
 import math
@@ -29,13 +29,13 @@ class AttackWarning(NamedTuple):
     kind: which of `WarningKind`.
     message: what was seen, and what to do about it.
     attack: the attack that saw it; '' for the checks made beforehand.
-    count: how many examples (for 'few-classes', classes) it concerns.
+    num_examples: how many it concerns; 0 where that is not the point.
   """
 
   kind: WarningKind
   message: str
   attack: str
-  count: int
+  num_examples: int
 
 
 class BatchResult(NamedTuple):

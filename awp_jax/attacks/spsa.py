@@ -16,11 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks
-from awp_jax import loops
-from awp_jax import objectives
-from awp_jax.attacks import engine
-from awp_jax.attacks import evaluation
+from awp_jax import checks, loops, objectives
+from awp_jax.attacks import engine, evaluation
 from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
 from awp_jax.attacks.model import Model, misclassified
 from awp_jax.threat import ThreatModel

@@ -14,12 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks
-from awp_jax import objectives
+from awp_jax import checks, objectives
 from awp_jax import threat as threats
-from awp_jax.attacks import engine
-from awp_jax.attacks import evaluation
-from awp_jax.attacks import square_patterns
+from awp_jax.attacks import engine, evaluation, square_patterns
 from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
 from awp_jax.attacks.model import Model, misclassified
 from awp_jax.attacks.square_patterns import Course, pattern, window_sides
@@ -65,7 +62,7 @@ def _corner(uniform: Array, side: Array, x: Array) -> Array:
 
 def _lay(
     corner: Array, which: Array, flip: Array, table: Array, x: Array) -> Array:
-  """Lays pattern `which` [B] at corner [B, 2], turned where `flip`: [B, H, W, 1]."""
+  """Lays pattern `which` at a corner, turned where `flip`: [B, H, W, 1]."""
   last = table.shape[-1] - 1
   down = jnp.arange(x.shape[1])[None, :] - corner[:, :1]
   across = jnp.arange(x.shape[2])[None, :] - corner[:, 1:]
@@ -101,8 +98,8 @@ def _tiles(keys: Array, x: Array, threat: ThreatModel) -> Array:
   turned = pattern(side, threat.norm).T[down % side][:, across % side]
   here = draws[:, tile[0], tile[1]]
   laid = jnp.where(here[..., -1] > 0, upright, turned)[..., None]
-  delta = (jnp.where(inside[..., None], laid * here[..., :-1], 0)).astype(x.dtype)
-  return _reach(delta, x, threat)
+  delta = jnp.where(inside[..., None], laid * here[..., :-1], 0)
+  return _reach(delta.astype(x.dtype), x, threat)
 
 
 def _reach(delta: Array, x: Array, threat: ThreatModel) -> Array:

@@ -1,4 +1,4 @@
-"""The fixed numbers of Square: how large its windows are, and what fills them."""
+"""The fixed numbers of Square: the size of its windows and what fills them."""
 
 import functools
 import math
