@@ -2,7 +2,7 @@
 
 from awp_jax.attacks.apgd import apgd as apgd
 from awp_jax.attacks.autoattack import auto_attack as auto_attack
-from awp_jax.attacks.evaluation import Options as EvaluationOptions
+from awp_jax.attacks.evaluation import EvalOptions as EvalOptions
 from awp_jax.attacks.fab import fab as fab
 from awp_jax.attacks.fixed_step import cw_attack as cw_attack
 from awp_jax.attacks.fixed_step import transfer_attack as transfer_attack

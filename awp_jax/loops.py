@@ -41,6 +41,28 @@ def repeat(
   return jax.lax.fori_loop(0, num_steps, lambda _, carry: body(carry), init)
 
 
+def repeat_pieces(
+    num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry:
+  """`repeat` for a body made of compiled pieces, called inside `chunked`.
+
+  On the CPU the pieces run one by one, so nothing is compiled here.
+
+  Args:
+    num_steps: how often.
+    body: as for `repeat`.
+    init: the first carry.
+
+  Returns:
+    As `repeat`.
+  """
+  if not unrolls():
+    return repeat(num_steps, body, init)
+  carry = init
+  for _ in range(num_steps):
+    carry = body(carry)
+  return carry
+
+
 #: Iterations of an open-ended loop that one compiled call makes off the CPU.
 CHUNK = 10
 
@@ -63,3 +85,8 @@ def chunked(body: Callable[[Carry], Carry]) -> Callable[[Carry], Carry]:
     return body
   return jax.jit(
       lambda carry: jax.lax.fori_loop(0, CHUNK, lambda _, c: body(c), carry))
+
+
+def chunk_size() -> int:
+  """How many iterations one call of a `chunked` loop makes."""
+  return 1 if unrolls() else CHUNK

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.attacks import autoattack
-from awp_jax.attacks.evaluation import Options
+from awp_jax.attacks.evaluation import EvalOptions
 from awp_jax.objectives import cw_margin
 from awp_jax.threat import ThreatModel
 
@@ -60,7 +60,7 @@ def compare(data: Any, count: int, batch_size: int | None) -> None:
       result = autoattack.auto_attack(
           jax.random.key(0), logits_fn, images, labels, threat,
           attacks=ATTACKS if name == 'robust' else (name,),
-          options=Options(batch_size=batch_size, check_model=False))
+          options=EvalOptions(batch_size=batch_size, check_model=False))
       seconds = time.perf_counter() - begin
       reference = data[f'{threat.norm}/{name}'][:count]
       differ = np.flatnonzero(reference != result.robust)

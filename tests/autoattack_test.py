@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from awp_jax.attacks import apgd, autoattack, fab, fixed_step, spsa, square
-from awp_jax.attacks.evaluation import Options, evaluate
+from awp_jax.attacks.evaluation import EvalOptions, evaluate
 from awp_jax.attacks.results import RobustnessWarning, confidence_interval
 from awp_jax.objectives import cw_margin
 from awp_jax.threat import ThreatModel
@@ -60,7 +60,7 @@ def short(name, steps=12):
 
 SHORT = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square', 'pgd',
          'spsa')
-SMALL = Options(batch_size=8, check_model=False)
+SMALL = EvalOptions(batch_size=8, check_model=False)
 
 
 def check_examples(result, logits_fn, images, labels, threat):
@@ -125,7 +125,7 @@ def test_verdicts_do_not_depend_on_the_batch():
   specs = [short(name) for name in ('apgd-ce', 'fab-t', 'square')]
   robust = [
       evaluate(KEY, logits_fn, images, labels, threat, (spec,),
-               options=Options(batch_size=size, check_model=False)).robust
+               options=EvalOptions(batch_size=size, check_model=False)).robust
       for spec in specs for size in (5, 32)]
   for one, other in zip(robust[::2], robust[1::2], strict=True):
     np.testing.assert_array_equal(one, other)
@@ -147,7 +147,7 @@ def test_resumes_with_the_same_result():
   def run(progress=None, done=(), group_size=7):
     return evaluate(
         KEY, logits_fn, images, labels, threat, specs,
-        options=Options(
+        options=EvalOptions(
             batch_size=4, group_size=group_size, progress=progress, done=done,
             check_model=False))
 
@@ -174,7 +174,7 @@ def test_recompiles_for_no_count():
   evaluate(
       KEY, counted, images, labels, ThreatModel('Linf', 0.03),
       (short('apgd-ce'), short('apgd-dlr')),
-      options=Options(batch_size=8, check_model=False))
+      options=EvalOptions(batch_size=8, check_model=False))
   # One trace for the classes, one for logits, one for gradients.
   assert len(traces) == 3, traces
 
@@ -193,7 +193,7 @@ def test_memory_does_not_grow_with_the_examples():
         KEY, logits_fn, images[:count], labels[:count],
         ThreatModel('Linf', 0.1),
         attacks=(short('apgd-ce', 5), short('fab-t', 3), short('square', 1)),
-        options=Options(
+        options=EvalOptions(
             batch_size=256, progress=measure, keep_images=False,
             check_model=False))
     assert result.adversarial is None
@@ -216,7 +216,7 @@ def test_quantised_inputs_are_flagged_and_broken_by_square():
             fixed_step.pgd_spec(
                 'pgd', step_size=0.01, num_steps=10, random_start=False),
             square.square_spec(num_queries=300)),
-        options=Options(batch_size=16))
+        options=EvalOptions(batch_size=16))
   kinds = {w.kind for w in result.warnings}
   assert {'zero-gradients', 'square-stronger'} <= kinds
   assert len(caught) >= 2
@@ -240,7 +240,7 @@ def test_saturated_softmax_is_flagged_and_broken_by_square():
             fixed_step.pgd_spec(
                 'pgd', step_size=0.01, num_steps=10, random_start=False),
             square.square_spec(num_queries=1000)),
-        options=Options(batch_size=16))
+        options=EvalOptions(batch_size=16))
   kinds = {w.kind for w in result.warnings}
   assert {'probabilities', 'zero-gradients', 'square-stronger'} <= kinds
   assert len(result.attacks[0].broken) == 0
@@ -253,7 +253,7 @@ def warnings_of(logits_fn, images, labels, attack='apgd-ce'):
     warnings.simplefilter('ignore')
     result = evaluate(
         KEY, logits_fn, images, labels, ThreatModel('Linf', 0.01),
-        (short(attack, 2),), options=Options(batch_size=8))
+        (short(attack, 2),), options=EvalOptions(batch_size=8))
   return {w.kind: w for w in result.warnings}
 
 
@@ -304,7 +304,7 @@ def test_few_classes(classes):
   with pytest.warns(RobustnessWarning, match=f'with {classes} classes'):
     result = evaluate(
         KEY, logits_fn, images, labels, threat,
-        [short(name) for name in SHORT[:6]], options=Options(batch_size=8))
+        [short(name) for name in SHORT[:6]], options=EvalOptions(batch_size=8))
   check_examples(result, logits_fn, images, labels, threat)
   assert result.attacks[0].robust_accuracy < 0.9
   assert any(w.kind == 'few-classes' for w in result.warnings)
@@ -350,7 +350,7 @@ def test_rand_averages_over_keys():
   result = autoattack.auto_attack(
       KEY, noisy, images, labels, ThreatModel('Linf', 0.1), version='rand',
       attacks=(short('apgd-ce', 6),),
-      options=Options(batch_size=12, takes_key=True, num_draws=3))
+      options=EvalOptions(batch_size=12, takes_key=True, num_draws=3))
   assert result.robust_accuracy < 0.6
 
 
@@ -422,7 +422,7 @@ def bad_calls():
       'no attacks': (dict(attacks=()), 'at least one'),
       'square on vectors': (
           dict(images=images.reshape(4, -1)), 'Leave it out'),
-      'batch size': (dict(options=Options(batch_size=0)), 'batch_size'),
+      'batch size': (dict(options=EvalOptions(batch_size=0)), 'batch_size'),
   }, fine
 
 
@@ -480,7 +480,7 @@ results = [
     t.evaluate(
         t.KEY, logits_fn, images, labels, t.ThreatModel('Linf', 0.03),
         [t.short(n) for n in ('apgd-ce', 'fab-t', 'square')],
-        options=t.Options(batch_size=8, devices=devices, check_model=False))
+        options=t.EvalOptions(batch_size=8, devices=devices, check_model=False))
     for devices in (None, jax.devices())]
 np.testing.assert_array_equal(results[0].robust, results[1].robust)
 np.testing.assert_allclose(
@@ -521,7 +521,7 @@ def test_verdicts_of_the_reference(norm, radius):
       KEY, logits_fn, images, labels, threat,
       attacks=('apgd-ce', apgd.apgd_spec(
           'apgd-t', loss='dlr-targeted', num_targets=3)),
-      options=Options(batch_size=16, check_model=False))
+      options=EvalOptions(batch_size=16, check_model=False))
   check_examples(result, logits_fn, images, labels, threat)
   after_ce = result.attacks[0].robust_accuracy * count
   assert after_ce <= data[f'{norm}/apgd-ce'][:count].sum() + 1

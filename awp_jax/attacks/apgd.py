@@ -91,7 +91,7 @@ def apgd(
     labels: Array | np.ndarray, threat: ThreatModel, *, loss: Loss = 'ce',
     num_steps: int = 100, restarts: int = 1, num_targets: int = 9,
     large_start: bool = False,
-    options: evaluation.Options | None = None) -> evaluation.AttackResult:
+    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
   """Auto-PGD on a loss of the logits.
 
   Args:

@@ -65,7 +65,7 @@ def count_classes(
   spec = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
   keys = (jax.random.key(0),) if takes_key else ()
   logits = jax.eval_shape(logits_fn, spec, *keys)
-  shape = getattr(logits, 'shape', ())
+  shape: tuple[int, ...] = getattr(logits, 'shape', ())
   if len(shape) != 2 or shape[0] != 2:
     raise ValueError(
         'logits_fn must map images [B, ...] to one array of logits [B, C], got '

@@ -24,7 +24,7 @@ from awp_jax import checks
 from awp_jax.attacks import evaluation
 from awp_jax.attacks.apgd import apgd_spec
 from awp_jax.attacks.engine import AttackSpec
-from awp_jax.attacks.evaluation import AttackResult, Options
+from awp_jax.attacks.evaluation import AttackResult, EvalOptions
 from awp_jax.attacks.fab import fab_spec
 from awp_jax.attacks.square import square_spec
 from awp_jax.threat import Norm, ThreatModel
@@ -87,7 +87,7 @@ def auto_attack(
     labels: Array | np.ndarray, threat: ThreatModel, *,
     version: Version = 'standard',
     attacks: Sequence[str | AttackSpec] | None = None,
-    options: Options | None = None) -> AttackResult:
+    options: EvalOptions | None = None) -> AttackResult:
   """Robust accuracy under AutoAttack.
 
   Args:
@@ -106,7 +106,7 @@ def auto_attack(
       * 'plus': APGD-CE, APGD-DLR and FAB with 5 restarts each, Square, APGD-T
         and FAB-T.
       * 'rand', for randomised models: APGD-CE and APGD-DLR on gradients
-        averaged over 20 draws. See `Options.takes_key`.
+        averaged over 20 draws. See `EvalOptions.takes_key`.
       * 'fast': APGD-CE and APGD-T alone. In nine published logs of 'standard'
         these two fix the robust accuracy to within 0.02 percentage points, in
         24 to 33 % of the time. It can be wrong by far more on a model that
@@ -129,7 +129,7 @@ def auto_attack(
     Ensemble of Diverse Parameter-free Attacks, ICML 2020.
   """
   checks.one_of('version', version, VERSIONS)
-  options = Options() if options is None else options
+  options = EvalOptions() if options is None else options
   chosen = VERSIONS[version] if attacks is None else attacks
   specs = tuple(
       make_specs((a,), threat.norm, version)[0] if isinstance(a, str) else a

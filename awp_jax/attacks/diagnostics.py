@@ -73,7 +73,7 @@ def check_randomized(
   return [warn(
       'randomized', 'the model gives different logits for the same images: a '
       "randomised defence. Give it a key, use version='rand' and "
-      'Options(takes_key=True).', num_examples=differing)]
+      'EvalOptions(takes_key=True).', num_examples=differing)]
 
 
 def check_batch_dependence(

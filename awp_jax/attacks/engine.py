@@ -153,6 +153,10 @@ class _Places(NamedTuple):
   run: np.ndarray
 
 
+#: Iterations at one batch size before another is worth compiling.
+_SHRINK_AFTER = 64
+
+
 def batch_sizes(batch_size: int, num_devices: int) -> tuple[int, ...]:
   """The full batch and the smaller ones that the end of a queue shrinks to.
 
@@ -230,14 +234,15 @@ def _tasks(
 
 
 def _fill(
-    places: _Places, tasks: Iterator[tuple[int, int]], sizes: tuple[int, ...]
-) -> tuple[_Places, np.ndarray, np.ndarray]:
+    places: _Places, tasks: Iterator[tuple[int, int]], sizes: tuple[int, ...],
+    may_shrink: bool) -> tuple[_Places, np.ndarray, np.ndarray]:
   """Puts tasks into idle places; shrinks the batch when the queue runs dry.
 
   Args:
     places: what sits where.
     tasks: the queue.
     sizes: the batch sizes allowed, largest first.
+    may_shrink: whether the size may change now.
 
   Returns:
     The next places, the old row of each, and which of them are fresh.
@@ -255,7 +260,7 @@ def _fill(
   rows = np.arange(example.size)
   occupied = int(np.sum(example >= 0))
   size = min((s for s in sizes if s >= occupied), default=example.size)
-  if dry and size < example.size:
+  if dry and may_shrink and size < example.size:
     # Idle places last, in their old order otherwise.
     rows = np.argsort(example < 0, kind='stable')[:size]
   return _Places(example[rows], run[rows]), rows, fresh[rows]
@@ -307,8 +312,10 @@ def attack_group(
   width = min((s for s in sizes if s >= count), default=sizes[0])
   places = _Places(np.full(width, -1), np.zeros(width, int))
   carry: _Carry | None = None
+  steps = 0
   while True:
-    filled = _fill(places, tasks, sizes)
+    filled = _fill(places, tasks, sizes, steps >= _SHRINK_AFTER)
+    steps = steps if filled[0].run.size == places.run.size else 0
     places = filled[0]
     occupied = places.example >= 0
     if not occupied.any():
@@ -319,6 +326,7 @@ def attack_group(
     pair = (carry, place(over))
     while np.sum(over & occupied) < patience:
       pair = advance(pair)
+      steps += loops.chunk_size()
       over = np.asarray(pair[1])
     carry = pair[0]
     won = occupied & np.asarray(carry.found.broken)

@@ -1,9 +1,9 @@
 """Runs a list of attacks, each on what the ones before left standing.
 
 The examples lie on the host and stream through the device in batches of one
-fixed size. After each group of examples `Options.progress` hears what happened;
-handed back as `Options.done`, those records resume an evaluation where it was
-interrupted, with the same result.
+fixed size. After each group of examples `EvalOptions.progress` hears what
+happened; handed back as `EvalOptions.done`, those records resume an evaluation
+where it was interrupted, with the same result.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ _BATCHES_PER_GROUP = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class EvalOptions:
   """How examples stream through an evaluation; none changes what is attacked.
 
   Attributes:
@@ -209,7 +209,7 @@ def _taken_over(
     record: BatchResult, spec: AttackSpec, indices: np.ndarray) -> BatchResult:
   if record.attack != spec.name or not np.array_equal(record.indices, indices):
     raise ValueError(
-        'Options.done belongs to another evaluation: it holds '
+        'EvalOptions.done belongs to another evaluation: it holds '
         f'{record.attack} on {len(record.indices)} examples where '
         f'{spec.name} on {len(indices)} is due. The arguments, batch and group '
         'sizes must be those of the interrupted run.')
@@ -218,7 +218,7 @@ def _taken_over(
 
 def _run(
     setting: _Setting, natural: _Natural, specs: Sequence[AttackSpec],
-    options: Options, found: list[AttackWarning]) -> AttackResult:
+    options: EvalOptions, found: list[AttackWarning]) -> AttackResult:
   robust = natural.correct.copy()
   adversarial = setting.images.copy() if options.keep_images else None
   done = iter(options.done)
@@ -257,7 +257,7 @@ def _run(
 def evaluate(
     key: Array, logits_fn: Callable[..., Array], images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel,
-    specs: Sequence[AttackSpec], *, options: Options | None = None
+    specs: Sequence[AttackSpec], *, options: EvalOptions | None = None
 ) -> AttackResult:
   """Runs attacks one after the other, each on what still stands.
 
@@ -278,7 +278,7 @@ def evaluate(
   Raises:
     ValueError: for arguments that are not as above, before anything compiles.
   """
-  options = Options() if options is None else options
+  options = EvalOptions() if options is None else options
   # Arrays in a file mapped into memory stay there.
   images = np.asanyarray(images)
   labels = np.asarray(labels)

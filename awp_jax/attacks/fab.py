@@ -111,7 +111,7 @@ def _nearest_boundary(
 
   far = jnp.full(state.time.shape, jnp.inf, jnp.float32)
   none = _Boundary(jnp.zeros_like(far), jnp.zeros_like(state.x), far)
-  return loops.repeat(model.num_classes, look, (jnp.int32(0), none))[1]
+  return loops.repeat_pieces(model.num_classes, look, (jnp.int32(0), none))[1]
 
 
 @functools.partial(jax.jit, static_argnames=('threat',))
@@ -202,7 +202,7 @@ def fab(
     key: Array, logits_fn: Any, images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel, *, targeted: bool = False,
     num_steps: int = 100, restarts: int = 1, num_targets: int = 9,
-    options: evaluation.Options | None = None) -> evaluation.AttackResult:
+    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
   """The FAB attack, which looks for the nearest misclassified point.
 
   Args:

@@ -110,7 +110,7 @@ def cw_attack(
     key: Array, logits_fn: Callable[..., Array], images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel, *, step_size: float,
     num_steps: int = 100, restarts: int = 1,
-    options: evaluation.Options | None = None) -> evaluation.AttackResult:
+    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
   """CW_inf as the robustness literature runs it: PGD on the margin loss.
 
   Args:
@@ -142,7 +142,7 @@ def transfer_attack(
     key: Array, source_fn: LogitsFn, logits_fn: Callable[..., Array],
     images: Array | np.ndarray, labels: Array | np.ndarray,
     threat: ThreatModel, *, step_size: float, num_steps: int = 20,
-    loss: Loss = 'ce', options: evaluation.Options | None = None
+    loss: Loss = 'ce', options: evaluation.EvalOptions | None = None
 ) -> evaluation.AttackResult:
   """Examples made on one model, judged by another.
 

@@ -204,6 +204,6 @@ def make_model(
     zeros = Gradients(
         jnp.zeros_like(images), jnp.zeros(labels.shape, jnp.float32),
         jnp.zeros(labels.shape, bool))
-    return loops.repeat(num_draws, draw, (jnp.int32(0), zeros))[1]
+    return loops.repeat_pieces(num_draws, draw, (jnp.int32(0), zeros))[1]
 
   return Model(jax.jit(apply), gradients, num_classes)

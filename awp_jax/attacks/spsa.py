@@ -120,7 +120,7 @@ def spsa_spec(
         return turn + 1, total
 
       begin = (jnp.int32(0), jnp.zeros_like(state.x))
-      return loops.repeat(pairs, sample, begin)[1]
+      return loops.repeat_pieces(pairs, sample, begin)[1]
 
     def step(examples: Examples, state: SPSAState) -> tuple[Any, Report]:
       keys = engine.step_keys(examples.keys, state.time)
@@ -140,7 +140,7 @@ def spsa(
     key: Array, logits_fn: Any, images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel, *, num_steps: int = 100,
     num_samples: int = 256, radius: float = 0.001, step_size: float = 0.01,
-    options: evaluation.Options | None = None) -> evaluation.AttackResult:
+    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
   """SPSA, an attack without gradients that climbs the margin.
 
   Args:

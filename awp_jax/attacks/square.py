@@ -240,7 +240,7 @@ def square(
     key: Array, logits_fn: Any, images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel, *,
     num_queries: int = 5000, p_init: float = 0.8, restarts: int = 1,
-    rescale: bool = False, options: evaluation.Options | None = None
+    rescale: bool = False, options: evaluation.EvalOptions | None = None
 ) -> evaluation.AttackResult:
   """Square Attack: random search, which masked gradients do not stop.
 
