@@ -54,7 +54,7 @@ _NAMES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
 
 
 def load(weights: Any) -> PreActResNet18:
-  """A network in eval mode from flat Flax variables, 'params/conv1/kernel'..."""
+  """A network in eval mode from flat Flax variables, params/conv1/kernel."""
   state = {}
   for path in weights:
     *parts, leaf = path.split('/')[1:]

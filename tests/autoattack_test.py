@@ -58,8 +58,6 @@ def short(name, steps=12):
   }[name]()
 
 
-SHORT = ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square', 'pgd',
-         'spsa')
 SMALL = EvalOptions(batch_size=8, check_model=False)
 
 
@@ -82,9 +80,16 @@ def check_examples(result, logits_fn, images, labels, threat):
   np.testing.assert_allclose(largest, far.max(), rtol=1e-4)
 
 
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('name', SHORT)
-def test_each_attack_in_each_norm(name, norm):
+#: Every attack, and in every norm those whose steps differ between norms.
+MATRIX = (
+    *((name, norm) for name in ('apgd-ce', 'fab-t', 'square')
+      for norm in NORMS),
+    ('apgd-dlr', 'Linf'), ('apgd-t', 'L2'), ('fab', 'Linf'), ('pgd', 'L1'),
+    ('pgd', 'Linf'), ('spsa', 'L2'))
+
+
+@pytest.mark.parametrize('name, norm', MATRIX)
+def test_each_attack_in_its_norms(name, norm):
   logits_fn, images, labels = problem()
   threat = ThreatModel(norm, RADII[norm])
   result = evaluate(
@@ -304,7 +309,8 @@ def test_few_classes(classes):
   with pytest.warns(RobustnessWarning, match=f'with {classes} classes'):
     result = evaluate(
         KEY, logits_fn, images, labels, threat,
-        [short(name) for name in SHORT[:6]], options=EvalOptions(batch_size=8))
+        [short(name) for name in ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab')],
+        options=EvalOptions(batch_size=8))
   check_examples(result, logits_fn, images, labels, threat)
   assert result.attacks[0].robust_accuracy < 0.9
   assert any(w.kind == 'few-classes' for w in result.warnings)
@@ -320,7 +326,7 @@ def test_targeted_attacks_alone_break_few_classes():
       assert result.robust_accuracy < 0.7
 
 
-@pytest.mark.parametrize('shape', ((7,), (5, 3), (2, 3, 4, 2)))
+@pytest.mark.parametrize('shape', ((7,), (2, 3, 4, 2)))
 def test_inputs_of_any_rank(shape):
   logits_fn, images, labels = problem(shape=shape)
   threat = ThreatModel('L2', 0.3)
@@ -330,8 +336,9 @@ def test_inputs_of_any_rank(shape):
   check_examples(result, logits_fn, images, labels, threat)
 
 
-@pytest.mark.parametrize('norm', NORMS)
-@pytest.mark.parametrize('shape', ((4, 9, 1), (11, 3, 2), (1, 1, 3)))
+@pytest.mark.parametrize('shape, norm', (
+    ((4, 9, 1), 'L2'), ((11, 3, 2), 'L1'), ((1, 1, 3), 'Linf'),
+    ((1, 2, 1), 'L2')))
 def test_square_on_any_image(shape, norm):
   logits_fn, images, labels = problem(8, shape=shape)
   threat = ThreatModel(norm, 0.5)
