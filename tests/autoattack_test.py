@@ -150,7 +150,7 @@ def test_resumes_with_the_same_result():
   specs = [short(name) for name in ('apgd-ce', 'square')]
   records = []
 
-  def run(progress=None, done=(), group_size=8):
+  def run(progress=None, done=(), group_size=6):
     return evaluate(
         KEY, logits_fn, images, labels, threat, specs,
         options=EvalOptions(
@@ -158,7 +158,7 @@ def test_resumes_with_the_same_result():
             check_model=False))
 
   whole = run(records.append)
-  assert len(records) > 4
+  assert len(records) > 4, records
   for kept in (1, 4):
     late = []
     again = run(late.append, done=records[:kept])
