@@ -1,8 +1,20 @@
 """Adversarial weight perturbation and robust training for JAX and Flax."""
 
+from awp_jax.attacks.apgd import apgd as apgd
+from awp_jax.attacks.autoattack import auto_attack as auto_attack
+from awp_jax.attacks.evaluation import EvalOptions as EvalOptions
+from awp_jax.attacks.fab import fab as fab
+from awp_jax.attacks.fixed_step import cw_attack as cw_attack
+from awp_jax.attacks.fixed_step import transfer_attack as transfer_attack
 from awp_jax.attacks.pgd import fgsm as fgsm
 from awp_jax.attacks.pgd import pgd as pgd
 from awp_jax.attacks.pgd import pgd_with_state as pgd_with_state
+from awp_jax.attacks.results import AttackResult as AttackResult
+from awp_jax.attacks.results import BatchResult as BatchResult
+from awp_jax.attacks.results import RobustnessWarning as RobustnessWarning
+from awp_jax.attacks.results import confidence_interval as confidence_interval
+from awp_jax.attacks.spsa import spsa as spsa
+from awp_jax.attacks.square import square as square
 from awp_jax.objectives import Objective as Objective
 from awp_jax.objectives import cross_entropy as cross_entropy
 from awp_jax.objectives import cw_margin as cw_margin

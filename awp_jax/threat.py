@@ -2,7 +2,7 @@
 
 For an input x the adversary picks x' from
 
-  { x' :  |x' - x|_p <= epsilon,   lower <= x'_i <= upper },   p = inf or 2,
+  { x' :  |x' - x|_p <= epsilon,   lower <= x'_i <= upper },   p = inf, 2, 1,
 
 where the norm runs over everything but the first (batch) axis. Whatever an
 attack has to know of that set stands here: how to start in it, which way is
@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from awp_jax import checks
 from awp_jax.types import Array
 
-Norm = Literal['Linf', 'L2']
-NORMS: tuple[Norm, ...] = ('Linf', 'L2')
+Norm = Literal['Linf', 'L2', 'L1']
+NORMS: tuple[Norm, ...] = ('Linf', 'L2', 'L1')
 
 
 def _over_features(x: Array) -> tuple[int, ...]:
@@ -76,6 +76,95 @@ def unit_l2(x: Array, floor: float = 0.0) -> Array:
   return (scaled / (norms + floor / scale)).astype(x.dtype)
 
 
+def l1_norms(x: Array) -> Array:
+  """Sum of absolute values of each example, |x_i|_1, shape [B, 1, ..., 1]."""
+  wide = jnp.abs(x.astype(_accumulation_dtype(x)))
+  return jnp.sum(wide, axis=_over_features(x), keepdims=True)
+
+
+def sparse_signs(gradient: Array, share: float | Array) -> Array:
+  """The signs of the largest entries of each gradient, of unit L1 norm.
+
+  An L_1 step onto the single largest entry would be the steepest, but the box
+  stops it at once; spread over the largest few it gets further.
+
+  Args:
+    gradient: [B, ...].
+    share: the fraction of the entries that moves, in [0, 1], one number or [B];
+      at least one entry does. Entries tied with the last of them move as well.
+
+  Returns:
+    Steps like `gradient`; zero where the gradient is.
+  """
+  size = gradient[0].size
+  flat = jnp.abs(gradient).reshape(-1, size)
+  shares = jnp.broadcast_to(jnp.asarray(share, flat.dtype), flat.shape[:1])
+  first = jnp.clip((1 - shares) * size, 0, size - 1).astype(jnp.int32)
+  floor = jnp.take_along_axis(jnp.sort(flat, axis=-1), first[:, None], axis=-1)
+  kept = jnp.where(flat >= floor, jnp.sign(gradient.reshape(-1, size)), 0)
+  moved = jnp.maximum(jnp.sum(jnp.abs(kept), axis=-1, keepdims=True), 1)
+  return (kept / moved).reshape(gradient.shape)
+
+
+#: Halvings of the interval that holds the shrinkage of an L1 projection; a
+#: last exact step on the linear piece found follows.
+_HALVINGS = 30
+
+
+def project_l1(
+    delta: Array, x: Array, epsilon: float | Array, lower: float = 0.0,
+    upper: float = 1.0) -> Array:
+  """The nearest d to `delta` with |d|_1 <= epsilon and x + d inside the box.
+
+    d_i = sign(delta_i) clip(|delta_i| - a, 0, c_i)
+
+  with c_i the smaller of |delta_i| and the room to the box, and a >= 0 the
+  smallest shrinkage for which the sum of |d_i| is at most epsilon. That sum is
+  piecewise linear and falls with a, so halving finds the piece.
+
+  Args:
+    delta: [B, ...].
+    x: inputs of the same shape, inside the box.
+    epsilon: the radius, > 0, one number or [B].
+    lower: the smallest value of an entry of x + d.
+    upper: the largest.
+
+  Returns:
+    Perturbations like `delta`.
+  """
+  axes = _over_features(x)
+  shape = (-1,) + (1,) * len(axes)
+  radius = jnp.asarray(epsilon, delta.dtype).reshape(shape)
+  size = jnp.abs(delta)
+  room = jnp.maximum(jnp.where(delta > 0, upper - x, x - lower), 0)
+  cap = jnp.minimum(size, room)
+
+  def excess(shrink: Array) -> Array:
+    left = jnp.clip(size - shrink, 0, cap)
+    return jnp.sum(left, axis=axes, keepdims=True) - radius
+
+  def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = bounds
+    middle = (low + high) / 2
+    outside = excess(middle) > 0
+    return jnp.where(outside, middle, low), jnp.where(outside, high, middle)
+
+  high = jnp.max(size, axis=axes, keepdims=True)
+  low = jnp.zeros_like(high)
+  low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))
+  sliding = (size > high) & (size - high < cap)
+  slope = jnp.maximum(jnp.sum(sliding, axis=axes, keepdims=True), 1)
+  shrink = jnp.clip(high + excess(high) / slope, low, high)
+  shrink = jnp.where(excess(jnp.zeros_like(high)) > 0, shrink, 0)
+  inside = jnp.clip(size - shrink, 0, cap)
+  total = jnp.sum(inside, axis=axes, keepdims=True)
+  inside = inside * jnp.minimum(1, radius / jnp.maximum(total, radius))
+  return jnp.sign(delta) * inside
+
+
+#: The share of the entries that a plain L1 step moves; APGD starts with it too.
+L1_SHARE = 0.2
+
 #: PyTorch's `renorm` adds this to the norm that it divides by. Kept, because it
 #: also keeps the rounding of float32 from ending outside of the ball.
 _RENORM_MARGIN = 1e-7
@@ -86,7 +175,7 @@ class ThreatModel:
   """The l_p ball of radius `epsilon` around an input, within a box.
 
   Attributes:
-    norm: 'Linf' or 'L2'.
+    norm: 'Linf', 'L2' or 'L1'.
     epsilon: the radius, > 0, in the units of the inputs (pixels in [0, 1]:
       8 / 255 and 128 / 255 are usual on CIFAR-10).
     lower: the smallest value that an entry of an input may take.
@@ -115,6 +204,7 @@ class ThreatModel:
     L_inf: every entry uniform in [-epsilon, epsilon]. L_2: a uniform
     direction, and a length uniform in [0, epsilon], as the reference draws it
     (a uniform *point* of the ball would nearly always lie on its surface).
+    L_1: normal noise, projected onto ball and box.
 
     Args:
       key: a PRNG key.
@@ -126,6 +216,8 @@ class ThreatModel:
     if self.norm == 'Linf':
       delta = jax.random.uniform(
           key, x.shape, x.dtype, -self.epsilon, self.epsilon)
+    elif self.norm == 'L1':
+      return self.project(x + jax.random.normal(key, x.shape, x.dtype), x)
     else:
       direction_key, length_key = jax.random.split(key)
       lengths_shape = x.shape[:1] + (1,) * len(_over_features(x))
@@ -138,28 +230,31 @@ class ThreatModel:
     """The unit step in the ball's norm that a linear loss gains most from.
 
     argmax_{|d| <= 1} <d, g>: sign(g) for L_inf, g / |g|_2 for L_2; zero where
-    the gradient is zero.
+    the gradient is zero. For L_1 the step is spread evenly over the fifth of
+    the entries with the largest |g|, since the box would stop a single one.
 
     Args:
       gradient: [B, ...].
       floor: added to |g|_2 in the division, >= 0, in the units of the gradient;
         some published attacks have one. It shortens the steps of examples whose
-        gradient nearly vanishes. L_inf does without.
+        gradient nearly vanishes. L_inf and L_1 do without.
 
     Returns:
       The steps, shaped like `gradient`.
     """
     if self.norm == 'Linf':
       return jnp.sign(gradient)
+    if self.norm == 'L1':
+      return sparse_signs(gradient, L1_SHARE)
     return unit_l2(gradient, floor)
 
   def project(self, x_adv: Array, x: Array) -> Array:
     """Brings `x_adv` into the ball around `x`, then into the box.
 
-    For L_inf this is the nearest point of the set. For L_2 the two projections
-    in turn, as in the reference: the result lies in ball and box (clipping
-    moves no entry further from `x`, which lies in the box itself), though a
-    nearer point may exist.
+    For L_inf and L_1 this is the nearest point of the set. For L_2 the two
+    projections in turn, as in the reference: the result lies in ball and box
+    (clipping moves no entry further from `x`, which lies in the box itself),
+    though a nearer point may exist.
 
     Args:
       x_adv: perturbed inputs [B, ...].
@@ -170,6 +265,8 @@ class ThreatModel:
     """
     if self.norm == 'Linf':
       near = jnp.clip(x_adv, x - self.epsilon, x + self.epsilon)
+    elif self.norm == 'L1':
+      near = x + project_l1(x_adv - x, x, self.epsilon, self.lower, self.upper)
     else:
       delta = x_adv - x
       norms = l2_norms(delta)
@@ -184,6 +281,8 @@ class ThreatModel:
     delta = x_adv - x
     if self.norm == 'Linf':
       return jnp.max(jnp.abs(delta), axis=_over_features(delta))
+    if self.norm == 'L1':
+      return l1_norms(delta).reshape(delta.shape[0])
     return l2_norms(delta).reshape(delta.shape[0])
 
   def clip(self, x: Array) -> Array:

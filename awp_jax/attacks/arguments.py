@@ -1,0 +1,89 @@
+"""Checks of what is handed to an evaluation, before anything compiles."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from awp_jax.attacks.engine import AttackSpec
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array
+
+
+def check_images(images: np.ndarray, threat: ThreatModel) -> None:
+  """Raises ValueError unless images are [N, ...] floats inside the box."""
+  if images.ndim < 2 or not images.shape[0] or not images[0].size:
+    raise ValueError(
+        'images need at least one example and rank >= 2, [N, ...], got shape '
+        f'{images.shape}.')
+  if not np.issubdtype(images.dtype, np.floating):
+    raise ValueError(
+        f'images must be floating point in [{threat.lower}, {threat.upper}], '
+        f'got {images.dtype}. Bytes need a division by 255.')
+  # In blocks, so that an image file mapped into memory stays on the disk.
+  for begin in range(0, len(images), 1024):
+    block = images[begin:begin + 1024]
+    low, high = float(np.min(block)), float(np.max(block))
+    # Written so that NaN fails as well.
+    if not (low >= threat.lower and high <= threat.upper):
+      raise ValueError(
+          f'images must lie in [{threat.lower}, {threat.upper}] and hold no '
+          f'NaN, got values from {low} to {high}.')
+
+
+def check_labels(
+    labels: np.ndarray, count: int, num_classes: int) -> None:
+  """Raises ValueError unless labels are `count` integers in [0, C)."""
+  if labels.shape != (count,):
+    raise ValueError(
+        f'labels must have shape ({count},), one per image, got '
+        f'{labels.shape}.')
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(f'labels must be integers, got {labels.dtype}.')
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(
+        f'labels must lie in [0, {num_classes}), got {labels.min()} to '
+        f'{labels.max()}.')
+
+
+def count_classes(
+    logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool
+) -> int:
+  """C, by tracing the model once; nothing is compiled.
+
+  Args:
+    logits_fn: the model.
+    images: [N, ...].
+    takes_key: whether the model takes a key as well.
+
+  Returns:
+    The number of classes.
+
+  Raises:
+    ValueError: unless the model gives logits [B, C], C >= 2.
+  """
+  spec = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
+  keys = (jax.random.key(0),) if takes_key else ()
+  logits = jax.eval_shape(logits_fn, spec, *keys)
+  shape: tuple[int, ...] = getattr(logits, 'shape', ())
+  if len(shape) != 2 or shape[0] != 2:
+    raise ValueError(
+        'logits_fn must map images [B, ...] to one array of logits [B, C], got '
+        f'{logits} for images of shape {spec.shape}.')
+  if shape[1] < 2:
+    raise ValueError(
+        f'logits_fn must tell at least 2 classes apart, got {shape[1]}.')
+  return int(shape[1])
+
+
+def check_specs(specs: Sequence[AttackSpec], rank: int) -> None:
+  """Raises ValueError unless names differ and every attack fits the inputs."""
+  names = [spec.name for spec in specs]
+  if not names or len(set(names)) < len(names):
+    raise ValueError(
+        f'attacks must be at least one, each of its own name, got {names}.')
+  for spec in specs:
+    if spec.needs_images and rank != 4:
+      raise ValueError(
+          f'{spec.name} moves squares over images [N, height, width, channels]'
+          f', got inputs of rank {rank}. Leave it out of the attacks.')

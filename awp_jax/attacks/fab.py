@@ -1,0 +1,235 @@
+"""Fast Adaptive Boundary attack: towards the boundary, and back to the image.
+
+With the decision boundary between y and another class linearised at x_k, d and
+e the shortest ways to it from x_k and from the natural image x inside the box,
+
+  x_{k+1} = clip( (1 - a)(x_k + 1.05 d) + a (x + 1.05 e) ),
+  a = min( |d| / (|d| + |e|), 0.1 ).
+
+Once it is misclassified, the point is drawn back to x + 0.9 (x_{k+1} - x). FAB
+minimises the distance; here an example is broken, and leaves, as soon as a
+misclassified point lies inside the ball.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax import checks, loops
+from awp_jax import threat as threats
+from awp_jax.attacks import engine, evaluation, hyperplanes
+from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
+from awp_jax.attacks.model import Gradients, Model, misclassified
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array
+
+_MOST_BIAS = 0.1   # the largest a
+_OVERSHOOT = 1.05  # past the boundary
+_RETREAT = 0.9     # of the way out, once misclassified
+
+
+class FABState(NamedTuple):
+  """One row per example.
+
+  Attributes:
+    x: the point of the next linearisation, [B, ...].
+    time: iterations made, [B].
+  """
+
+  x: Array
+  time: Array
+
+
+class _Boundary(NamedTuple):
+  """A linearised boundary: z_k - z_y, its gradient, the distance to it."""
+
+  value: Array
+  gradient: Array
+  distance: Array
+
+
+def _norm(x: Array, threat: ThreatModel) -> Array:
+  """|x_i|_p, [B]."""
+  return threat.distance(x, jnp.zeros_like(x))
+
+
+@functools.partial(jax.jit, static_argnames=('threat', 'restarts'))
+def start(
+    examples: Examples, threat: ThreatModel, restarts: int) -> FABState:
+  """The image itself; on a restart a random point half way to the sphere."""
+  x = examples.images
+  draw = jax.random.uniform if threat.norm == 'Linf' else jax.random.normal
+  noise = jax.vmap(lambda key: draw(key, x.shape[1:], x.dtype))(examples.keys)
+  if threat.norm == 'Linf':
+    noise = 2 * noise - 1
+  shape = (-1,) + (1,) * (x.ndim - 1)
+  size = jnp.maximum(_norm(noise, threat), 1e-12).reshape(shape)
+  away = threat.clip(x + threat.epsilon / 2 * noise / size)
+  again = (examples.runs % restarts > 0).reshape(shape)
+  return FABState(
+      jnp.where(again, away, x), jnp.zeros(x.shape[0], jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnames=('threat',))
+def _boundary(seen: Gradients, threat: ThreatModel) -> _Boundary:
+  """How far the linearised boundary is, in the norm dual to the ball's."""
+  g = seen.gradient
+  if threat.norm == 'Linf':
+    slope = threats.l1_norms(g).reshape(-1)
+  elif threat.norm == 'L2':
+    slope = threats.l2_norms(g).reshape(-1)
+  else:
+    slope = jnp.max(jnp.abs(g).reshape(g.shape[0], -1), axis=-1)
+  return _Boundary(seen.losses, g, jnp.abs(seen.losses) / (1e-12 + slope))
+
+
+@jax.jit
+def _nearer(best: _Boundary, new: _Boundary, is_label: Array) -> _Boundary:
+  closer = (new.distance < best.distance) & ~is_label
+  rows = closer.reshape((-1,) + (1,) * (new.gradient.ndim - 1))
+  return _Boundary(
+      jnp.where(closer, new.value, best.value),
+      jnp.where(rows, new.gradient, best.gradient),
+      jnp.where(closer, new.distance, best.distance))
+
+
+def _nearest_boundary(
+    model: Model, state: FABState, examples: Examples, keys: Array,
+    threat: ThreatModel) -> _Boundary:
+  """The nearest of all boundaries, a class at a time to spare memory."""
+
+  def look(carry: tuple[Array, _Boundary]) -> tuple[Array, _Boundary]:
+    other, best = carry
+    targets = jnp.zeros_like(examples.labels) + other
+    seen = model.gradients(
+        'difference', state.x, examples.labels, targets, keys)
+    new = _boundary(seen, threat)
+    return other + 1, _nearer(best, new, examples.labels == other)
+
+  far = jnp.full(state.time.shape, jnp.inf, jnp.float32)
+  none = _Boundary(jnp.zeros_like(far), jnp.zeros_like(state.x), far)
+  return loops.repeat_pieces(model.num_classes, look, (jnp.int32(0), none))[1]
+
+
+@functools.partial(jax.jit, static_argnames=('threat',))
+def approach(
+    x: Array, images: Array, value: Array, gradient: Array,
+    threat: ThreatModel) -> Array:
+  """One step to the linearised boundary, biased towards the images.
+
+  Args:
+    x: where the boundary was linearised, [B, ...].
+    images: natural images.
+    value: z_k - z_y at x, [B].
+    gradient: its gradient.
+    threat: norm and box; its radius plays no part.
+
+  Returns:
+    The next points, inside the box.
+  """
+  count = x.shape[0]
+  flat, natural = x.reshape(count, -1), images.reshape(count, -1)
+  w = gradient.reshape(count, -1)
+  b = jnp.sum(w * flat, axis=-1) - value
+  both = hyperplanes.project(
+      jnp.concatenate([flat, natural]), jnp.concatenate([w, w]),
+      jnp.concatenate([b, b]), threat.norm, threat.lower, threat.upper)
+  lengths = jnp.maximum(_norm(both, threat), 1e-8)[:, None]
+  ours, theirs = lengths[:count], lengths[count:]
+  bias = jnp.minimum(ours / (ours + theirs), _MOST_BIAS)
+  mixed = ((flat + _OVERSHOOT * both[:count]) * (1 - bias)
+           + (natural + _OVERSHOOT * both[count:]) * bias)
+  return threat.clip(mixed).reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames=('threat', 'num_steps'))
+def judge(
+    state: FABState, x: Array, logits: Array, boundary: _Boundary,
+    examples: Examples, threat: ThreatModel, num_steps: int
+) -> tuple[FABState, Report]:
+  """Looks whether the new points are adversarial; draws those back."""
+  wrong = misclassified(logits, examples.labels)
+  broken = wrong & (threat.distance(x, examples.images) <= threat.epsilon)
+  rows = wrong.reshape((-1,) + (1,) * (x.ndim - 1))
+  back = examples.images + (x - examples.images) * _RETREAT
+  flat = jnp.all(
+      boundary.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
+  report = Report(
+      x, broken, state.time + 1 >= num_steps, flat & (state.time == 0))
+  return FABState(jnp.where(rows, back, x), state.time + 1), report
+
+
+def fab_spec(
+    name: str, *, targeted: bool, num_steps: int = 100, restarts: int = 1,
+    num_targets: int = 9) -> AttackSpec:
+  """FAB for a list of attacks; the arguments are those of `fab`."""
+  checks.count('num_steps', num_steps)
+  checks.count('restarts', restarts)
+  checks.count('num_targets', num_targets)
+
+  def build(model: Model, threat: ThreatModel) -> Attack:
+
+    def boundary(
+        examples: Examples, state: FABState, keys: Array) -> _Boundary:
+      if not targeted:
+        return _nearest_boundary(model, state, examples, keys, threat)
+      column = (examples.runs // restarts)[:, None]
+      target = jnp.take_along_axis(examples.targets, column, axis=1)[:, 0]
+      return _boundary(model.gradients(
+          'difference', state.x, examples.labels, target, keys), threat)
+
+    def step(examples: Examples, state: FABState) -> tuple[Any, Report]:
+      keys = engine.step_keys(examples.keys, state.time)
+      near = boundary(examples, state, keys)
+      x = approach(
+          state.x, examples.images, near.value, near.gradient, threat)
+      return judge(
+          state, x, model.logits(x, keys), near, examples, threat, num_steps)
+
+    runs = restarts
+    if targeted:
+      runs *= min(num_targets, model.num_classes - 1)
+    return Attack(
+        runs, lambda examples: start(examples, threat, restarts), step)
+
+  return AttackSpec(name, build, num_targets=num_targets if targeted else 0)
+
+
+def fab(
+    key: Array, logits_fn: Any, images: Array | np.ndarray,
+    labels: Array | np.ndarray, threat: ThreatModel, *, targeted: bool = False,
+    num_steps: int = 100, restarts: int = 1, num_targets: int = 9,
+    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
+  """The FAB attack, which looks for the nearest misclassified point.
+
+  Args:
+    key: a PRNG key; read by restarts only.
+    logits_fn: images [B, ...] -> logits [B, C], C >= 2.
+    images: [N, ...], rank >= 2, inside the box.
+    labels: integers [N] in [0, C).
+    threat: L_inf, L_2 or L_1.
+    targeted: towards one class per run, the likeliest wrong ones in turn (one
+      gradient an iteration), or towards the nearest of all (C gradients).
+    num_steps: iterations of a run, >= 1.
+    restarts: runs, per target where targeted; the first begins at the image.
+    num_targets: targeted: how many classes, at most C - 1.
+    options: how the examples stream through.
+
+  Returns:
+    What stands and what broke.
+
+  Raises:
+    ValueError: for arguments that are not as above.
+
+  References:
+    Croce and Hein, Minimally Distorted Adversarial Examples with a Fast
+    Adaptive Boundary Attack, ICML 2020.
+  """
+  spec = fab_spec(
+      'fab-t' if targeted else 'fab', targeted=targeted, num_steps=num_steps,
+      restarts=restarts, num_targets=num_targets)
+  return evaluation.evaluate(
+      key, logits_fn, images, labels, threat, (spec,), options=options)

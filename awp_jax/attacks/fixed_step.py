@@ -1,0 +1,181 @@
+"""PGD and CW with fixed steps, as published evaluations run them.
+
+`awp_jax.pgd` makes inputs for training; the attacks here judge a model by it:
+an example is broken if the *last* iterate of a run is misclassified. With a
+second model as the source of the gradients it is a transfer attack.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax import checks
+from awp_jax.attacks import engine, evaluation
+from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
+from awp_jax.attacks.model import Gradients, Model, make_model
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array, LogitsFn
+
+Loss = Literal['ce', 'margin']
+LOSSES: tuple[Loss, ...] = ('ce', 'margin')
+
+
+class _State(NamedTuple):
+  """The point to be evaluated next, [B, ...], and evaluations made, [B]."""
+
+  x: Array
+  time: Array
+
+
+@functools.partial(jax.jit, static_argnames=('threat', 'random_start'))
+def _start(
+    examples: Examples, threat: ThreatModel, random_start: bool) -> _State:
+  x = examples.images
+  if random_start:
+    x = jax.vmap(lambda key, image: threat.random_start(key, image[None])[0])(
+        examples.keys, x)
+  return _State(x, jnp.zeros(x.shape[0], jnp.int32))
+
+
+@functools.partial(
+    jax.jit, static_argnames=('threat', 'num_steps', 'unjudged'))
+def _advance(
+    state: _State, seen: Gradients, x: Array, step_size: float,
+    threat: ThreatModel, num_steps: int, unjudged: bool
+) -> tuple[_State, Report]:
+  step = step_size * threat.steepest_ascent(seen.gradient)
+  last = state.time >= num_steps
+  flat = jnp.all(seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
+  report = Report(
+      state.x, last & (seen.broken | unjudged), last, flat & (state.time == 0))
+  onwards = threat.project(state.x + step.astype(x.dtype), x)
+  return _State(onwards, state.time + 1), report
+
+
+def pgd_spec(
+    name: str, *, step_size: float, num_steps: int, loss: Loss = 'ce',
+    restarts: int = 1, random_start: bool = True,
+    source_fn: LogitsFn | None = None) -> AttackSpec:
+  """PGD for a list of attacks.
+
+  Args:
+    name: in reports; randomness derives from it.
+    step_size: > 0, in the units of the images.
+    num_steps: >= 1.
+    loss: 'ce', or 'margin' for CW.
+    restarts: runs; an example is broken if one of them ends misclassified.
+    random_start: in the ball; else every run starts at the image.
+    source_fn: a model to take the gradients from, if not the one under attack.
+      Its examples are judged once; it admits no restarts.
+
+  Returns:
+    The spec.
+
+  Raises:
+    ValueError: for arguments that are not as above.
+  """
+  checks.positive('step_size', step_size)
+  checks.count('num_steps', num_steps)
+  checks.count('restarts', restarts)
+  checks.one_of('loss', loss, LOSSES)
+  if restarts > 1 and (source_fn is not None or not random_start):
+    raise ValueError(
+        f'restarts={restarts} needs a random start and the gradients of the '
+        'model under attack.')
+
+  def build(model: Model, threat: ThreatModel) -> Attack:
+    source = model
+    if source_fn is not None:
+      source = make_model(source_fn, model.num_classes)
+
+    def step(examples: Examples, state: _State) -> tuple[Any, Report]:
+      keys = engine.step_keys(examples.keys, state.time)
+      seen = source.gradients(
+          loss, state.x, examples.labels, examples.labels, keys)
+      return _advance(
+          state, seen, examples.images, step_size, threat, num_steps,
+          source_fn is not None)
+
+    return Attack(
+        restarts, lambda examples: _start(examples, threat, random_start), step)
+
+  return AttackSpec(name, build, white_box=source_fn is None)
+
+
+def cw_attack(
+    key: Array, logits_fn: Callable[..., Array], images: Array | np.ndarray,
+    labels: Array | np.ndarray, threat: ThreatModel, *, step_size: float,
+    num_steps: int = 100, restarts: int = 1,
+    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
+  """CW_inf as the robustness literature runs it: PGD on the margin loss.
+
+  Args:
+    key: a PRNG key.
+    logits_fn: images [B, ...] -> logits [B, C], C >= 2.
+    images: [N, ...], rank >= 2, inside the box.
+    labels: integers [N] in [0, C).
+    threat: any norm.
+    step_size: > 0, in the units of the images.
+    num_steps: >= 1.
+    restarts: runs from other random starts.
+    options: how the examples stream through.
+
+  Returns:
+    What stands and what broke, judged by the last iterates.
+
+  References:
+    Carlini and Wagner, Towards Evaluating the Robustness of Neural Networks,
+    S&P 2017.
+  """
+  spec = pgd_spec(
+      f'cw-{num_steps}', step_size=step_size, num_steps=num_steps,
+      loss='margin', restarts=restarts)
+  return evaluation.evaluate(
+      key, logits_fn, images, labels, threat, (spec,), options=options)
+
+
+def transfer_attack(
+    key: Array, source_fn: LogitsFn, logits_fn: Callable[..., Array],
+    images: Array | np.ndarray, labels: Array | np.ndarray,
+    threat: ThreatModel, *, step_size: float, num_steps: int = 20,
+    loss: Loss = 'ce', options: evaluation.EvalOptions | None = None
+) -> evaluation.AttackResult:
+  """Examples made on one model, judged by another.
+
+  Args:
+    key: a PRNG key.
+    source_fn: the model that PGD climbs, with the same classes.
+    logits_fn: the model that is judged; its gradients are never taken.
+    images: [N, ...], rank >= 2, inside the box.
+    labels: integers [N] in [0, C).
+    threat: any norm.
+    step_size: > 0, in the units of the images.
+    num_steps: >= 1.
+    loss: 'ce' or 'margin', of the source.
+    options: how the examples stream through.
+
+  Returns:
+    What `logits_fn` withstands. `natural_accuracy` is that of `logits_fn`.
+
+  Raises:
+    ValueError: for arguments that are not as above, or if the two models tell
+      a different number of classes apart.
+  """
+  shape = jax.ShapeDtypeStruct((2, *np.shape(images)[1:]), np.float32)
+  takes_key = options is not None and options.takes_key
+  judged = jax.eval_shape(
+      logits_fn, shape, *((jax.random.key(0),) if takes_key else ()))
+  source = jax.eval_shape(source_fn, shape)
+  if source.shape != judged.shape:
+    raise ValueError(
+        'source_fn and logits_fn must give logits of the same shape, got '
+        f'{source.shape} and {judged.shape}.')
+  spec = pgd_spec(
+      'transfer', step_size=step_size, num_steps=num_steps, loss=loss,
+      source_fn=source_fn)
+  return evaluation.evaluate(
+      key, logits_fn, images, labels, threat, (spec,), options=options)

@@ -1,0 +1,174 @@
+"""SPSA: Adam on gradients that are guessed from differences of the loss.
+
+With random signs v and a small h, the gradient of the margin
+m(x) = max_{k != y} z_k - z_y is taken to be
+
+  g = mean over v of  (m(x + h v) - m(x - h v)) / (2 h)  v,
+
+so the attack sees logits only. Adam climbs along g; the projection of the
+threat model follows every step.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax import checks, loops, objectives
+from awp_jax.attacks import engine, evaluation
+from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
+from awp_jax.attacks.model import Model, misclassified
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array
+
+# Adam's usual constants.
+_MEAN_DECAY, _SQUARE_DECAY, _FLOOR = 0.9, 0.999, 1e-8
+
+
+class SPSAState(NamedTuple):
+  """One row per example.
+
+  Attributes:
+    x: the iterate, [B, ...].
+    mean: Adam's running mean of the gradients.
+    square: of their squares.
+    time: iterations made, [B].
+  """
+
+  x: Array
+  mean: Array
+  square: Array
+  time: Array
+
+
+@jax.jit
+def _signs(keys: Array, turn: Array, x: Array) -> Array:
+  fresh = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
+  return jax.vmap(
+      lambda key: jax.random.rademacher(key, x.shape[1:], x.dtype))(fresh)
+
+
+@jax.jit
+def _both_sides(x: Array, signs: Array, radius: Array) -> tuple[Array, Array]:
+  return x + radius * signs, x - radius * signs
+
+
+@jax.jit
+def _add(
+    total: Array, signs: Array, above: Array, below: Array, labels: Array,
+    weight: Array) -> Array:
+  gain = (objectives.cw_margin(above, labels)
+          - objectives.cw_margin(below, labels))
+  rows = (gain * weight).reshape((-1,) + (1,) * (signs.ndim - 1))
+  return total + rows.astype(signs.dtype) * signs
+
+
+@functools.partial(jax.jit, static_argnames=('threat',))
+def _climb(
+    state: SPSAState, gradient: Array, x: Array, step_size: Array,
+    threat: ThreatModel) -> SPSAState:
+  mean = _MEAN_DECAY * state.mean + (1 - _MEAN_DECAY) * gradient
+  square = (_SQUARE_DECAY * state.square
+            + (1 - _SQUARE_DECAY) * jnp.square(gradient))
+  count = (state.time + 1).reshape((-1,) + (1,) * (x.ndim - 1))
+  unbiased = mean / (1 - _MEAN_DECAY ** count)
+  size = jnp.sqrt(square / (1 - _SQUARE_DECAY ** count)) + _FLOOR
+  step = (step_size * unbiased / size).astype(x.dtype)
+  return SPSAState(
+      threat.project(state.x + step, x), mean.astype(x.dtype),
+      square.astype(x.dtype), state.time + 1)
+
+
+@functools.partial(jax.jit, static_argnames=('num_steps',))
+def _judge(
+    state: SPSAState, logits: Array, labels: Array, num_steps: int) -> Report:
+  broken = misclassified(logits, labels)
+  return Report(
+      state.x, broken, state.time >= num_steps, jnp.zeros_like(broken))
+
+
+@jax.jit
+def _start(examples: Examples) -> SPSAState:
+  x = examples.images
+  zeros = jnp.zeros_like(x)
+  return SPSAState(x, zeros, zeros, jnp.zeros(x.shape[0], jnp.int32))
+
+
+def spsa_spec(
+    name: str = 'spsa', *, num_steps: int = 100, num_samples: int = 256,
+    radius: float = 0.001, step_size: float = 0.01) -> AttackSpec:
+  """SPSA for a list of attacks; the arguments are those of `spsa`."""
+  checks.count('num_steps', num_steps)
+  checks.count('num_samples', num_samples, 2)
+  checks.positive('radius', radius)
+  checks.positive('step_size', step_size)
+  pairs = num_samples // 2
+
+  def build(model: Model, threat: ThreatModel) -> Attack:
+
+    def guess(examples: Examples, state: SPSAState, keys: Array) -> Array:
+
+      def sample(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        turn, total = carry
+        signs = _signs(keys, turn, state.x)
+        above, below = _both_sides(state.x, signs, jnp.float32(radius))
+        total = _add(
+            total, signs, model.logits(above, keys), model.logits(below, keys),
+            examples.labels, jnp.float32(1 / (2 * radius * pairs)))
+        return turn + 1, total
+
+      begin = (jnp.int32(0), jnp.zeros_like(state.x))
+      return loops.repeat_pieces(pairs, sample, begin)[1]
+
+    def step(examples: Examples, state: SPSAState) -> tuple[Any, Report]:
+      keys = engine.step_keys(examples.keys, state.time)
+      report = _judge(
+          state, model.logits(state.x, keys), examples.labels, num_steps)
+      gradient = guess(examples, state, keys)
+      return _climb(
+          state, gradient, examples.images, jnp.float32(step_size),
+          threat), report
+
+    return Attack(1, _start, step)
+
+  return AttackSpec(name, build, white_box=False)
+
+
+def spsa(
+    key: Array, logits_fn: Any, images: Array | np.ndarray,
+    labels: Array | np.ndarray, threat: ThreatModel, *, num_steps: int = 100,
+    num_samples: int = 256, radius: float = 0.001, step_size: float = 0.01,
+    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
+  """SPSA, an attack without gradients that climbs the margin.
+
+  Args:
+    key: a PRNG key.
+    logits_fn: images [B, ...] -> logits [B, C], C >= 2. Only evaluated, also a
+      little outside of the box.
+    images: [N, ...], rank >= 2, inside the box.
+    labels: integers [N] in [0, C).
+    threat: any norm.
+    num_steps: iterations, >= 1; an example leaves at its first misclassified
+      iterate.
+    num_samples: evaluations per guess of a gradient, two per direction, >= 2.
+    radius: h > 0, in the units of the images.
+    step_size: Adam's, > 0.
+    options: how the examples stream through.
+
+  Returns:
+    What stands and what broke.
+
+  Raises:
+    ValueError: for arguments that are not as above.
+
+  References:
+    Uesato et al., Adversarial Risk and the Dangers of Evaluating Against Weak
+    Attacks, ICML 2018.
+  """
+  spec = spsa_spec(
+      num_steps=num_steps, num_samples=num_samples, radius=radius,
+      step_size=step_size)
+  return evaluation.evaluate(
+      key, logits_fn, images, labels, threat, (spec,), options=options)

@@ -1,0 +1,274 @@
+"""Square Attack: random search over squares, without gradients.
+
+A candidate changes the best perturbation so far inside one square window, whose
+area is a share p of the image, and is kept if the margin z_y - max_{k != y} z_k
+falls. p halves as the queries go by. For L_inf a window is filled with one sign
+of epsilon per channel; for L_2 and L_1 it takes over the norm that a second
+window gives up, laid out as two opposite bumps.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax import checks, objectives
+from awp_jax import threat as threats
+from awp_jax.attacks import engine, evaluation, square_patterns
+from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
+from awp_jax.attacks.model import Model, misclassified
+from awp_jax.attacks.square_patterns import Course, pattern, window_sides
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array
+
+#: Keeps rounding from leaving the L1 ball.
+_L1_INSIDE = 1 - 1e-6
+
+
+class SquareState(NamedTuple):
+  """One row per example.
+
+  Attributes:
+    x: the candidate to be judged next, [B, H, W, C].
+    best: the best one so far.
+    margin: its margin, [B].
+    time: how many candidates were judged, [B].
+  """
+
+  x: Array
+  best: Array
+  margin: Array
+  time: Array
+
+
+def _window(corner: Array, side: Array, x: Array) -> Array:
+  """Where a window lies: corner [B, 2], side [B] -> [B, H, W, 1]."""
+  inside = []
+  for axis in (0, 1):
+    places = jnp.arange(x.shape[axis + 1])
+    begin = corner[:, axis, None]
+    inside.append((places >= begin) & (places < begin + side[:, None]))
+  return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
+
+
+def _corner(uniform: Array, side: Array, x: Array) -> Array:
+  """Turns uniform numbers [B, 2] into the upper left corner of a window."""
+  # The reference never lets a window touch the last row and column; this does.
+  free = jnp.asarray(x.shape[1:3])[None, :] - side[:, None] + 1
+  return jnp.minimum((uniform * free).astype(jnp.int32), free - 1)
+
+
+def _lay(
+    corner: Array, which: Array, flip: Array, table: Array, x: Array) -> Array:
+  """Lays pattern `which` at a corner, turned where `flip`: [B, H, W, 1]."""
+  last = table.shape[-1] - 1
+  down = jnp.arange(x.shape[1])[None, :] - corner[:, :1]
+  across = jnp.arange(x.shape[2])[None, :] - corner[:, 1:]
+  down = jnp.clip(down, 0, last)[:, :, None]
+  across = jnp.clip(across, 0, last)[:, None, :]
+  turned = flip[:, None, None]
+  row = jnp.where(turned, across, down)
+  column = jnp.where(turned, down, across)
+  return table[which[:, None, None], row, column][..., None]
+
+
+def _stripes(keys: Array, x: Array, threat: ThreatModel) -> Array:
+  """The start for L_inf: vertical stripes of random sign."""
+  shape = (1, x.shape[2], x.shape[3])
+  signs = jax.vmap(lambda key: jax.random.rademacher(key, shape, x.dtype))(keys)
+  return threat.clip(x + threat.epsilon * signs)
+
+
+def _tiles(keys: Array, x: Array, threat: ThreatModel) -> Array:
+  """The start for L_2 and L_1: a grid of patterns of random sign and turn."""
+  _, height, width, channels = x.shape
+  side = max(height // 5, 1)
+  rows, columns = height // side, max(width // side, 1)
+  shape = (rows, columns, channels + 1)
+  draws = jax.vmap(lambda key: jax.random.rademacher(key, shape, x.dtype))(keys)
+  down = np.arange(height) - (height - rows * side) // 2
+  across = np.arange(width) - max(width - columns * side, 0) // 2
+  inside = ((down >= 0) & (down < rows * side))[:, None] & (
+      (across >= 0) & (across < columns * side))[None, :]
+  tile = np.clip(down // side, 0, rows - 1)[:, None], np.clip(
+      across // side, 0, columns - 1)[None, :]
+  upright = pattern(side, threat.norm)[down % side][:, across % side]
+  turned = pattern(side, threat.norm).T[down % side][:, across % side]
+  here = draws[:, tile[0], tile[1]]
+  laid = jnp.where(here[..., -1] > 0, upright, turned)[..., None]
+  delta = jnp.where(inside[..., None], laid * here[..., :-1], 0)
+  return _reach(delta.astype(x.dtype), x, threat)
+
+
+def _reach(delta: Array, x: Array, threat: ThreatModel) -> Array:
+  """Brings a perturbation onto the sphere (L_2) or into the ball (L_1)."""
+  if threat.norm == 'L2':
+    return threat.clip(x + threats.unit_l2(delta, 1e-12) * threat.epsilon)
+  inside = threats.project_l1(
+      delta, x, threat.epsilon * _L1_INSIDE, threat.lower, threat.upper)
+  return threat.clip(x + inside)
+
+
+@functools.partial(jax.jit, static_argnames=('threat',))
+def start(examples: Examples, threat: ThreatModel) -> SquareState:
+  """The first candidate of each example."""
+  x = examples.images
+  make = _stripes if threat.norm == 'Linf' else _tiles
+  first = make(examples.keys, x, threat)
+  return SquareState(
+      first, first, jnp.full(x.shape[0], jnp.inf, jnp.float32),
+      jnp.zeros(x.shape[0], jnp.int32))
+
+
+def _exchange(
+    delta: Array, new: Array, inside: Array, given_up: Array,
+    threat: ThreatModel) -> Array:
+  """Moves the norm of two windows into the first, for L_2 and L_1.
+
+  Args:
+    delta: the perturbation, [B, H, W, C].
+    new: the pattern with its signs, [B, H, W, C].
+    inside: where the first window lies, [B, H, W, 1].
+    given_up: where the second lies.
+    threat: the ball.
+
+  Returns:
+    The next perturbation, before it is brought into the ball.
+  """
+  power = 2 if threat.norm == 'L2' else 1
+
+  def mass(a: Array, axes: tuple[int, ...]) -> Array:
+    return jnp.sum(jnp.abs(a) ** power, axis=axes, keepdims=True)
+
+  per_channel = (1, 2)
+  channels = delta.shape[-1]
+  spare = jnp.maximum(
+      threat.epsilon ** power - mass(delta, (1, 2, 3)), 0) / channels
+  moved = mass(jnp.where(inside | given_up, delta, 0), per_channel)
+  old = jnp.where(inside, delta, 0)
+  mixed = jnp.where(inside, new, 0) + old / (
+      1e-12 + mass(old, per_channel) ** (1 / power))
+  target = (spare + moved) ** (1 / power)
+  if threat.norm == 'L1':
+    target = target * channels
+  scaled = mixed * target / (1e-12 + mass(mixed, per_channel) ** (1 / power))
+  return jnp.where(inside, scaled, jnp.where(given_up, 0, delta))
+
+
+def propose(
+    keys: Array, best: Array, x: Array, query: Array, threat: ThreatModel,
+    course: Course) -> Array:
+  """The next candidate.
+
+  Args:
+    keys: one per example, for this query.
+    best: the best candidate so far, [B, H, W, C].
+    x: natural images.
+    query: the number of the query, from 0, [B].
+    threat: ball and box.
+    course: of the run.
+
+  Returns:
+    Candidates inside ball and box.
+  """
+  height, width, channels = x.shape[1:]
+  odd = threat.norm != 'Linf'
+  sides = window_sides(course, height, width, odd)
+  side = jnp.asarray(sides)[jnp.minimum(query, sides.size - 1)]
+  draws = jax.vmap(
+      lambda key: jax.random.uniform(key, (5 + channels,)))(keys)
+  signs = jnp.where(draws[:, 5:] < 0.5, -1, 1).astype(x.dtype)[:, None, None]
+  corner = _corner(draws[:, :2], side, x)
+  inside = _window(corner, side, x)
+  if threat.norm == 'Linf':
+    moved = best + jnp.where(inside, 2 * threat.epsilon * signs, 0)
+    return threat.project(moved, x)
+  distinct = np.unique(sides)
+  table = jnp.asarray(square_patterns.patterns(
+      tuple(distinct.tolist()), threat.norm), x.dtype)
+  new = signs * _lay(
+      corner, jnp.searchsorted(distinct, side), draws[:, 4] > 0.5, table, x)
+  given_up = _window(_corner(draws[:, 2:4], side, x), side, x)
+  return _reach(_exchange(best - x, new, inside, given_up, threat), x, threat)
+
+
+@functools.partial(jax.jit, static_argnames=('threat', 'course'))
+def advance(
+    state: SquareState, logits: Array, examples: Examples, threat: ThreatModel,
+    course: Course) -> tuple[SquareState, Report]:
+  """Judges the candidate and proposes the next."""
+  x, labels = examples.images, examples.labels
+  margin = -objectives.cw_margin(logits, labels).astype(jnp.float32)
+  broken = misclassified(logits, labels)
+  better = (margin < state.margin) | broken
+  rows = better.reshape((-1, 1, 1, 1))
+  best = jnp.where(rows, state.x, state.best)
+  keys = jax.vmap(jax.random.fold_in)(examples.keys, state.time)
+  onwards = propose(keys, best, x, state.time, threat, course)
+  none = jnp.zeros_like(broken)
+  report = Report(state.x, broken, state.time >= course.num_queries, none)
+  return SquareState(
+      onwards, best, jnp.where(better, margin, state.margin),
+      state.time + 1), report
+
+
+def square_spec(
+    name: str = 'square', *, num_queries: int = 5000, p_init: float = 0.8,
+    restarts: int = 1, rescale: bool = False) -> AttackSpec:
+  """Square for a list of attacks; the arguments are those of `square`."""
+  checks.count('num_queries', num_queries)
+  checks.count('restarts', restarts)
+  if not 0 < p_init <= 1:
+    raise ValueError(f'p_init must lie in (0, 1], got {p_init!r}.')
+  course = Course(num_queries, p_init, rescale)
+
+  def build(model: Model, threat: ThreatModel) -> Attack:
+
+    def step(examples: Examples, state: SquareState) -> tuple[Any, Report]:
+      keys = engine.step_keys(examples.keys, state.time)
+      logits = model.logits(state.x, keys)
+      return advance(state, logits, examples, threat, course)
+
+    return Attack(restarts, lambda examples: start(examples, threat), step)
+
+  return AttackSpec(name, build, white_box=False, needs_images=True)
+
+
+def square(
+    key: Array, logits_fn: Any, images: Array | np.ndarray,
+    labels: Array | np.ndarray, threat: ThreatModel, *,
+    num_queries: int = 5000, p_init: float = 0.8, restarts: int = 1,
+    rescale: bool = False, options: evaluation.EvalOptions | None = None
+) -> evaluation.AttackResult:
+  """Square Attack: random search, which masked gradients do not stop.
+
+  Args:
+    key: a PRNG key.
+    logits_fn: images [B, H, W, C] -> logits [B, K], K >= 2.
+    images: [N, H, W, C], inside the box; H and W may differ.
+    labels: integers [N] in [0, K).
+    threat: L_inf, L_2 or L_1.
+    num_queries: candidates per run after the start, >= 1.
+    p_init: the share of the image that the first windows cover, in (0, 1].
+    restarts: runs from other random starts.
+    rescale: whether the schedule of p, made for 10,000 queries, is stretched to
+      `num_queries`. AutoAttack does not.
+    options: how the examples stream through.
+
+  Returns:
+    What stands and what broke.
+
+  Raises:
+    ValueError: for arguments that are not as above.
+
+  References:
+    Andriushchenko et al., Square Attack: a Query-efficient Black-box
+    Adversarial Attack via Random Search, ECCV 2020.
+  """
+  spec = square_spec(
+      num_queries=num_queries, p_init=p_init, restarts=restarts,
+      rescale=rescale)
+  return evaluation.evaluate(
+      key, logits_fn, images, labels, threat, (spec,), options=options)

@@ -1,0 +1,93 @@
+"""The fixed numbers of Square: the size of its windows and what fills them."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+#: After so many queries p is halved, of a schedule for `_SCHEDULE_LENGTH`.
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_SCHEDULE_LENGTH = 10000
+
+
+class Course(NamedTuple):
+  """The numbers that fix a run; hashable.
+
+  Attributes:
+    num_queries: candidates tried after the start.
+    p_init: the share of the image that the first windows cover.
+    rescale: whether the schedule is stretched to `num_queries`.
+  """
+
+  num_queries: int
+  p_init: float
+  rescale: bool
+
+
+def window_share(query: int, course: Course) -> float:
+  """p: the share of the image that the window of a query covers."""
+  if course.rescale:
+    query = int(query / course.num_queries * _SCHEDULE_LENGTH)
+  return course.p_init / 2 ** sum(query > bound for bound in _HALVINGS)
+
+
+@functools.cache
+def window_sides(
+    course: Course, height: int, width: int, odd: bool) -> np.ndarray:
+  """The side of the window of each query, [num_queries].
+
+  Args:
+    course: of the run.
+    height: of the images.
+    width: of the images.
+    odd: whether sides are odd and at least 3, as L_2 and L_1 want them.
+
+  Returns:
+    Sides in [1, min(height, width)].
+  """
+  sides = []
+  for query in range(course.num_queries):
+    area = window_share(query, course) * height * width
+    side = max(round(math.sqrt(area)), 3 if odd else 1)
+    side += odd and side % 2 == 0
+    sides.append(min(side, height, width))
+  return np.asarray(sides, np.int32)
+
+
+def bump(height: int, width: int, power: int) -> np.ndarray:
+  """A hill of pyramid steps around the middle, [height, width].
+
+  The value at Chebyshev distance r from the middle is the sum of
+  (k + 1)^-power over k >= r, for as many k as it takes to cover the rectangle.
+  """
+  middle = (height // 2, width // 2)
+  rings = max(middle) + 1
+  steps = 1.0 / np.arange(1, rings + 1) ** power
+  tail = np.append(np.cumsum(steps[::-1])[::-1], 0.0)
+  down = np.abs(np.arange(height) - middle[0])[:, None]
+  across = np.abs(np.arange(width) - middle[1])[None, :]
+  return tail[np.minimum(np.maximum(down, across), rings)]
+
+
+@functools.cache
+def pattern(side: int, norm: str) -> np.ndarray:
+  """Two opposite bumps, one above the other, of unit norm: [side, side]."""
+  power = 2 if norm == 'L2' else 4
+  size = (lambda a: np.sqrt(np.sum(a * a))) if norm == 'L2' else (
+      lambda a: np.sum(np.abs(a)))
+  parts = []
+  for height, sign in ((side // 2, 1.0), (side - side // 2, -1.0)):
+    if height:
+      hill = bump(height, side, power)
+      parts.append(sign * hill / size(hill))
+  both = np.concatenate(parts)
+  return (both / size(both)).astype(np.float32)
+
+
+@functools.cache
+def patterns(sides: tuple[int, ...], norm: str) -> np.ndarray:
+  """The patterns of some sides, each padded to the largest."""
+  widest = max(sides)
+  return np.stack([
+      np.pad(pattern(side, norm), (0, widest - side)) for side in sides])

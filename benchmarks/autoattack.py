@@ -1,0 +1,246 @@
+"""Times AutoAttack `standard` against the reference, alternating, on the CPU.
+
+  python benchmarks/autoattack.py fixture.npz data_dir --count 1000 \
+      [--reference path/to/auto-attack] [--rounds 2] [--model resnet]
+
+`data_dir` is where tfds finds a prepared cifar10. The reference needs PyTorch;
+where that is installed for another interpreter, name it with `--python`. Each
+side runs in a process of its own, first for every batch size of its list on a
+few examples, then the best of them on all. Ours runs twice in one process: with
+compiling and after it.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+SIZES = {'ours': (16, 32, 64, 128), 'reference': (50, 100, 250, 500)}
+
+
+def load_images(data_dir: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+  """The first `count` test images of CIFAR-10: [N, 32, 32, 3] in [0, 1]."""
+  import tensorflow_datasets as tfds
+
+  source = tfds.data_source('cifar10', split='test', data_dir=data_dir)
+  rows = [source[i] for i in range(count)]
+  images = np.stack([row['image'] for row in rows]).astype(np.float32) / 255
+  return images, np.asarray([row['label'] for row in rows], np.int32)
+
+
+def run_ours(job: dict[str, Any]) -> dict[str, Any]:
+  """One evaluation, and a second one when everything is compiled."""
+  import autoattack_fixture
+  from flax import traverse_util
+  import jax
+
+  from awp_jax import models
+  from awp_jax.attacks import autoattack
+  from awp_jax.attacks.evaluation import EvalOptions
+  from awp_jax.threat import ThreatModel
+
+  # The second evaluation finds there what the first one compiled.
+  jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp(
+      dir=os.path.dirname(job['data'])))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  data = np.load(job['data'])
+  if job['model'] == 'resnet':
+    model = models.PreActResNet(num_classes=10)
+    variables = traverse_util.unflatten_dict(
+        dict(np.load(job['weights'])), sep='/')
+
+    def logits_fn(x: jax.Array) -> jax.Array:
+      return model.apply(variables, x, train=False)
+  else:
+    logits_fn = autoattack_fixture.network(np.load(job['fixture']))
+  labels = data['labels']
+  if job['own_labels']:
+    labels = np.concatenate([
+        np.asarray(jax.jit(logits_fn)(part).argmax(-1), np.int32)
+        for part in np.array_split(data['images'], 8)])
+  seconds, robust = [], 0
+  for _ in range(job['repeats']):
+    begin = time.perf_counter()
+    result = autoattack.auto_attack(
+        jax.random.key(0), logits_fn, data['images'], labels,
+        ThreatModel(job['norm'], job['epsilon']), version=job['version'],
+        options=EvalOptions(batch_size=job['batch_size']))
+    seconds.append(time.perf_counter() - begin)
+    robust = int(result.robust.sum())
+  return {'seconds': seconds, 'robust': robust,
+          'attacks': {a.name: a.seconds for a in result.attacks}}
+
+
+def _torch_model(job: dict[str, Any]) -> Any:
+  import torch
+  from torch import nn
+
+  if job['model'] == 'resnet':
+    sys.path.insert(0, str(pathlib.Path(__file__).parent))
+    import torch_preact_resnet
+
+    return torch_preact_resnet.load(np.load(job['weights']))
+  fixture = np.load(job['fixture'])
+  layers: list[Any] = []
+  for into, out, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2),
+                            (128, 128, 2)):
+    layers += [nn.Conv2d(into, out, 3, stride, 1), nn.ReLU()]
+  model = nn.Sequential(
+      *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+  model.load_state_dict({
+      k.removeprefix('param/'): torch.tensor(fixture[k])
+      for k in fixture if k.startswith('param/')})
+  return model.eval()
+
+
+def run_reference(job: dict[str, Any]) -> dict[str, Any]:
+  """The reference on the same images."""
+  sys.path.insert(0, job['reference'])
+  from autoattack import AutoAttack
+  import torch
+
+  data = np.load(job['data'])
+  images = torch.tensor(data['images'].transpose(0, 3, 1, 2).copy())
+  model = _torch_model(job)
+  labels = torch.tensor(data['labels']).long()
+  if job['own_labels']:
+    with torch.no_grad():
+      labels = torch.cat([model(p).argmax(1) for p in images.split(64)])
+  attack = AutoAttack(
+      model, norm=job['norm'], eps=job['epsilon'], device='cpu', seed=0,
+      verbose=False, version='custom' if job['version'] == 'fast' else
+      job['version'],
+      attacks_to_run=['apgd-ce', 'apgd-t'] if job['version'] == 'fast' else [])
+  if job['version'] == 'fast':
+    attack.apgd.n_restarts = 1
+  begin = time.perf_counter()
+  found = attack.run_standard_evaluation(images, labels, bs=job['batch_size'])
+  seconds = time.perf_counter() - begin
+  with torch.no_grad():
+    robust = sum(
+        int((model(x).argmax(1) == y).sum()) for x, y in zip(
+            found.split(250), labels.split(250), strict=True))
+  return {'seconds': [seconds], 'robust': robust}
+
+
+def draw_weights(job: dict[str, Any]) -> dict[str, Any]:
+  """Saves a PreActResNet-18 with random weights, flat."""
+  from flax import traverse_util
+  import jax
+
+  from awp_jax import models
+
+  model = models.PreActResNet(num_classes=10)
+  shape = np.zeros((1, 32, 32, 3), np.float32)
+  variables = jax.jit(model.init)(jax.random.key(0), shape)
+  flat = traverse_util.flatten_dict(variables, sep='/')
+  np.savez(job['weights'], **{k: np.asarray(v) for k, v in flat.items()})
+  return {}
+
+
+SIDES = {'ours': run_ours, 'reference': run_reference, 'draw': draw_weights}
+
+
+def spawn(side: str, job: dict[str, Any], python: str) -> dict[str, Any]:
+  """Runs one side in a process of its own."""
+  here = pathlib.Path(__file__)
+  paths = [str(here.parents[1]), str(here.parent)]
+  done = subprocess.run(
+      [python, str(here), '--side', side, json.dumps(job)],
+      capture_output=True, text=True, check=False,
+      env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+  if done.returncode:
+    raise RuntimeError(done.stderr[-3000:])
+  return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def best_size(
+    side: str, job: dict[str, Any], python: str, sizes: tuple[int, ...],
+    data: str) -> int:
+  """The batch size that is fastest on a few examples with version 'fast'."""
+  took = {}
+  for size in sizes:
+    trial = {**job, 'data': data, 'batch_size': size, 'version': 'fast',
+             'repeats': 2}
+    took[size] = spawn(side, trial, python)['seconds'][-1]
+  print(side, 'seconds by batch size', took, flush=True)
+  return min(took, key=lambda size: took[size])
+
+
+def compare(arguments: argparse.Namespace) -> None:
+  """Chooses batch sizes, then alternates full runs and prints the ratios."""
+  job = {
+      'model': arguments.model, 'norm': arguments.norm,
+      'epsilon': arguments.epsilon, 'fixture': arguments.fixture,
+      'version': arguments.version, 'reference': arguments.reference,
+      'repeats': 2, 'weights': arguments.weights,
+      # Random weights: the model's own answers, else nothing is attacked.
+      'own_labels': arguments.model == 'resnet' and not arguments.weights}
+  sides = {'ours': sys.executable}
+  if arguments.reference:
+    sides['reference'] = arguments.python
+  with tempfile.TemporaryDirectory() as folder:
+    if job['own_labels']:
+      job['weights'] = f'{folder}/weights.npz'
+      spawn('draw', job, sys.executable)
+    files = []
+    for name, count in (('all', arguments.count), ('few', arguments.trial)):
+      images, labels = load_images(arguments.data_dir, count)
+      files.append(f'{folder}/{name}.npz')
+      np.savez(files[-1], images=images, labels=labels)
+    sizes = {
+        side: best_size(
+            side, job, python, arguments.sizes or SIZES[side], files[1])
+        for side, python in sides.items()}
+    took: dict[str, list[list[float]]] = {side: [] for side in sides}
+    for turn in range(arguments.rounds):
+      for side, python in sides.items():
+        outcome = spawn(
+            side, {**job, 'data': files[0], 'batch_size': sizes[side]}, python)
+        took[side].append(outcome['seconds'])
+        print('round', turn, side, 'batch size', sizes[side], outcome,
+              flush=True)
+  first = min(t[0] for t in took['ours'])
+  later = min(t[-1] for t in took['ours'])
+  print(f'ours: {first:.1f} s with compiling, {later:.1f} s after it')
+  if 'reference' in took:
+    theirs = min(t[0] for t in took['reference'])
+    print(f'reference: {theirs:.1f} s; {theirs / first:.2f} and '
+          f'{theirs / later:.2f} times ours')
+
+
+def main() -> None:
+  """Parses the command line."""
+  if len(sys.argv) == 4 and sys.argv[1] == '--side':
+    print(json.dumps(SIDES[sys.argv[2]](json.loads(sys.argv[3]))))
+    return
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument('fixture', help="npz with the fixture's network")
+  parser.add_argument('data_dir', help='of a prepared cifar10')
+  parser.add_argument('--reference', help='a checkout of fra31/auto-attack')
+  parser.add_argument('--python', default=sys.executable)
+  parser.add_argument('--model', default='fixture',
+                      choices=('fixture', 'resnet'))
+  parser.add_argument('--weights', help='npz of flat Flax variables of the '
+                      'resnet, params/conv1/kernel...; else random ones')
+  parser.add_argument('--norm', default='Linf')
+  parser.add_argument('--epsilon', type=float, default=8 / 255)
+  parser.add_argument('--version', default='standard')
+  parser.add_argument('--count', type=int, default=1000)
+  parser.add_argument('--trial', type=int, default=64,
+                      help='examples for choosing the batch size')
+  parser.add_argument('--sizes', type=int, nargs='*')
+  parser.add_argument('--rounds', type=int, default=2)
+  compare(parser.parse_args())
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,96 @@
+"""Compares verdicts with those of the reference AutoAttack on its fixture.
+
+  python benchmarks/autoattack_fixture.py path/to/autoattack.npz [--count 64]
+
+The file holds a small convolutional network, 256 CIFAR-10 test images and which
+of them each attack of the reference left standing. Prints Markdown.
+"""
+
+import argparse
+from collections.abc import Callable
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax.attacks import autoattack
+from awp_jax.attacks.evaluation import EvalOptions
+from awp_jax.objectives import cw_margin
+from awp_jax.threat import ThreatModel
+
+THREATS = (ThreatModel('Linf', 8 / 255), ThreatModel('L2', 0.5))
+ATTACKS = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
+
+
+def network(data: Any) -> Callable[[jax.Array], jax.Array]:
+  """The fixture's network, images [B, 32, 32, 3] -> logits [B, 10]."""
+  kernels = [
+      jnp.asarray(data[f'param/{i}.weight'].transpose(2, 3, 1, 0))
+      for i in (0, 2, 4, 6)]
+  biases = [jnp.asarray(data[f'param/{i}.bias']) for i in (0, 2, 4, 6)]
+  head = jnp.asarray(data['param/10.weight'].T)
+  shift = jnp.asarray(data['param/10.bias'])
+
+  def logits_fn(x: jax.Array) -> jax.Array:
+    for kernel, bias, stride in zip(kernels, biases, (1, 2, 2, 2), strict=True):
+      x = jax.lax.conv_general_dilated(
+          x, kernel, (stride, stride), [(1, 1), (1, 1)],
+          dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+      x = jax.nn.relu(x + bias)
+    return x.mean((1, 2)) @ head + shift
+
+  return logits_fn
+
+
+def compare(data: Any, count: int, batch_size: int | None) -> None:
+  """Runs each attack alone and `standard`, and prints what differs."""
+  logits_fn = network(data)
+  images = data['x'][:count].astype(np.float32).transpose(0, 2, 3, 1) / 255
+  labels = data['y'][:count]
+  margins = jax.jit(lambda x: cw_margin(logits_fn(x), labels))
+  print('| threat | attack | reference stands | ours stands | judged '
+        'differently | seconds |')
+  print('|---|---|---|---|---|---|')
+  notes = []
+  for threat in THREATS:
+    for name in (*ATTACKS, 'robust'):
+      begin = time.perf_counter()
+      result = autoattack.auto_attack(
+          jax.random.key(0), logits_fn, images, labels, threat,
+          attacks=ATTACKS if name == 'robust' else (name,),
+          options=EvalOptions(batch_size=batch_size, check_model=False))
+      seconds = time.perf_counter() - begin
+      reference = data[f'{threat.norm}/{name}'][:count]
+      differ = np.flatnonzero(reference != result.robust)
+      shown = 'standard' if name == 'robust' else name
+      print(f'| {threat.norm} | {shown} | {reference.sum()} | '
+            f'{result.robust.sum()} | {differ.size} | {seconds:.0f} |',
+            flush=True)
+      natural, found = margins(images), margins(result.adversarial)
+      for i in differ:
+        outcome = 'stands' if result.robust[i] else (
+            f'broken, margin {-float(found[i]):.2g}')
+        notes.append(
+            f'| {threat.norm} | {shown} | {i} | '
+            f'{"stands" if reference[i] else "broken"} | {outcome} | '
+            f'{-float(natural[i]):.2g} |')
+  print('\n| threat | attack | example | reference | ours | natural margin |')
+  print('|---|---|---|---|---|---|')
+  print('\n'.join(notes))
+
+
+def main() -> None:
+  """Parses the command line."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('fixture')
+  parser.add_argument('--count', type=int, default=256)
+  parser.add_argument('--batch_size', type=int)
+  arguments = parser.parse_args()
+  compare(
+      np.load(arguments.fixture), arguments.count, arguments.batch_size)
+
+
+if __name__ == '__main__':
+  main()

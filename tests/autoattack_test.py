@@ -1,0 +1,539 @@
+"""Whole attacks on small models: verdicts, streaming, resuming, warnings."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from awp_jax.attacks import apgd, autoattack, fab, fixed_step, spsa, square
+from awp_jax.attacks.evaluation import EvalOptions, evaluate
+from awp_jax.attacks.results import RobustnessWarning, confidence_interval
+from awp_jax.objectives import cw_margin
+from awp_jax.threat import ThreatModel
+
+KEY = jax.random.key(0)
+NORMS = ('Linf', 'L2', 'L1')
+#: Radii at which about half of the examples of `problem` break. Compiled pieces
+#: are kept per shape, batch size and threat model, so the tests share those.
+RADII = {'Linf': 0.03, 'L2': 0.25, 'L1': 1.5}
+
+
+def problem(count=24, shape=(6, 5, 3), classes=5, seed=0):
+  """A random two-layer network and images that it gets right, by definition."""
+  rng = np.random.default_rng(seed)
+  size = int(np.prod(shape))
+  first = jnp.asarray(rng.normal(size=(size, 16)) / np.sqrt(size), jnp.float32)
+  second = jnp.asarray(rng.normal(size=(16, classes)), jnp.float32)
+
+  def logits_fn(x):
+    return jnp.tanh(3 * (x.reshape(x.shape[0], -1) - 0.5) @ first) @ second
+
+  images = rng.uniform(size=(count, *shape)).astype(np.float32)
+  labels = np.asarray(jnp.argmax(logits_fn(images), -1), np.int32)
+  return logits_fn, images, labels
+
+
+def short(name, steps=12):
+  """Each attack with a small budget."""
+  return {
+      'apgd-ce': lambda: apgd.apgd_spec(
+          'apgd-ce', loss='ce', num_steps=steps, restarts=2),
+      'apgd-dlr': lambda: apgd.apgd_spec(
+          'apgd-dlr', loss='dlr', num_steps=steps),
+      'apgd-t': lambda: apgd.apgd_spec(
+          'apgd-t', loss='dlr-targeted', num_steps=steps, num_targets=3),
+      'fab': lambda: fab.fab_spec(
+          'fab', targeted=False, num_steps=steps, restarts=2),
+      'fab-t': lambda: fab.fab_spec(
+          'fab-t', targeted=True, num_steps=steps, num_targets=3),
+      'square': lambda: square.square_spec(num_queries=15 * steps),
+      'pgd': lambda: fixed_step.pgd_spec(
+          'pgd', step_size=0.2, num_steps=steps, restarts=2),
+      'spsa': lambda: spsa.spsa_spec(num_steps=steps, num_samples=16),
+  }[name]()
+
+
+SMALL = EvalOptions(batch_size=8, check_model=False)
+
+
+def check_examples(result, logits_fn, images, labels, threat):
+  """What every result must satisfy."""
+  x_adv = result.adversarial
+  changed = (x_adv != images).reshape(len(images), -1).any(-1)
+  broken = result.natural & ~result.robust
+  assert (changed <= broken).all()
+  assert np.isfinite(x_adv).all()
+  assert x_adv.min() >= -1e-6 and x_adv.max() <= 1 + 1e-6
+  far = np.asarray(threat.distance(x_adv, images))
+  assert far.max() <= threat.epsilon * (1 + 1e-6) + 1e-6
+  wrong = np.asarray(jnp.argmax(logits_fn(x_adv), -1) != labels)
+  assert wrong[broken].all()
+  assert not wrong[result.robust].any()
+  named = np.concatenate([a.broken for a in result.attacks])
+  np.testing.assert_array_equal(np.sort(named), np.flatnonzero(broken))
+  largest = max(a.largest_distance for a in result.attacks)
+  np.testing.assert_allclose(largest, far.max(), rtol=1e-4)
+
+
+#: Every attack, and in every norm those whose steps differ between norms.
+MATRIX = (
+    *((name, norm) for name in ('apgd-ce', 'fab-t', 'square')
+      for norm in NORMS),
+    ('apgd-dlr', 'Linf'), ('apgd-t', 'L2'), ('fab', 'Linf'), ('pgd', 'L1'),
+    ('pgd', 'Linf'), ('spsa', 'L2'))
+
+
+@pytest.mark.parametrize('name, norm', MATRIX)
+def test_each_attack_in_its_norms(name, norm):
+  logits_fn, images, labels = problem()
+  threat = ThreatModel(norm, RADII[norm])
+  result = evaluate(
+      KEY, logits_fn, images, labels, threat, (short(name),), options=SMALL)
+  check_examples(result, logits_fn, images, labels, threat)
+  assert result.natural_accuracy == 1
+  if name != 'spsa' and not (name == 'pgd' and norm == 'L1'):
+    assert result.robust_accuracy < 0.9
+
+
+@pytest.mark.parametrize('norm', ('Linf', 'L2'))
+def test_attacks_agree_with_the_exact_answer_of_a_linear_model(norm):
+  rng = np.random.default_rng(1)
+  weights = rng.normal(size=(30, 2)).astype(np.float32)
+  images = rng.uniform(0.4, 0.6, size=(32, 30)).astype(np.float32)
+  logits = images @ weights
+  labels = logits.argmax(-1)
+  gap = np.abs(logits[:, 0] - logits[:, 1])
+  slope = weights[:, 0] - weights[:, 1]
+  dual = np.abs(slope).sum() if norm == 'Linf' else np.linalg.norm(slope)
+  distance = gap / dual
+  # Far from the box, the distance to the boundary is known.
+  radius = float(np.quantile(distance, 0.5))
+  clear = np.abs(distance - radius) > 1e-3 * radius
+  threat = ThreatModel(norm, radius)
+  for spec in (apgd.apgd_spec('ce', loss='ce', num_steps=50),
+               fab.fab_spec('fab', targeted=True, num_steps=20)):
+    result = evaluate(
+        KEY, lambda x: x @ weights, images, labels, threat, (spec,),
+        options=SMALL)
+    np.testing.assert_array_equal(
+        result.robust[clear], (distance > radius)[clear])
+
+
+def test_verdicts_do_not_depend_on_the_batch():
+  logits_fn, images, labels = problem()
+  threat = ThreatModel('Linf', RADII['Linf'])
+  specs = [short(name) for name in ('apgd-ce', 'fab-t', 'square')]
+  robust = [
+      evaluate(KEY, logits_fn, images, labels, threat, (spec,),
+               options=EvalOptions(batch_size=size, check_model=False)).robust
+      for spec in specs for size in (8, 12)]
+  for one, other in zip(robust[::2], robust[1::2], strict=True):
+    np.testing.assert_array_equal(one, other)
+  # Alone an attack draws what it draws in a list, so the verdicts intersect.
+  together = evaluate(
+      KEY, logits_fn, images, labels, threat, specs, options=SMALL)
+  np.testing.assert_array_equal(
+      together.robust, np.logical_and.reduce(robust[::2]))
+  accuracies = [a.robust_accuracy for a in together.attacks]
+  assert accuracies == sorted(accuracies, reverse=True)
+
+
+def test_resumes_with_the_same_result():
+  logits_fn, images, labels = problem()
+  threat = ThreatModel('Linf', RADII['Linf'])
+  specs = [short(name) for name in ('apgd-ce', 'square')]
+  records = []
+
+  def run(progress=None, done=(), group_size=6):
+    return evaluate(
+        KEY, logits_fn, images, labels, threat, specs,
+        options=EvalOptions(
+            batch_size=8, group_size=group_size, progress=progress, done=done,
+            check_model=False))
+
+  whole = run(records.append)
+  assert len(records) > 4, records
+  for kept in (1, 4):
+    late = []
+    again = run(late.append, done=records[:kept])
+    assert len(late) == len(records) - kept
+    np.testing.assert_array_equal(again.adversarial, whole.adversarial)
+    np.testing.assert_array_equal(again.robust, whole.robust)
+  with pytest.raises(ValueError, match='belongs to another evaluation'):
+    run(done=records, group_size=5)
+
+
+def test_recompiles_for_no_count():
+  traces = []
+  logits_fn, images, labels = problem(40)
+
+  def counted(x):
+    traces.append(x.shape[0])
+    return logits_fn(x)
+
+  evaluate(
+      KEY, counted, images, labels, ThreatModel('Linf', 0.03),
+      (short('apgd-ce'), short('apgd-dlr')),
+      options=EvalOptions(batch_size=8, check_model=False))
+  # One trace for the classes, one for logits, one for gradients.
+  assert len(traces) == 3, traces
+
+
+def test_memory_does_not_grow_with_the_examples():
+  logits_fn, images, labels = problem(10_000, shape=(3, 3, 1))
+  largest = []
+
+  def measure(_):
+    largest[-1] = max(
+        largest[-1], sum(a.nbytes for a in jax.live_arrays()))
+
+  for count in (500, 10_000):
+    largest.append(0)
+    result = autoattack.auto_attack(
+        KEY, logits_fn, images[:count], labels[:count],
+        ThreatModel('Linf', 0.1),
+        attacks=(short('apgd-ce', 5), short('fab-t', 3), short('square', 1)),
+        options=EvalOptions(
+            batch_size=256, progress=measure, keep_images=False,
+            check_model=False))
+    assert result.adversarial is None
+    assert result.robust.shape == (count,)
+  assert largest[1] <= 1.1 * largest[0], largest
+
+
+def test_quantised_inputs_are_flagged_and_broken_by_square():
+  logits_fn, images, labels = problem()
+
+  def masked(x):
+    return logits_fn(jnp.round(x * 24) / 24)
+
+  labels = np.asarray(jnp.argmax(masked(images), -1))
+  threat = ThreatModel('Linf', RADII['Linf'])
+  with pytest.warns(RobustnessWarning) as caught:
+    result = autoattack.auto_attack(
+        KEY, masked, images, labels, threat,
+        attacks=(
+            fixed_step.pgd_spec(
+                'pgd', step_size=0.01, num_steps=10, random_start=False),
+            short('square')),
+        options=EvalOptions(batch_size=8))
+  kinds = {w.kind for w in result.warnings}
+  assert {'zero-gradients', 'square-stronger'} <= kinds
+  assert len(caught) >= 2
+  assert len(result.attacks[0].broken) == 0
+  assert len(result.attacks[1].broken) > 4
+  check_examples(result, masked, images, labels, threat)
+
+
+def test_saturated_softmax_is_flagged_and_broken_by_square():
+  logits_fn, images, labels = problem()
+
+  def masked(x):
+    # Probabilities of 0 and 1 in float32: no gradient anywhere.
+    return jax.nn.softmax(1e4 * logits_fn(x))
+
+  threat = ThreatModel('Linf', RADII['Linf'])
+  with pytest.warns(RobustnessWarning):
+    result = autoattack.auto_attack(
+        KEY, masked, images, labels, threat,
+        attacks=(
+            fixed_step.pgd_spec(
+                'pgd', step_size=0.01, num_steps=10, random_start=False),
+            short('square')),
+        options=EvalOptions(batch_size=8))
+  kinds = {w.kind for w in result.warnings}
+  assert {'probabilities', 'zero-gradients', 'square-stronger'} <= kinds
+  assert len(result.attacks[0].broken) == 0
+  assert len(result.attacks[1].broken) > 4
+  check_examples(result, masked, images, labels, threat)
+
+
+def warnings_of(logits_fn, images, labels, attack='apgd-ce'):
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    result = evaluate(
+        KEY, logits_fn, images, labels,
+        ThreatModel('Linf', RADII['Linf']), (short(attack),),
+        options=EvalOptions(batch_size=8))
+  return {w.kind: w for w in result.warnings}
+
+
+def test_no_warning_without_a_reason():
+  assert warnings_of(*problem()) == {}
+
+
+def test_warns_of_batch_statistics():
+  logits_fn, images, labels = problem()
+  assert set(warnings_of(
+      lambda x: logits_fn(x - x.mean(0)), images, labels)) == {
+          'batch-dependent'}
+
+
+def test_warns_of_randomness():
+  logits_fn, images, labels = problem()
+  rng = np.random.default_rng(0)
+
+  def frozen(x):
+    return logits_fn(x + rng.normal(size=x.shape).astype(np.float32))
+
+  def called(x):
+    noise = jax.pure_callback(
+        lambda: rng.normal(size=()).astype(np.float32),
+        jax.ShapeDtypeStruct((), np.float32))
+    return logits_fn(jax.lax.stop_gradient(noise) + x)
+
+  assert 'randomized' in warnings_of(frozen, images, labels)
+  assert 'randomized' in warnings_of(called, images, labels)
+
+
+def test_warns_of_logits_that_are_not_finite():
+  logits_fn, images, labels = problem()
+  images[:3, 0, 0, 0], images[3:, 0, 0, 0] = 1.0, 0.0
+
+  def broken(x):
+    bad = (x[:, 0, 0, 0] == 1)[:, None]
+    return jnp.where(bad, jnp.nan, logits_fn(x))
+
+  found = warnings_of(broken, images, labels)
+  assert found['non-finite'].num_examples == 3
+
+
+@pytest.mark.parametrize('classes', (2, 3))
+def test_few_classes(classes):
+  logits_fn, images, labels = problem(classes=classes)
+  threat = ThreatModel('Linf', RADII['Linf'])
+  with pytest.warns(RobustnessWarning, match=f'with {classes} classes'):
+    result = evaluate(
+        KEY, logits_fn, images, labels, threat,
+        [short(name) for name in ('apgd-ce', 'apgd-dlr', 'apgd-t', 'fab')],
+        options=EvalOptions(batch_size=8))
+  check_examples(result, logits_fn, images, labels, threat)
+  assert result.attacks[0].robust_accuracy < 0.9
+  assert any(w.kind == 'few-classes' for w in result.warnings)
+
+
+def test_targeted_attacks_alone_break_few_classes():
+  for classes in (2, 3):
+    logits_fn, images, labels = problem(classes=classes)
+    for name in ('apgd-dlr', 'apgd-t'):
+      result = evaluate(
+          KEY, logits_fn, images, labels,
+          ThreatModel('Linf', RADII['Linf']), (short(name),), options=SMALL)
+      assert result.robust_accuracy < 0.9
+
+
+@pytest.mark.parametrize('shape', ((7,), (2, 3, 4, 2)))
+def test_inputs_of_any_rank(shape):
+  logits_fn, images, labels = problem(shape=shape)
+  threat = ThreatModel('L2', 0.3)
+  result = evaluate(
+      KEY, logits_fn, images, labels, threat,
+      (short('apgd-ce'), short('fab-t')), options=SMALL)
+  check_examples(result, logits_fn, images, labels, threat)
+
+
+@pytest.mark.parametrize('shape, norm', (
+    ((4, 9, 1), 'L2'), ((11, 3, 2), 'L1'), ((1, 1, 3), 'Linf'),
+    ((1, 2, 1), 'L2')))
+def test_square_on_any_image(shape, norm):
+  logits_fn, images, labels = problem(8, shape=shape)
+  threat = ThreatModel(norm, 0.5)
+  result = evaluate(
+      KEY, logits_fn, images, labels, threat, (short('square', 4),),
+      options=SMALL)
+  check_examples(result, logits_fn, images, labels, threat)
+
+
+def test_rand_averages_over_keys():
+  logits_fn, images, labels = problem()
+
+  def noisy(x, key):
+    return logits_fn(x + 0.02 * jax.random.normal(key, x.shape))
+
+  result = autoattack.auto_attack(
+      KEY, noisy, images, labels, ThreatModel('Linf', RADII['Linf']),
+      version='rand', attacks=(short('apgd-ce'),),
+      options=EvalOptions(batch_size=8, takes_key=True, num_draws=3))
+  assert result.robust_accuracy < 0.9
+
+
+def test_transfer_attack():
+  logits_fn, images, labels = problem()
+  other, _, _ = problem(seed=5)
+  threat = ThreatModel('Linf', RADII['Linf'])
+  own = fixed_step.transfer_attack(
+      KEY, logits_fn, logits_fn, images, labels, threat, step_size=0.02,
+      options=SMALL)
+  strange = fixed_step.transfer_attack(
+      KEY, other, logits_fn, images, labels, threat, step_size=0.02,
+      options=SMALL)
+  check_examples(own, logits_fn, images, labels, threat)
+  check_examples(strange, logits_fn, images, labels, threat)
+  assert own.robust_accuracy < strange.robust_accuracy
+  with pytest.raises(ValueError, match='same shape'):
+    fixed_step.transfer_attack(
+        KEY, lambda x: x[:, :2], logits_fn, images, labels, threat,
+        step_size=0.1)
+
+
+def test_public_functions():
+  logits_fn, images, labels = problem()
+  threat = ThreatModel('Linf', RADII['Linf'])
+  args = (KEY, logits_fn, images, labels, threat)
+  results = [
+      apgd.apgd(*args, loss='margin', num_steps=5, options=SMALL),
+      fab.fab(*args, targeted=True, num_steps=5, options=SMALL),
+      square.square(*args, num_queries=20, options=SMALL),
+      spsa.spsa(*args, num_steps=2, num_samples=4, options=SMALL),
+      fixed_step.cw_attack(*args, step_size=0.02, num_steps=5, options=SMALL)]
+  for result in results:
+    check_examples(result, logits_fn, images, labels, threat)
+    assert result.attacks[0].seconds > 0
+
+
+@pytest.mark.parametrize('version', tuple(autoattack.VERSIONS))
+@pytest.mark.parametrize('norm', NORMS)
+def test_versions_name_their_attacks(version, norm):
+  specs = autoattack.make_specs(autoattack.VERSIONS[version], norm, version)
+  assert tuple(s.name for s in specs) == autoattack.VERSIONS[version]
+
+
+def bad_calls():
+  logits_fn, images, labels = problem(4)
+  nan = images.copy()
+  nan[0, 0, 0, 0] = np.nan
+  fine = dict(logits_fn=logits_fn, images=images, labels=labels)
+  return {
+      'label too large': (
+          dict(labels=labels + 9), r'labels must lie in \[0, 5'),
+      'label negative': (dict(labels=labels - 9), r'labels must lie in \[0, 5'),
+      'label count': (dict(labels=labels[:2]), r'shape \(4,\)'),
+      'label dtype': (dict(labels=labels * 1.0), 'must be integers'),
+      'outside the box': (dict(images=images * 255), r'must lie in \[0.0, 1.0'),
+      'nan': (dict(images=nan), 'hold no NaN'),
+      'bytes': (dict(images=np.uint8(images)), 'division by 255'),
+      'no examples': (
+          dict(images=images[:0], labels=labels[:0]), 'at least one example'),
+      'rank': (dict(images=images[:, 0, 0, 0]), 'rank >= 2'),
+      'logits shape': (
+          dict(logits_fn=lambda x: x), 'one array of logits'),
+      'one class': (
+          dict(logits_fn=lambda x: logits_fn(x)[:, :1]), 'at least 2 classes'),
+      'version': (dict(version='standart'), "Did you mean 'standard'"),
+      'attack': (dict(attacks=('apgd',)), "attack must be one of 'apgd-ce'"),
+      'attack twice': (dict(attacks=('fab', 'fab')), 'each of its own name'),
+      'no attacks': (dict(attacks=()), 'at least one'),
+      'square on vectors': (
+          dict(images=images.reshape(4, -1)), 'Leave it out'),
+      'batch size': (dict(options=EvalOptions(batch_size=0)), 'batch_size'),
+  }, fine
+
+
+@pytest.mark.parametrize('case', tuple(bad_calls()[0]))
+def test_errors_come_before_compiling(case):
+  cases, fine = bad_calls()
+  changed, message = cases[case]
+  arguments = {**fine, **changed}
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+      lambda event, *_, **__: compiled.append(event)
+      if 'backend_compile' in event else None)
+  with pytest.raises(ValueError, match=message):
+    autoattack.auto_attack(
+        KEY, arguments.pop('logits_fn'), arguments.pop('images'),
+        arguments.pop('labels'), ThreatModel('Linf', 0.1), **arguments)
+  assert not compiled
+
+
+@pytest.mark.parametrize('make', (
+    lambda: apgd.apgd_spec('a', loss='cw'),
+    lambda: apgd.apgd_spec('a', loss='ce', num_steps=0),
+    lambda: square.square_spec(p_init=0),
+    lambda: square.square_spec(num_queries=0),
+    lambda: fab.fab_spec('f', targeted=True, num_targets=0),
+    lambda: spsa.spsa_spec(radius=0),
+    lambda: fixed_step.pgd_spec('p', step_size=-1, num_steps=2),
+    lambda: fixed_step.pgd_spec(
+        'p', step_size=1, num_steps=2, restarts=2, random_start=False),
+    lambda: ThreatModel('L1', 0.0),
+))
+def test_bad_settings(make):
+  with pytest.raises(ValueError):
+    make()
+
+
+def test_confidence_interval():
+  lower, upper = confidence_interval(52, 256)
+  # From the closed form, with z = 1.959964.
+  np.testing.assert_allclose((lower, upper), (0.1584, 0.2566), atol=1e-4)
+  assert confidence_interval(0, 10)[0] == 0
+  assert confidence_interval(10, 10)[1] == 1
+  with pytest.raises(ValueError, match='at most count'):
+    confidence_interval(11, 10)
+
+
+_DEVICES = '''
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import jax, numpy as np
+import autoattack_test as t
+logits_fn, images, labels = t.problem()
+assert len(jax.devices()) == 2
+results = [
+    t.evaluate(
+        t.KEY, logits_fn, images, labels, t.ThreatModel('Linf', 0.03),
+        [t.short(n) for n in ('apgd-ce', 'fab-t', 'square')],
+        options=t.EvalOptions(batch_size=8, devices=devices, check_model=False))
+    for devices in (None, jax.devices())]
+np.testing.assert_array_equal(results[0].robust, results[1].robust)
+np.testing.assert_allclose(
+    results[0].adversarial, results[1].adversarial, atol=1e-5)
+print('same')
+'''
+
+
+def test_spreads_over_devices():
+  here = pathlib.Path(__file__).parent
+  script = _DEVICES.format(root=str(here.parent), tests=str(here))
+  flags = '--xla_force_host_platform_device_count=2'
+  done = subprocess.run(
+      [sys.executable, '-c', script], capture_output=True, text=True,
+      env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+      check=False)
+  assert done.stdout.strip() == 'same', done.stderr[-2000:]
+
+
+@pytest.mark.parametrize('norm, radius', (('Linf', 8 / 255), ('L2', 0.5)))
+def test_verdicts_of_the_reference(norm, radius):
+  folder = os.environ.get('AWP_TEST_FIXTURES')
+  if not folder:
+    pytest.skip('AWP_TEST_FIXTURES names no folder of fixtures')
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'benchmarks'))
+  try:
+    import autoattack_fixture
+  finally:
+    sys.path.pop(0)
+  data = np.load(pathlib.Path(folder) / 'autoattack.npz')
+  count = 32
+  images = data['x'][:count].astype(np.float32).transpose(0, 2, 3, 1) / 255
+  labels = data['y'][:count]
+  logits_fn = autoattack_fixture.network(data)
+  threat = ThreatModel(norm, radius)
+  # The whole, with all targets and Square, is in the benchmark.
+  result = autoattack.auto_attack(
+      KEY, logits_fn, images, labels, threat,
+      attacks=('apgd-ce', apgd.apgd_spec(
+          'apgd-t', loss='dlr-targeted', num_targets=3)),
+      options=EvalOptions(batch_size=16, check_model=False))
+  check_examples(result, logits_fn, images, labels, threat)
+  after_ce = result.attacks[0].robust_accuracy * count
+  assert after_ce <= data[f'{norm}/apgd-ce'][:count].sum() + 1
+  assert result.robust.sum() <= data[f'{norm}/robust'][:count].sum() + 1
+  margins = np.asarray(cw_margin(logits_fn(result.adversarial), labels))
+  assert (margins[result.robust] < 0).all()
