@@ -2,7 +2,7 @@
 
 >>> interval = confidence_interval(52, 256)
 >>> [round(bound, 3) for bound in interval]
-[0.159, 0.257]
+[0.158, 0.257]
 """
 
 import math
