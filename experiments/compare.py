@@ -17,7 +17,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import results  # noqa: E402
+from experiments import results
 
 #: Heading -> where the value stands in summary.json. All but the last are
 #: fractions, shown in per cent.

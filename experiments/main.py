@@ -12,8 +12,8 @@ from typing import NoReturn
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+from absl import app, flags, logging
+from ml_collections import config_flags
 
 CONFIGS = ROOT / 'experiments' / 'configs'
 DEFAULT = CONFIGS / 'digits_awp.py'
@@ -79,20 +79,27 @@ def _check_names(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-  """Trains as the flags say."""
+  """Trains or evaluates as the flags say."""
   del argv
-  if _MODE.value != 'train':
+  if _MODE.value == 'landscape':
     _fail(
-        f'--mode={_MODE.value} is not there yet; --mode=train reports natural '
-        'and PGD-20 robust accuracy after every epoch.')
-  from experiments import checkpoints, runs, setup, train
+        '--mode=landscape is not there yet; --mode=evaluate judges a finished '
+        'run by strong attacks.')
+  from experiments import checkpoints, evaluate, runs, setup, train
   from experiments.configs import cifar10_awp
 
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   config = _CONFIG.value
   try:
     setup.check_fields(config, cifar10_awp.get_config())
-    run = runs.prepare(config, _WORKDIR.value or f'runs/{name.stem}')
+    workdir = _WORKDIR.value or f'runs/{name.stem}'
+    if _MODE.value == 'evaluate':
+      evaluate.check(config, pathlib.Path(workdir))
+    run = runs.prepare(config, workdir)
+    if _MODE.value == 'evaluate':
+      evaluate.evaluate(run)
+      print(f'\neverything is in {run.workdir / "evaluation.json"}')
+      return
   except (ValueError, OSError) as error:
     _fail(error)
   try:

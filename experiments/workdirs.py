@@ -14,6 +14,9 @@ from experiments import results, setup
 #: lies and how often something is said or saved, never a number.
 FREE_FIELDS = ('data_dir', 'log_every_steps', 'checkpoint_every_steps')
 
+#: The same for whole groups: evaluation comes after the run.
+FREE_GROUPS = ('evaluation.',)
+
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The fields as JSON gives them back."""
@@ -81,7 +84,8 @@ def _check_same(path: pathlib.Path, wanted: dict[str, Any]) -> None:
       f'{name} ({stored.get(name, "absent")!r} there, '
       f'{wanted.get(name, "absent")!r} now)'
       for name in sorted(stored.keys() | wanted.keys())
-      if name not in FREE_FIELDS and stored.get(name) != wanted.get(name)]
+      if name not in FREE_FIELDS and not name.startswith(FREE_GROUPS)
+      and stored.get(name) != wanted.get(name)]
   if differing:
     raise ValueError(
         f'the workdir {str(path.parent)!r} holds the run of another config; '

@@ -93,23 +93,23 @@ def test_round_trip_through_a_file_is_exact(name, tmp_path):
 
 
 def test_names_and_layouts_are_those_of_pytorch():
-  model = PreActResNet(6, width=4)
-  state_dict = to_torch(random_variables(model), model)
+  _, state_dict = prepared('PreActResNet-18')
   shapes = {name: value.shape for name, value in state_dict.items()}
   assert len(shapes) == 107  # as in the AWP authors' PreActResNet18
   assert shapes['conv1.weight'] == (4, 3, 3, 3)
   assert shapes['layer2.0.shortcut.0.weight'] == (8, 4, 1, 1)
   assert shapes['layer2.0.bn1.running_var'] == (4,)
   assert shapes['bn.num_batches_tracked'] == ()
-  assert shapes['linear.weight'] == (6, 32)
+  assert shapes['linear.weight'] == (5, 32)
   assert state_dict['bn.num_batches_tracked'].dtype == np.int64
-  model = WideResNet(6, depth=16, width=2)
-  state_dict = to_torch(random_variables(model), model, prefix='module.')
+  variables, _ = prepared('WRN-16-2')
+  model = MODELS['WRN-16-2']
+  state_dict = to_torch(variables, model, prefix='module.')
   shapes = {name: value.shape for name, value in state_dict.items()}
   assert len(shapes) == 83
   assert shapes['module.block1.layer.0.convShortcut.weight'] == (32, 16, 1, 1)
   assert shapes['module.block3.layer.1.conv2.weight'] == (128, 128, 3, 3)
-  assert shapes['module.fc.bias'] == (6,)
+  assert shapes['module.fc.bias'] == (7,)
   # A kernel keeps its orientation: entry [out, in, row, column].
   kernel = np.arange(16 * 3 * 9, dtype=np.float32).reshape(16, 3, 3, 3)
   state_dict['module.conv1.weight'] = kernel
@@ -141,8 +141,7 @@ def test_idle_tensors_are_left_out_and_nothing_else(small):
     assert_same(from_torch(extended, model), variables)
   with pytest.raises(ValueError, match=r'1 unexpected \(conv9.num_batches'):
     from_torch(state_dict | {'conv9.num_batches_tracked': 0}, model)
-  other = PreActResNet(2, width=2)
-  fitting = to_torch(random_variables(other), other)
+  other, (_, fitting) = MODELS['PreActResNet-18'], prepared('PreActResNet-18')
   with pytest.raises(ValueError, match='11 unexpected'):
     from_torch(fitting | first, other)
 
@@ -160,12 +159,12 @@ def test_what_does_not_fit_is_named(small):
       r'\(conv1.weight \(8, 3, 3, 3\) instead of \(16, 3, 3, 3\)\)')):
     from_torch(broken, model)
   with pytest.raises(ValueError, match=(
-      r'PreActResNet-18 .*: 84 missing \(bn.running_mean, .*, \.\.\.\); '
-      r'31 unexpected \(.*\); 1 misshapen')):
+      r'PreActResNet-18 .*: 89 missing \(bn.running_mean, .*, \.\.\.\); '
+      r'39 unexpected \(.*\); 1 misshapen')):
     from_torch(state_dict, PreActResNet(4, width=4))
   with pytest.raises(ValueError, match=r'fc.weight \(4, 128\) instead of'):
     from_torch(state_dict, WideResNet(9, depth=10, width=2))
-  with pytest.raises(ValueError, match='18 missing'):
+  with pytest.raises(ValueError, match='14 missing'):
     to_torch({'params': variables['params']}, model)
   for call in (from_torch, to_torch):
     with pytest.raises(TypeError, match='got Dense'):
@@ -173,16 +172,16 @@ def test_what_does_not_fit_is_named(small):
 
 
 def test_other_numbers_of_channels_and_types():
-  model = PreActResNet(2, width=2, param_dtype=jnp.bfloat16)
+  model = WideResNet(2, depth=10, width=1, param_dtype=jnp.bfloat16)
   variables = random_variables(model, channels=1)
   state_dict = to_torch(variables, model)
-  assert state_dict['conv1.weight'].shape == (2, 1, 3, 3)
+  assert state_dict['conv1.weight'].shape == (16, 1, 3, 3)
   assert state_dict['conv1.weight'].dtype == jnp.bfloat16
   assert_same(from_torch(state_dict, model), variables)
   wide = {name: value.astype(np.float64) for name, value in state_dict.items()}
   assert_same(from_torch(wide, model), variables)
-  with pytest.raises(ValueError, match=r'\(2, 1, 3, 3\) instead of'):
-    from_torch(state_dict, PreActResNet(2, width=2, **CIFAR))
+  with pytest.raises(ValueError, match=r'\(16, 1, 3, 3\) instead of'):
+    from_torch(state_dict, WideResNet(2, depth=10, width=1, **CIFAR))
 
 
 # Which network, which normalisation.
@@ -236,11 +235,10 @@ def test_networks_that_are_not_ours(small):
   with pytest.raises(ValueError, match='of 24 channels'):
     model_from_torch(
         state_dict | {'block1.layer.0.conv1.weight': np.zeros((24, 16, 3, 3))})
-  other = PreActResNet(3, width=2)
-  state_dict = to_torch(random_variables(other), other)
+  _, state_dict = prepared('PreActResNet-18')
   with pytest.raises(ValueError, match=r'has \(2, 2, 2, 3\) blocks of .*Block'):
     model_from_torch(
-        state_dict | {'layer4.2.conv1.weight': np.zeros((16, 16, 3, 3))})
+        state_dict | {'layer4.2.conv1.weight': np.zeros((32, 32, 3, 3))})
   # Wong2020Fast and Andriushchenko2020Understanding have no `bn`.
   with pytest.raises(ValueError, match='neither of a PreActResNet'):
     model_from_torch({name: value for name, value in state_dict.items()
@@ -285,6 +283,52 @@ def test_types_of_numbers(tmp_path):
   with pytest.raises(ValueError, match='type complex64'):
     write_state_dict(tmp_path / 'a.pt', {'a': np.zeros(1, np.complex64)})
   assert (tmp_path / 'a.pt').read_bytes() == first
+
+
+# What PyTorch 2.13 writes for {'state_dict': {'module.a': a transposed 2x3}},
+# between the keys and views of storages in which its two formats differ.
+PICKLE = (
+    b'\x80\x02}q\x00X\n\x00\x00\x00state_dictq\x01ccollections\nOrderedDict\n'
+    b'q\x02)Rq\x03X\x08\x00\x00\x00module.aq\x04ctorch._utils\n'
+    b'_rebuild_tensor_v2\nq\x05((X\x07\x00\x00\x00storageq\x06ctorch\n'
+    b'FloatStorage\nq\x07%sq\x08X\x03\x00\x00\x00cpuq\tK\x06%stq\nQK\x00K\x03K'
+    b'\x02\x86q\x0bK\x01K\x03\x86q\x0c\x89h\x02)Rq\rtq\x0eRq\x0fss.')
+STREAM_HEAD = (
+    b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}q\x00(X\x10'
+    b'\x00\x00\x00protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00little_endianq\x02'
+    b'\x88X\n\x00\x00\x00type_sizesq\x03}q\x04(X\x05\x00\x00\x00shortq\x05K\x02X'
+    b'\x03\x00\x00\x00intq\x06K\x04X\x04\x00\x00\x00longq\x07K\x04uu.')
+NUMBERS = np.arange(6, dtype='<f4').tobytes()
+STREAM_KEY = b'X\x0e\x00\x00\x0094234244347504'
+STREAM = b''.join([
+    STREAM_HEAD, PICKLE % (STREAM_KEY, b'N'), b'\x80\x02]q\x00', STREAM_KEY,
+    b'q\x01a.', (6).to_bytes(8, 'little'), NUMBERS])
+
+
+def test_files_as_pytorch_wrote_them(tmp_path):
+  wanted = np.arange(6, dtype=np.float32).reshape(2, 3).T
+  path = tmp_path / 'a.pt'
+  write_archive(path, PICKLE % (b'X\x01\x00\x00\x000', b''), [NUMBERS])
+  assert_same(read_state_dict(path), {'a': wanted})
+  path.write_bytes(STREAM)
+  assert_same(read_state_dict(path), {'a': wanted})
+  for length in range(len(STREAM)):
+    path.write_bytes(STREAM[:length])
+    with pytest.raises(ValueError, match=r'cannot read .*: it is '):
+      read_state_dict(path)
+  path.write_bytes(STREAM.replace(
+      (6).to_bytes(8, 'little'), (2 ** 60).to_bytes(8, 'little')))
+  with pytest.raises(ValueError, match='truncated in storage 94234244347504'):
+    read_state_dict(path)
+  path.write_bytes(STREAM.replace(b'little_endianq\x02\x88',
+                                  b'little_endianq\x02\x89'))
+  with pytest.raises(ValueError, match="machine .*'little_endian': False"):
+    read_state_dict(path)
+  with zipfile.ZipFile(path, 'w') as archive:
+    archive.writestr('a/data.pkl', b'')
+    archive.writestr('a/byteorder', b'big')
+  with pytest.raises(ValueError, match="b'big'-endian"):
+    read_state_dict(path)
 
 
 class Planted:

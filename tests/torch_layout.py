@@ -7,7 +7,7 @@ _NAMES = {'bias': 'bias', 'running_mean': 'mean', 'running_var': 'var'}
 
 
 def variables(archive, prefix):
-  """Parameters and statistics of a PreActResNet under `prefix` of an archive."""
+  """Parameters and statistics of a PreActResNet under a prefix."""
   out = {'params': {}, 'batch_stats': {}}
   for key in archive.files:
     if not key.startswith(prefix):

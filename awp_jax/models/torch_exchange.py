@@ -8,10 +8,9 @@
     write_state_dict('ours.pth', to_torch(variables, model))
     # net.load_state_dict(torch.load('ours.pth', weights_only=True))
 
-Names are those of the networks of the AWP authors' repository, csdongxian/AWP,
-which its AT and TRADES share with RobustBench. The logits are equal at 32x32
-pixels; at other sizes ours average all of the last features, theirs patches of
-fixed size.
+Names are those that the AWP authors' repository, csdongxian/AWP, shares with
+RobustBench. The logits are equal at 32x32 pixels; at other sizes ours average
+all of the last features, and theirs pools of a fixed size.
 
 A network in PyTorch takes normalised images, and few files say how. Ours
 normalise inside, so that `mean` and `std` have to be known:
@@ -25,9 +24,11 @@ normalise inside, so that `mean` and `std` have to be known:
   CIFAR-100.
 * 0.5 and 0.5: AT-AWP of SVHN; Hendrycks2019Using, Hendrycks2020AugMix_WRN.
 * 0 and 1, the default: TRADES-AWP and RST-AWP; RobustBench's Wu2020Adversarial
-  of CIFAR-10 and all entries that are a bare `WideResNet(...)` there.
+  of CIFAR-10 and all entries that are a bare `WideResNet(...)` or
+  `PreActResNet(...)` there.
 
-Of RobustBench's definitions for CIFAR-10 and CIFAR-100 these are our networks:
+Of RobustBench's entries for CIFAR-10 and CIFAR-100 these are our networks, as
+read off their definitions (their files have not been tried one by one):
 
 * each entry on its `WideResNet`, of any depth and width: Carmon2019Unlabeled,
   Wu2020Adversarial, Rice2020Overfitting (CIFAR-10, L_inf), Sehwag2021Proxy,

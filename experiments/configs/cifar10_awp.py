@@ -85,6 +85,16 @@ def get_config() -> ml_collections.ConfigDict:
       'num_steps': 20,
       'num_train': 1000,  # training images for the accuracies on them
   })
+  # --mode=evaluate: each starts from all test images. fgsm, pgd-N, cw-N, spsa,
+  # one attack of AutoAttack (apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square), or
+  # a version of it: aa-standard, aa-plus, aa-rand, aa-fast.
+  config.evaluation = ml_collections.ConfigDict({
+      'attacks': ('fgsm', 'pgd-20', 'pgd-100', 'cw-100', 'aa-standard'),
+      'num_examples': 0,  # the first of the test images; 0: all
+      'batch_size': 0,  # 0: as the device likes
+      'save_examples': False,  # adversarial images, an .npz each
+      'torch_checkpoint': '',  # a PyTorch file instead of the run's own
+  })
   config.select_on = 'test'  # the best model by: test (the paper), validation
   config.log_every_steps = 50
   config.checkpoint_every_steps = 0  # beside the end of every epoch; 0: never
