@@ -294,9 +294,9 @@ PICKLE = (
     b'FloatStorage\nq\x07%sq\x08X\x03\x00\x00\x00cpuq\tK\x06%stq\nQK\x00K\x03K'
     b'\x02\x86q\x0bK\x01K\x03\x86q\x0c\x89h\x02)Rq\rtq\x0eRq\x0fss.')
 STREAM_HEAD = (
-    b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}q\x00(X\x10'
-    b'\x00\x00\x00protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00little_endianq\x02'
-    b'\x88X\n\x00\x00\x00type_sizesq\x03}q\x04(X\x05\x00\x00\x00shortq\x05K\x02X'
+    b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}q\x00('
+    b'X\x10\x00\x00\x00protocol_versionq\x01M\xe9\x03X\r\x00\x00\x00'
+    b'little_endianq\x02\x88X\n\x00\x00\x00type_sizesq\x03}q\x04(X\x05\x00\x00\x00shortq\x05K\x02X'
     b'\x03\x00\x00\x00intq\x06K\x04X\x04\x00\x00\x00longq\x07K\x04uu.')
 NUMBERS = np.arange(6, dtype='<f4').tobytes()
 STREAM_KEY = b'X\x0e\x00\x00\x0094234244347504'
@@ -322,7 +322,7 @@ def test_files_as_pytorch_wrote_them(tmp_path):
     read_state_dict(path)
   path.write_bytes(STREAM.replace(b'little_endianq\x02\x88',
                                   b'little_endianq\x02\x89'))
-  with pytest.raises(ValueError, match="machine .*'little_endian': False"):
+  with pytest.raises(ValueError, match=r"machine .*'little_endian': False"):
     read_state_dict(path)
   with zipfile.ZipFile(path, 'w') as archive:
     archive.writestr('a/data.pkl', b'')

@@ -66,7 +66,7 @@ class PreActBottleneck(nn.Module):
 
 
 #: depth -> (block, blocks of each stage)
-_DEPTHS: dict[int, tuple[Any, tuple[int, ...]]] = {
+DEPTHS: dict[int, tuple[Any, tuple[int, ...]]] = {
     18: (PreActBlock, (2, 2, 2, 2)),
     34: (PreActBlock, (3, 4, 6, 3)),
     50: (PreActBottleneck, (3, 4, 6, 3)),
@@ -97,9 +97,9 @@ class PreActResNet(nn.Module):
   param_dtype: Any = jnp.float32
 
   def __post_init__(self) -> None:
-    if self.depth not in _DEPTHS:
+    if self.depth not in DEPTHS:
       raise ValueError(
-          f'depth must be one of {sorted(_DEPTHS)}, got {self.depth!r}.')
+          f'depth must be one of {sorted(DEPTHS)}, got {self.depth!r}.')
     layers.check_image_model(
         self.activation, self.num_classes, self.width, self.mean, self.std)
     super().__post_init__()
@@ -115,7 +115,7 @@ class PreActResNet(nn.Module):
     Returns:
       The logits, float32 or wider.
     """
-    block, blocks = _DEPTHS[self.depth]
+    block, blocks = DEPTHS[self.depth]
     parts = layers.Parts(self.activation, self.dtype, self.param_dtype)
     x = layers.normalise_pixels(x, self.mean, self.std, self.dtype)
     x = parts.conv(self.width, 3, 1, 'conv1')(x)

@@ -254,7 +254,7 @@ def model_from_torch(
     block = (preact_resnet.PreActBottleneck
              if 'layer1.0.conv3.weight' in shapes else
              preact_resnet.PreActBlock)
-    for depth, wanted in preact_resnet._DEPTHS.items():
+    for depth, wanted in preact_resnet.DEPTHS.items():
       if wanted == (block, blocks):
         return PreActResNet(
             shapes['linear.weight'][0], depth=depth,

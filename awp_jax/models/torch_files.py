@@ -78,9 +78,11 @@ def _open_stream(file: BinaryIO) -> tuple[Any, _Fetch]:
   storages: dict[str, bytes] = {}
   for key in keys:
     dtype = torch_pickle.STORAGES[unpickler.types[key].name]
-    length = int.from_bytes(file.read(8), 'little') * dtype.itemsize
+    count = file.read(8)
+    length = int.from_bytes(count, 'little') * dtype.itemsize
     # Reading allocates first, so that a damaged length must not get there.
-    if length > os.fstat(file.fileno()).st_size - file.tell():
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if len(count) < 8 or length > left:
       raise ValueError(f'it is truncated in storage {key}.')
     storages[key] = file.read(length)
   return content, lambda storage: storages[storage.key]
