@@ -14,7 +14,9 @@ from awp_jax import (
   pgd,
   pgd_with_state,
 )
-from awp_jax.threat import NORMS, ThreatModel
+from awp_jax.threat import ThreatModel
+
+NORMS = ('Linf', 'L2')
 
 WEIGHTS = jnp.array([0.6, -1.5, 0.2, 0.7])
 INSIDE = jnp.array([[0.5, 0.4, 0.55, 0.6], [0.45, 0.5, 0.5, 0.5]])

@@ -407,6 +407,9 @@ def test_second_call_does_not_recompile():
         perturbation=awp_jax.WeightPerturbation(0.01), axis_name='d')
 
   step = pmap(counted)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('d',))
+  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  state = jax.device_put(state, everywhere)  # where the step leaves it, too
   state, _ = step(state, parts, jax.random.key(0))
   once = len(traces)
   for _ in range(3):

@@ -93,7 +93,9 @@ def test_relative_norms_are_gamma_on_weights_and_zero_elsewhere(
     dtype, tolerance, gamma, x64):
   params = params_as(dtype)
   v = weights.awp_perturbation(loss_fn, gamma=gamma)(params)
-  assert jax.tree.map(jnp.dtype, v) == jax.tree.map(jnp.dtype, params)
+  for got, wanted in zip(
+      jax.tree.leaves(v), jax.tree.leaves(params), strict=True):
+    assert got.dtype == wanted.dtype
   for layer in ('dense', 'out'):
     np.testing.assert_allclose(
         norms(v)[layer]['kernel'], gamma * norms(params)[layer]['kernel'],
