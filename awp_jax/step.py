@@ -25,7 +25,7 @@ from awp_jax import checks, objectives, weights
 from awp_jax.attacks import pgd as pgd_lib
 from awp_jax.objectives import Objective, Pass
 from awp_jax.threat import ThreatModel
-from awp_jax.types import Array, Params
+from awp_jax.types import Array, Params, Scalar
 
 Statistics = Literal['perturbed', 'reference']
 STATISTICS: tuple[Statistics, ...] = ('perturbed', 'reference')
@@ -72,7 +72,7 @@ class WeightPerturbation(NamedTuple):
     decay_at: whether weight decay acts at 'perturbed' or 'natural' weights.
   """
 
-  gamma: Any = 0.0
+  gamma: Scalar = 0.0
   num_steps: int = 1
   alternations: int = 1
   mask: weights.Mask = weights.is_weight

@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import chex
 import jax
 
 Array = jax.Array
+
+#: A number, or a traced or device scalar.
+Scalar = chex.Numeric
 
 #: A pytree of arrays: a linen dict, an `nnx.State`, an Equinox module, a dict.
 Params = Any

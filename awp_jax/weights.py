@@ -38,7 +38,14 @@ import jax.numpy as jnp
 import optax
 
 from awp_jax import checks
-from awp_jax.types import Array, AWPOutput, LeafPredicate, LossFn, Params
+from awp_jax.types import (
+  Array,
+  AWPOutput,
+  LeafPredicate,
+  LossFn,
+  Params,
+  Scalar,
+)
 
 #: Which leaves are perturbed: a predicate, or a pytree of bools like the
 #: parameters.
@@ -101,8 +108,8 @@ def _unit_and_norm(leaf: Array) -> tuple[Array, Array]:
 
 
 def _ascend_leaf(
-    perturbation: Array | None, gradient: Array, weight: Array, gamma: Any,
-    step: Any) -> Array:
+    perturbation: Array | None, gradient: Array, weight: Array, gamma: Scalar,
+    step: Scalar) -> Array:
   """One projected step of a leaf; `perturbation` None stands for zero."""
   direction, _ = _unit_and_norm(gradient)
   _, weight_norm = _unit_and_norm(weight)
@@ -116,7 +123,7 @@ def _ascend_leaf(
 
 def ascend(
     perturbation: Params | None, gradients: Params, params: Params, *,
-    gamma: Any, step: Any, mask: Mask = is_weight) -> Params:
+    gamma: Scalar, step: Scalar, mask: Mask = is_weight) -> Params:
   """The weight adversary's step: v <- project(v + step |w| g / |g|) per leaf.
 
   Args:
@@ -189,8 +196,9 @@ def averaged_value_and_grad(
 
 
 def awp_perturbation(
-    loss_fn: LossFn, *, gamma: Any, num_steps: int = 1, mask: Mask = is_weight,
-    has_aux: bool = False, axis_name: str | None = None,
+    loss_fn: LossFn, *, gamma: Scalar, num_steps: int = 1,
+    mask: Mask = is_weight, has_aux: bool = False,
+    axis_name: str | None = None,
 ) -> Callable[..., Params | None]:
   """The weight adversary alone: a function that returns v.
 
@@ -227,8 +235,9 @@ def awp_perturbation(
 
 
 def awp_value_and_grad(
-    loss_fn: LossFn, *, gamma: Any, num_steps: int = 1, mask: Mask = is_weight,
-    has_aux: bool = False, axis_name: str | None = None,
+    loss_fn: LossFn, *, gamma: Scalar, num_steps: int = 1,
+    mask: Mask = is_weight, has_aux: bool = False,
+    axis_name: str | None = None,
 ) -> Callable[..., tuple[Any, Params]]:
   """`jax.value_and_grad` at the adversarially perturbed weights w + v.
 
@@ -299,7 +308,7 @@ def apply_at_perturbed(
 
 def awp_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, params: Params,
-    opt_state: Any, *args: Any, gamma: Any, num_steps: int = 1,
+    opt_state: Any, *args: Any, gamma: Scalar, num_steps: int = 1,
     mask: Mask = is_weight, has_aux: bool = False,
     decay_at: DecayAt = 'perturbed', axis_name: str | None = None,
     **kwargs: Any) -> AWPOutput:
@@ -349,7 +358,7 @@ def awp_step(
   return AWPOutput(new_params, opt_state, loss, aux, perturbation)
 
 
-def is_off(gamma: Any) -> bool:
+def is_off(gamma: Scalar) -> bool:
   """Whether `gamma` is the number 0; a traced or device value never counts."""
   return not isinstance(gamma, jax.Array) and gamma == 0
 
@@ -373,6 +382,6 @@ def relative_norm(
   return global_norm(perturbation) / jnp.where(norm > 0, norm, 1)
 
 
-def _check(gamma: Any, num_steps: int) -> None:
+def _check(gamma: Scalar, num_steps: int) -> None:
   checks.not_negative('gamma', gamma)
   checks.count('num_steps', num_steps)
