@@ -22,7 +22,8 @@ MAIN = ROOT / 'experiments/main.py'
 TINY = [f'--config.{field}' for field in (
     'num_train=64', 'num_test=32', 'batch_size=16', 'epochs=3',
     'attack.num_steps=1', 'eval.num_steps=1', 'eval.batch_size=32',
-    'eval.num_train=32', 'log_every_steps=2', 'checkpoint_every_steps=3',
+    'eval.num_train=32', 'eval.every_epochs=1', 'log_every_steps=2',
+    'checkpoint_every_steps=3',
     'awp.gamma=0.01')]
 
 #: All that a run may print.
@@ -191,7 +192,8 @@ def test_killed_and_stopped_run_ends_bit_identical(command, uninterrupted):
     (['--config=nowhere.py'], 'nowhere.py: there is no such file'),
     (['--config.threat.epsilon=-1'], 'threat.epsilon must be a finite number'),
     (['--config.dataset=cifr10'], "Did you mean 'cifar10'?"),
-    (['--mode=evaluate'], 'holds no checkpoints: train there first'),
+    (['--mode=evaluate', '--workdir=new'],
+     'holds no checkpoints: train there first'),
     (['--mode=landscape'], '--mode=landscape is not there yet'),
     (['--mode=trian'], 'one of <train|evaluate|landscape>'),
     (['--wrkdir=x'], "'wrkdir'. Did you mean: workdir"),

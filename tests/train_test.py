@@ -29,7 +29,8 @@ def small(config=None, **fields):
   config = config or digits_awp.get_config()
   fields = {
       'attack.num_steps': 2, 'eval.num_steps': 2, 'eval.batch_size': 24,
-      'eval.num_train': 16, 'log_every_steps': 1, 'num_train': 0,
+      'eval.num_train': 16, 'eval.every_epochs': 1, 'log_every_steps': 1,
+      'num_train': 0,
       'num_test': 0, 'batch_size': 16,
   } | {name.replace('__', '.'): value for name, value in fields.items()}
   config.update_from_flattened_dict(fields)
