@@ -8,7 +8,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 #: Sub-folders of a workdir's `checkpoints/`.
-KINDS = ('last', 'best')
+KINDS = ('best', 'last')
 
 
 class CheckpointError(ValueError):

@@ -126,7 +126,7 @@ def load_subjects(run: runs.Run) -> Iterator[Subject]:
     yield _torch_subject(run, pathlib.Path(settings.torch_checkpoint))
     return
   like = steps.to_tree(runs.initial_state(run), steps.zero_sums())
-  for kind in ('best', 'last'):
+  for kind in checkpoints.KINDS:
     store = checkpoints.Checkpoints(run.workdir, kind)
     try:
       tree, _ = store.load(like)
