@@ -188,14 +188,15 @@ class _Records:
 
 
 def _identity(
-    run: runs.Run, subject: Subject, name: str) -> dict[str, Any]:
+    run: runs.Run, subject: Subject, name: str, num_examples: int
+) -> dict[str, Any]:
   """All that the records of an evaluation depend on."""
   return {
       'subject': subject.origin, 'evaluation': name,
       'threat': run.config.threat.to_dict(),
       'step_size': run.config.eval.step_size, 'seed': run.config.seed,
       'dataset': data.describe(run.dataset),
-      'num_examples': len(_test_set(run)[1]),
+      'num_examples': num_examples,
       'batch_size': run.config.evaluation.batch_size}
 
 
@@ -209,15 +210,12 @@ def _test_set(run: runs.Run) -> tuple[np.ndarray, np.ndarray]:
 class _Teller:
   """A bar in a terminal, a line a group elsewhere."""
 
-  def __init__(self, label: str, total: int) -> None:
-    self._label, self._total, self._robust = label, total, total
-    self._attack, self._seconds = '', 0.0
+  def __init__(self, label: str, total: int, correct: int) -> None:
+    self._label, self._total, self._robust = label, total, correct
+    self._seconds = 0.0
     self._bar = tqdm.tqdm(
         total=None, unit='example', desc=label,
         disable=not sys.stderr.isatty())
-
-  def natural(self, correct: int) -> None:
-    self._robust = correct
 
   def heard(self, record: awp_jax.BatchResult) -> None:
     self._robust -= int(record.broken.sum())
@@ -235,17 +233,21 @@ class _Teller:
 
 
 def _evaluate_one(
-    run: runs.Run, subject: Subject, name: str
+    run: runs.Run, subject: Subject, name: str,
+    test_set: tuple[np.ndarray, np.ndarray], correct: int
 ) -> awp_jax.AttackResult:
-  """One evaluation of one model, from its records if there are any."""
-  images, labels = _test_set(run)
+  """One evaluation of one model, from its records if there are any.
+
+  `correct` of the test set's images are classified right without an attack.
+  """
+  images, labels = test_set
   settings = run.config.evaluation
-  identity = json.dumps(_identity(run, subject, name), sort_keys=True)
+  identity = json.dumps(
+      _identity(run, subject, name, len(labels)), sort_keys=True)
   digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
   records = _Records(
       run.workdir / 'evaluation' / f'{subject.name}-{name}-{digest}')
-  teller = _Teller(f'{subject.name} {name}', len(labels))
-  teller.natural(_count_correct(subject, images, labels))
+  teller = _Teller(f'{subject.name} {name}', len(labels), correct)
   done = tuple(records.done)
   for record in done:
     teller.heard(record)
@@ -329,11 +331,13 @@ def evaluate(run: runs.Run) -> dict[str, Any]:
     ValueError: for a checkpoint that cannot be read.
   """
   config = run.config
+  test_set = _test_set(run)
   subjects: dict[str, Any] = {}
   for subject in load_subjects(run):
+    correct = _count_correct(subject, *test_set)
     entry: dict[str, Any] = {'origin': subject.origin, 'evaluations': {}}
     for name in config.evaluation.attacks:
-      result = _evaluate_one(run, subject, name)
+      result = _evaluate_one(run, subject, name, test_set, correct)
       entry['natural'] = _accuracy(result.natural)
       entry['evaluations'][name] = report(result)
       if result.adversarial is not None and config.evaluation.save_examples:
@@ -342,14 +346,14 @@ def evaluate(run: runs.Run) -> dict[str, Any]:
             adversarial=result.adversarial, robust=result.robust,
             natural=result.natural)
     subjects[subject.name] = entry
-  images, _ = _test_set(run)
+  num_examples = len(test_set[1])
   values = {
-      'threat': config.threat.to_dict(), 'num_examples': len(images),
+      'threat': config.threat.to_dict(), 'num_examples': num_examples,
       'dataset': data.describe(run.dataset), 'seed': config.seed,
       'subjects': subjects, 'devices': results.devices(),
       'versions': results.versions()}
   results.write_json(run.workdir / 'evaluation.json', values)
   print(f'\n{run.dataset.name}, {config.threat.norm}, epsilon '
-        f'{config.threat.epsilon:.4f}, {len(images)} test images\n')
+        f'{config.threat.epsilon:.4f}, {num_examples} test images\n')
   print(_table(subjects))
   return values
