@@ -26,6 +26,7 @@ class Checkpoints:
     """Opens `workdir/checkpoints/<kind>`, which need not exist."""
     self.folder = (workdir / 'checkpoints' / kind).resolve()
     _remove_parts(self.folder)
+    self._failed = False
     self._checkpointer = ocp.training.Checkpointer(
         self.folder, cleanup_tmp_directories=True,
         preservation_policy=(
@@ -42,7 +43,14 @@ class Checkpoints:
     latest = self._checkpointer.latest
     if latest is not None and latest.step == step:
       return
-    self._checkpointer.save(step, tree, custom_metadata=notes)
+    try:
+      self._checkpointer.save(step, tree, custom_metadata=notes)
+    except (OSError, ValueError) as error:  # what a full disk comes as
+      self._failed = True
+      raise CheckpointError(
+          f'the checkpoint of step {step} could not be written to '
+          f'{self.folder}: {error}. When that is mended, the same command goes '
+          'on from the last complete one.') from error
 
   def step(self) -> int | None:
     """The step of the checkpoint on disk, or None."""
@@ -71,7 +79,8 @@ class Checkpoints:
 
   def close(self) -> None:
     """Lets go of the folder."""
-    self._checkpointer.close()
+    if not self._failed:  # else it would raise the failure again
+      self._checkpointer.close()
 
 
 def _remove_parts(folder: pathlib.Path) -> None:

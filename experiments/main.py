@@ -108,6 +108,10 @@ def main(argv: list[str]) -> None:
     _fail(error)
   except train.Diverged as error:
     _fail(error, code=1)
+  except OSError as error:
+    _fail(
+        f'{error}. When that is mended, the same command goes on from the last '
+        'checkpoint.', code=1)
   if summary is not None:
     best, last = summary['best'], summary['last']
     print(
