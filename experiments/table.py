@@ -178,8 +178,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   return options, rest
 
 
-def main(argv: Sequence[str] | None = None, script: pathlib.Path = sweep.MAIN
-         ) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    script: pathlib.Path = sweep.MAIN) -> int:
   """Runs and prints.
 
   Args:
@@ -211,7 +212,7 @@ def main(argv: Sequence[str] | None = None, script: pathlib.Path = sweep.MAIN
   except (ValueError, OSError) as error:
     print('error:', ' '.join(str(error).split()), file=sys.stderr)
     return 2
-  print(f'\ntable.md, table.json and table.png are in {workdir}')
+  print(f'\nthe same as table.md and table.json, and curves: {workdir}')
   if stopped:
     print(f'{stopped}: the same command goes on from there.')
   return int(any(
