@@ -20,12 +20,12 @@ import re
 import statistics
 import sys
 import textwrap
-from typing import Any, NoReturn
+from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import compare, published, records, results, sweep
+from experiments import command, compare, published, records, results, sweep
 
 #: Key of `records.measure` -> heading.
 COLUMNS = {
@@ -148,17 +148,9 @@ def _replace(path: pathlib.Path, text: str) -> None:
   os.replace(temporary, path)
 
 
-class _Parser(argparse.ArgumentParser):
-  """Leaves with one line for a wrong argument."""
-
-  def error(self, message: str) -> NoReturn:
-    print('error:', ' '.join(message.split()), file=sys.stderr)
-    sys.exit(2)
-
-
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Options, and the overrides for every run."""
-  parser = _Parser(description=__doc__.split('\n')[0], allow_abbrev=False)
+  parser = command.Parser(__doc__)
   parser.add_argument(
       '--configs', type=str, help='their files, with commas between')
   parser.add_argument('--seeds', default='0', help='by default 0')
@@ -210,7 +202,7 @@ def main(
     workdir.mkdir(parents=True, exist_ok=True)
     print(f'\n{write(workdir, names)}')
   except (ValueError, OSError) as error:
-    print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    command.complain(error)
     return 2
   print(f'\nthe same as table.md and table.json, and curves: {workdir}')
   if stopped:
