@@ -233,18 +233,13 @@ def counts_table(labelled: Labelled, num_classes: int) -> str:
 
 
 def run_all(options: Any) -> None:
-  """Labels, chooses and writes, as the command's options say.
-
-  Raises:
-    ValueError: for what cannot work.
-  """
+  """Labels, chooses and writes, as the command's options say."""
   check_selection(options.min_confidence, options.per_class)
   if options.output.suffix != '.npz':
-    raise ValueError(f'--output={options.output}: it must end in .npz.')
-  if not options.output.resolve().parent.is_dir():
-    raise ValueError(
-        f'--output={options.output}: there is no folder '
-        f'{str(options.output.parent)!r}.')
+    raise ValueError(f'--output={options.output} must end in .npz.')
+  folder = options.output.parent
+  if not folder.is_dir():
+    raise ValueError(f'--output: there is no folder {str(folder)!r}.')
   run = prepare(options.workdir, options.torch_checkpoint)
   num_classes = run.dataset.num_classes
   images = extra_data.load_images(

@@ -8,7 +8,7 @@ import pathlib
 import statistics
 from typing import Any, NamedTuple
 
-from experiments import compare, results, setup, sweep, workdirs
+from experiments import compare, jobs, results, setup, sweep, workdirs
 
 CONFIGS = pathlib.Path(__file__).resolve().parent / 'configs'
 
@@ -48,7 +48,7 @@ def read(workdir: pathlib.Path, name: str) -> Record:
   Raises:
     ValueError: if the name is none of a run.
   """
-  parsed = sweep.parse_name(name)
+  parsed = jobs.parse_name(name)
   if parsed is None:
     raise ValueError(f'{name!r} is not the name of a run like "x_at-seed0".')
   config = sweep.read_config(workdir / name)
@@ -158,6 +158,8 @@ def mean_lines(runs: Sequence[Record]) -> list[dict[str, Any]]:
   means = []
   for epoch in sorted(set.intersection(*map(set, by_epoch))):
     lines = [lines[epoch] for lines in by_epoch]
+    shared = set.intersection(*map(set, lines))
     means.append({
-        key: statistics.mean(line[key] for line in lines) for key in lines[0]})
+        key: statistics.mean(line[key] for line in lines)
+        for key in lines[0] if key in shared})
   return means

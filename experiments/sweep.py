@@ -1,12 +1,12 @@
 """Runs configs and seeds one after another, each in a process of its own.
 
-A run is known by its folder's name: the stem of its config, the config's
-argument behind a plus, and the seed, as in `cifar10_awp+L2-seed0`. Beside the
-folder lies `cifar10_awp+L2-seed0.stderr`: what the process had to complain of,
-and its exit code if it failed. The process keeps that file locked while it
-lives, so that two sweeps never work on the same run.
+Beside a run's folder `cifar10_awp+L2-seed0` lies `cifar10_awp+L2-seed0.stderr`:
+what the process had to complain of, and its exit code if it failed. The process
+keeps that file locked while it lives, so that two sweeps never work on the same
+run.
 """
 
+import ast
 from collections.abc import Callable, Sequence
 import fcntl
 import json
@@ -17,33 +17,12 @@ import subprocess
 import sys
 from typing import IO, Any, NamedTuple
 
-from experiments import results
+from experiments import results, workdirs
+from experiments.jobs import Job, parse_name
 
 MAIN = pathlib.Path(__file__).resolve().parent / 'main.py'
 
-_NAME = re.compile(
-    r'(?P<stem>[^+]+)(?:\+(?P<argument>[^+]+))?-seed(?P<seed>0|[1-9][0-9]*)')
-_CONFIG = re.compile(
-    r'(?:.*/)?(?P<stem>[^/+:]+)\.py(?::(?P<argument>[^/+:]+))?')
 _EXIT = re.compile(r'exit code (-?[0-9]+)')
-
-
-class Job(NamedTuple):
-  """A config and a seed.
-
-  Attributes:
-    config: the path of the config's file, maybe with an argument behind a
-      colon, as `main.py --config` takes it.
-    seed: of the run.
-  """
-
-  config: str
-  seed: int
-
-  @property
-  def name(self) -> str:
-    """Of the run's folder."""
-    return f'{label_of(self.config).replace(":", "+")}-seed{self.seed}'
 
 
 class State(NamedTuple):
@@ -60,63 +39,35 @@ class State(NamedTuple):
   error: str = ''
 
 
-def label_of(config: str) -> str:
-  """`cifar10_awp:L2` for `some/folder/cifar10_awp.py:L2`.
+def check_overrides(
+    jobs: Sequence[Job], workdir: pathlib.Path, overrides: Sequence[str]
+) -> None:
+  """Raises ValueError for a run that is there already with other values.
 
-  Raises:
-    ValueError: for what is no path of a config.
+  A run that is not finished refuses them itself; a finished one would stand for
+  what it is not.
   """
-  match = _CONFIG.fullmatch(config)
-  if match is None:
-    raise ValueError(
-        f'{config!r} is no config: it must be the path of a .py file, with an '
-        "argument behind a colon if it takes one, and no '+' in either.")
-  return ':'.join(filter(None, match.groups()))
+  for job in jobs:
+    stored = read_config(workdir / job.name)
+    for override in overrides:
+      name, _, value = override.removeprefix('--config.').partition('=')
+      if name in workdirs.FREE_FIELDS or name.startswith(workdirs.FREE_GROUPS):
+        continue
+      if name in stored and not _is_same(stored[name], value):
+        raise ValueError(
+            f'{override}: {str(workdir / job.name)!r} holds a run with '
+            f'{name}={stored[name]!r}; choose another --workdir.')
 
 
-def parse_name(name: str) -> tuple[str, int] | None:
-  """(label, seed) of a folder's name; None if it is none of a sweep."""
-  match = _NAME.fullmatch(name)
-  if match is None:
-    return None
-  return ':'.join(filter(None, match.group(1, 2))), int(match['seed'])
-
-
-def parse_configs(text: str) -> list[str]:
-  """Splits a list of configs at its commas, but not within an argument.
-
-  Args:
-    text: such as 'a.py,b.py:L2,WRN-34-10,c.py', which is three configs.
-
-  Returns:
-    The configs; each file exists.
-
-  Raises:
-    ValueError: for what is no config, and for two of the same name.
-  """
-  configs: list[str] = []
-  for part in text.split(','):
-    if configs and ':' in configs[-1] and not re.search(r'\.py(:|$)', part):
-      configs[-1] += f',{part}'
-    else:
-      configs.append(part)
-  labels = [label_of(config) for config in configs]
-  for config, label in zip(configs, labels, strict=True):
-    if not pathlib.Path(config.partition(':')[0]).is_file():
-      raise ValueError(f'--configs: there is no file {config!r}.')
-    if labels.count(label) > 1:
-      raise ValueError(f'--configs names {label!r} more than once.')
-  return configs
-
-
-def parse_seeds(text: str) -> list[int]:
-  """Whole numbers, each once, from a list like '0,1,2'."""
-  parts = text.split(',')
-  if not all(re.fullmatch('0|[1-9][0-9]*', part) for part in parts) or (
-      len(set(parts)) < len(parts)):
-    raise ValueError(
-        f"--seeds must be different whole numbers like '0,1,2', got {text!r}.")
-  return [int(part) for part in parts]
+def _is_same(stored: Any, text: str) -> bool:
+  """Whether a flag's text stands for a value as JSON has it."""
+  if str(stored).lower() == text.lower():
+    return True
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return False
+  return stored == (list(value) if isinstance(value, tuple) else value)
 
 
 class _Stop:
@@ -211,8 +162,12 @@ def run_jobs(
   Returns:
     The name of the signal that ended this early, or None. The same call goes on
     from there.
+
+  Raises:
+    ValueError: if a run is there already with other values than `overrides`.
   """
   workdir.mkdir(parents=True, exist_ok=True)
+  check_overrides(jobs, workdir, overrides)
   with _Stop() as stop:
     for job in jobs:
       if stop.name is None:

@@ -25,7 +25,15 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import command, compare, published, records, results, sweep
+from experiments import (
+    command,
+    compare,
+    jobs,
+    published,
+    records,
+    results,
+    sweep,
+)
 
 #: Key of `records.measure` -> heading.
 COLUMNS = {
@@ -185,19 +193,19 @@ def main(
   options, overrides = _parse(argv)
   workdir = options.workdir.expanduser()
   try:
-    jobs = [
-        sweep.Job(config, seed)
-        for seed in sweep.parse_seeds(options.seeds)
-        for config in sweep.parse_configs(options.configs)
+    listed = [
+        jobs.Job(config, seed)
+        for seed in jobs.parse_seeds(options.seeds)
+        for config in jobs.parse_configs(options.configs)
     ] if options.configs else []
-    if options.only_table and not jobs and not sweep.find_runs(workdir):
+    if options.only_table and not listed and not sweep.find_runs(workdir):
       raise ValueError(f'{str(workdir)!r} holds no runs of a table.')
-    names = [job.name for job in jobs]
+    names = [job.name for job in listed]
     stopped = None
     if not options.only_table:
       # The files are up to date while the next run is under way.
       stopped = sweep.run_jobs(
-          jobs, workdir, overrides, script,
+          listed, workdir, overrides, script,
           after_each=lambda: write(workdir, names))
     workdir.mkdir(parents=True, exist_ok=True)
     print(f'\n{write(workdir, names)}')

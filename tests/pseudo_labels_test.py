@@ -213,7 +213,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
     ({'workdir': 'broken'}, 'config.json is not the config of a run'),
     ({'workdir': 'other'}, "other/config.json is not the config of a run of "
      "this version: the config has an unknown field 'a.b'"),
-    ({'output': 'extra.pickle'}, 'it must end in .npz'),
+    ({'output': 'extra.pickle'}, 'extra.pickle must end in .npz'),
     ({'output': 'nowhere/extra.npz'}, "there is no folder 'nowhere'"),
     ({'images': 'nowhere.npz'}, 'No such file'),
     ({'checkpoint': 'newest'}, "'newest'"),

@@ -7,13 +7,15 @@ import pathlib
 import re
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 
 from PIL import Image
 import pytest
 
-from experiments import published, records, results, sweep, table
+from experiments import jobs, published, records, results, sweep, table
 from tests.results_test import line
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -99,19 +101,19 @@ def test_configs(text, labels, tmp_path, monkeypatch):
   (tmp_path / 'x').mkdir()
   for name in ('a.py', 'b.py', 'c.py', 'x/a.py'):
     (tmp_path / name).write_text('')
-  configs = sweep.parse_configs(text)
-  assert [sweep.label_of(config) for config in configs] == labels
+  configs = jobs.parse_configs(text)
+  assert [jobs.label_of(config) for config in configs] == labels
   assert ','.join(configs) == text
   for config, label in zip(configs, labels, strict=True):
-    assert sweep.parse_name(sweep.Job(config, 12).name) == (label, 12)
+    assert jobs.parse_name(jobs.Job(config, 12).name) == (label, 12)
 
 
 @pytest.mark.parametrize('name', [
     'cifar10_at', 'cifar10_at-seed', 'cifar10_at-seed01', 'a+-seed0', '-seed0',
     'table.md'])
 def test_other_names(name):
-  assert sweep.parse_name(name) is None
-  assert sweep.parse_name('cifar10_at+WRN-34-10-seed0') == (
+  assert jobs.parse_name(name) is None
+  assert jobs.parse_name('cifar10_at+WRN-34-10-seed0') == (
       'cifar10_at:WRN-34-10', 0)
 
 
@@ -234,11 +236,14 @@ def test_changed_fields_are_told():
 
 
 def test_mean_lines():
-  runs = [run_of(LINES), run_of([line(2, 0.25, 0.125), line(3, 0.5)], seed=1)]
+  # One line has a field that the other one lacks.
+  runs = [run_of(LINES), run_of(
+      [line(2, 0.25, 0.125, suspicious=1), line(3, 0.5)], seed=1)]
   (only,) = records.mean_lines(runs)  # epoch 3 was evaluated in one alone
   assert only['epoch'] == 2
   assert only['test_robust_accuracy'] == 0.375
   assert only['train_natural_accuracy'] == 0.375 + 0.25
+  assert 'suspicious' not in only
 
 
 def test_runs_looks_differ():
@@ -289,6 +294,11 @@ def test_failures_are_told_and_the_others_go_on(folder, fake, tmp_path, capsys):
   assert [call[0] for call in calls(folder)[before:]] == [
       f'--config={config}:fail']
 
+  # A finished run is not passed off for one with other values.
+  with pytest.raises(ValueError, match=r'a run with epochs=1; choose another'):
+    sweep.run_jobs(
+        [jobs.Job(f'{config}:good', 0)], folder, ['--config.epochs=2'], fake)
+
   # Without a list the table has all that is there, and runs nothing.
   before = len(calls(folder))
   assert table.main([f'--workdir={folder}', '--only_table'], fake) == 0
@@ -297,37 +307,70 @@ def test_failures_are_told_and_the_others_go_on(folder, fake, tmp_path, capsys):
   assert len(calls(folder)) == before
 
 
+@pytest.mark.parametrize('stored, text, same', [
+    (1, '1', True), (1, '2', False), (0.01, '1e-2', True), (0.5, '0.51', False),
+    (True, 'true', True), (True, 'False', False), ('AT', 'AT', True),
+    ('AT', 'MART', False), ([0.5, 0.75], '(0.5, 0.75)', True),
+    ([0.5, 0.75], '(0.5,)', False), ('', '', True), ('', 'x y', False)])
+def test_values_as_flags(stored, text, same, tmp_path):
+  job = jobs.Job('a.py', 0)
+  (tmp_path / job.name).mkdir()
+  (tmp_path / job.name / 'config.json').write_text(
+      json.dumps({'b.c': stored, 'data_dir': 'x', 'evaluation.d': 1}))
+  free = ['--config.data_dir=y', '--config.evaluation.d=2', '--config.new=3']
+  sweep.check_overrides([job], tmp_path, free)
+  if same:
+    sweep.check_overrides([job], tmp_path, [f'--config.b.c={text}'])
+  else:
+    with pytest.raises(ValueError, match='choose another --workdir'):
+      sweep.check_overrides([job], tmp_path, [f'--config.b.c={text}'])
+
+
+def test_the_table_leaves_accelerators_to_the_runs(folder, fake, tmp_path):
+  config = tmp_path / 'mine.py'
+  config.write_text('')
+  sweep.run_jobs([jobs.Job(f'{config}:good', 0)], folder, main=fake)
+  # Whoever asked JAX for a device would get an error.
+  done = subprocess.run(
+      [sys.executable, ROOT / 'experiments/table.py', '--only_table',
+       f'--workdir={folder}'],
+      env=os.environ | {'JAX_PLATFORMS': 'nowhere'}, capture_output=True,
+      text=True, check=False)
+  assert done.returncode == 0 and done.stderr == ''
+  assert 'mine:good' in done.stdout and (folder / 'table.png').exists()
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_signal_stops_the_run_gently(number, folder, fake, tmp_path):
   config = tmp_path / 'mine.py'
   config.write_text('')
-  jobs = [sweep.Job(f'{config}:wait', seed) for seed in (0, 1)]
-  ready, state = folder / jobs[0].name / 'ready', []
+  listed = [jobs.Job(f'{config}:wait', seed) for seed in (0, 1)]
+  ready, state = folder / listed[0].name / 'ready', []
 
   def interrupt():
     end = time.monotonic() + 60
     while not ready.exists() and time.monotonic() < end:
       time.sleep(0.01)
-    state.append(sweep.state_of(folder, jobs[0].name).kind)
+    state.append(sweep.state_of(folder, listed[0].name).kind)
     os.kill(os.getpid(), number)
 
   old = signal.getsignal(number)
   thread = threading.Thread(target=interrupt)
   thread.start()
-  assert sweep.run_jobs(jobs, folder, main=fake) == number.name
+  assert sweep.run_jobs(listed, folder, main=fake) == number.name
   thread.join()
   assert signal.getsignal(number) == old
   assert state == ['running']
   assert (ready.parent / 'caught').read_text() == '1'
-  assert sweep.state_of(folder, jobs[0].name).kind == 'stopped'
-  assert sweep.state_of(folder, jobs[1].name).kind == 'not started'
+  assert sweep.state_of(folder, listed[0].name).kind == 'stopped'
+  assert sweep.state_of(folder, listed[1].name).kind == 'not started'
   assert len(calls(folder)) == 1
 
 
 def test_a_run_of_another_process_is_left_alone(folder, fake, tmp_path, capsys):
   config = tmp_path / 'mine.py'
   config.write_text('')
-  job = sweep.Job(str(config), 0)
+  job = jobs.Job(str(config), 0)
   folder.mkdir()
   with (folder / f'{job.name}.stderr').open('w') as file:
     fcntl.flock(file, fcntl.LOCK_EX)
