@@ -125,7 +125,8 @@ def load_subjects(run: runs.Run) -> Iterator[Subject]:
   if settings.torch_checkpoint:
     yield _torch_subject(run, pathlib.Path(settings.torch_checkpoint))
     return
-  like = steps.to_tree(runs.initial_state(run), steps.zero_sums())
+  state, sums = runs.initial_state(run), steps.zero_sums()
+  like = steps.to_tree(state, sums)
   for kind in checkpoints.KINDS:
     store = checkpoints.Checkpoints(run.workdir, kind)
     try:
@@ -133,8 +134,8 @@ def load_subjects(run: runs.Run) -> Iterator[Subject]:
       step = store.step()
     finally:
       store.close()
-    variables = {
-        'params': tree['params'], 'batch_stats': tree['batch_stats']}
+    judged = steps.evaluated(steps.from_tree(state, tree)[0])
+    variables = {'params': judged.params, 'batch_stats': judged.batch_stats}
     yield Subject(
         kind, {'checkpoint': kind, 'step': step},
         _variables_fn(run.model, variables))

@@ -68,14 +68,21 @@ def _config_first(argv: list[str]) -> list[str]:
 def _check_names(argv: list[str]) -> None:
   """Leaves with the nearest name for a --config.NAME that does not exist."""
   from experiments import setup
-  from experiments.configs import cifar10_awp
+  from experiments.configs import base
 
-  known = dict(setup.flatten(cifar10_awp.get_config()))
+  known = dict(setup.flatten(base.get_config()))
   for argument in argv[1:]:
     flag, _, name = argument.partition('=')[0].lstrip('-').partition('.')
     if flag == 'config' and name and not any(
         f'{field}.'.startswith(f'{name}.') for field in known):
       _fail(setup.unknown_field(name, known))
+
+
+def _run_name() -> str:
+  """`cifar10_awp`, or `cifar10_awp+L2` for a config with an argument."""
+  path, _, argument = config_flags.get_config_filename(
+      flags.FLAGS['config']).partition(':')
+  return '+'.join(filter(None, (pathlib.Path(path).stem, argument)))
 
 
 def main(argv: list[str]) -> None:
@@ -86,13 +93,12 @@ def main(argv: list[str]) -> None:
         '--mode=landscape is not there yet; --mode=evaluate judges a finished '
         'run by strong attacks.')
   from experiments import checkpoints, evaluate, runs, setup, train
-  from experiments.configs import cifar10_awp
+  from experiments.configs import base
 
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   config = _CONFIG.value
   try:
-    setup.check_fields(config, cifar10_awp.get_config())
-    workdir = _WORKDIR.value or f'runs/{name.stem}'
+    setup.check_fields(config, base.get_config())
+    workdir = _WORKDIR.value or f'runs/{_run_name()}'
     if _MODE.value == 'evaluate':
       evaluate.check(config, pathlib.Path(workdir))
     run = runs.prepare(config, workdir)

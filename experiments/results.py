@@ -118,10 +118,15 @@ def evaluated(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def best_line(
     lines: Sequence[dict[str, Any]], select_on: str) -> dict[str, Any] | None:
-  """The first line with the highest robust accuracy on `select_on`."""
-  candidates = evaluated(lines)
+  """The first line with the highest robust accuracy on `select_on`.
+
+  Not one of an epoch that ended with the network under suspicion of collapse,
+  unless there is no other; then it is the last.
+  """
+  shown = evaluated(lines)
+  candidates = [line for line in shown if not line.get('suspicious')]
   if not candidates:
-    return None
+    return shown[-1] if shown else None
   return max(candidates, key=lambda line: line[f'{select_on}_robust_accuracy'])
 
 
@@ -152,6 +157,18 @@ def accuracies(
       'last': {**entry(last), 'mean_of_last_6': sum(tail) / len(tail)},
       'robust_generalisation_gap': (
           last['train_robust_accuracy'] - last['test_robust_accuracy'])}
+
+
+def stops_early(
+    lines: Sequence[dict[str, Any]], select_on: str, patience: int) -> bool:
+  """Whether `patience` epochs have gone by since the best; never for 0.
+
+  An epoch that was not evaluated is no end of a run.
+  """
+  best = best_line(lines, select_on)
+  return bool(
+      patience and best is not None and evaluated(lines[-1:])
+      and lines[-1]['epoch'] - best['epoch'] >= patience)
 
 
 def summarise(
