@@ -64,9 +64,9 @@ class Watched:
         awp__gamma=0.01, epochs=4, batch_size=32)
     make, append = steps.make_train_fn, results.MetricsLog.append
 
-    def make_train_fn(run, size, with_awp):
+    def make_train_fn(run, size, with_awp, gamma):
       self.made.append((size, with_awp))
-      return make(run, size, with_awp)
+      return make(run, size, with_awp, gamma)
 
     def counted_append(log, line):
       self.compiled_by_epoch.append(self.compiled)
