@@ -197,7 +197,10 @@ def _zeros(tree: Any) -> Any:
 
   def zeros(shape: Any) -> Array:
     leaf = jnp.zeros(shape.shape, shape.dtype)
-    varies = tuple(getattr(shape, 'vma', None) or ())
+    # The attribute's name changed with jax 0.10.
+    tracked = getattr(shape, 'manual_axis_type', None)
+    varies = tuple(getattr(tracked, 'varying', getattr(shape, 'vma', None))
+                   or ())
     return jax.lax.pcast(leaf, varies, to='varying') if varies else leaf
 
   return jax.tree.map(zeros, tree)
