@@ -7,7 +7,7 @@ import optax.contrib
 import pytest
 
 from awp_jax.perturbation import methods
-from awp_jax.perturbation.wrapper import perturbed
+from awp_jax.perturbation.wrapper import perturbed_optimizer
 from tests import perturbation_problem as problem
 from tests.perturbation_problem import assert_close, run
 
@@ -32,7 +32,7 @@ def test_equals_the_step(name, transparent, x64):
   params, method = problem.params_as('float64'), method_of(name)
   keywords = problem.keywords_of(method)
   wanted = run(method, TX, params, 3)[-1]
-  tx = perturbed(TX, method, transparent=transparent, **keywords)
+  tx = perturbed_optimizer(TX, method, transparent=transparent, **keywords)
   grad_fn = jax.grad(problem.mean_fn)
 
   @jax.jit
@@ -54,7 +54,8 @@ def test_transparent_sam_is_that_of_optax(x64):
   theirs = optax.contrib.sam(
       optax.sgd(0.1, 0.9),
       optax.chain(optax.contrib.normalize(), optax.sgd(0.5)))
-  ours = perturbed(optax.sgd(0.1, 0.9), methods.sam(0.5), transparent=True)
+  ours = perturbed_optimizer(
+      optax.sgd(0.1, 0.9), methods.sam(0.5), transparent=True)
   seen = []
   for tx in (theirs, ours):
     p, state, path = params, tx.init(params), []
@@ -74,7 +75,7 @@ def test_left_out_steps_call_nothing():
     jax.debug.callback(lambda _: calls.append(1), p['dense']['bias'])
     return jax.grad(problem.mean_fn)(p)
 
-  tx = perturbed(TX, methods.start_after(problem.make('awp'), 1))
+  tx = perturbed_optimizer(TX, methods.start_after(problem.make('awp'), 1))
   update = jax.jit(lambda g, s, p: tx.update(g, s, p, grad_fn=grad_fn))
   state = tx.init(params)
   for expected in (0, 1):
@@ -86,7 +87,8 @@ def test_left_out_steps_call_nothing():
 
 def test_size_0_is_the_optimizer_itself():
   params = problem.params_as('float32')
-  tx, g = perturbed(TX, methods.awp(0)), jax.grad(problem.mean_fn)(params)
+  tx = perturbed_optimizer(TX, methods.awp(0))
+  g = jax.grad(problem.mean_fn)(params)
   updates, _ = tx.update(g, tx.init(params), params, grad_fn=lambda p: 1 / 0)
   wanted, _ = TX.update(g, TX.init(params), params)
   jax.tree.map(np.testing.assert_array_equal, updates, wanted)
@@ -95,12 +97,12 @@ def test_size_0_is_the_optimizer_itself():
 def test_what_it_cannot_do():
   params = problem.params_as('float32')
   with pytest.raises(ValueError, match='losses of single examples'):
-    perturbed(TX, problem.make('rwp'))
+    perturbed_optimizer(TX, problem.make('rwp'))
   with pytest.raises(ValueError, match='uses two batches'):
-    perturbed(TX, problem.make('frwp'), noise_key=problem.KEY)
+    perturbed_optimizer(TX, problem.make('frwp'), noise_key=problem.KEY)
   with pytest.raises(ValueError, match='noise_key must be a PRNG key'):
-    perturbed(TX, problem.make('random'))
-  tx = perturbed(TX, problem.make('awp'))
+    perturbed_optimizer(TX, problem.make('random'))
+  tx = perturbed_optimizer(TX, problem.make('awp'))
   with pytest.raises(ValueError, match='grad_fn must be handed'):
     tx.update(params, tx.init(params), params)
   with pytest.raises(ValueError, match='params must be handed'):

@@ -149,9 +149,10 @@ def move(
     if ascent.perturbation is not None:
       so_far = leaves.pick(ascent.perturbation, chosen)
       v = [x + y for x, y in zip(so_far, v, strict=True)]
-  # A single move of a ball ends on its sphere, and noise is not cut off.
-  if method.box or (
-      ascent.perturbation is not None and method.moves == 'projected'):
+  # A first move ends in the ball anyway, and noise is not cut off.
+  adds = (ascent.perturbation is not None and method.moves == 'projected'
+          and method.direction.source != 'noise')
+  if method.box or adds:
     v = balls.project(
         box, v, w, box.size_at(step), _stretched(box, params, chosen))
   return ascent._replace(

@@ -9,13 +9,14 @@ parameters that the loop sees are w + v.
   >>> from awp_jax.perturbation import methods
   >>> grad_fn = jax.grad(lambda params: jnp.sum(params['w'] ** 2))
   >>> params = {'w': jnp.array([[6.0, 8.0]])}
-  >>> tx = perturbed(optax.sgd(0.25), methods.awp(gamma=0.5))
+  >>> tx = perturbed_optimizer(optax.sgd(0.25), methods.awp(gamma=0.5))
   >>> state = tx.init(params)
   >>> updates, state = tx.update(
   ...     grad_fn(params), state, params, grad_fn=grad_fn)
   >>> print(optax.apply_updates(params, updates)['w'])
   [[1.5 2. ]]
-  >>> tx = perturbed(optax.sgd(0.25), methods.awp(gamma=0.5), transparent=True)
+  >>> tx = perturbed_optimizer(
+  ...     optax.sgd(0.25), methods.awp(gamma=0.5), transparent=True)
   >>> state = tx.init(params)
   >>> for _ in range(2):
   ...   updates, state = tx.update(grad_fn(params), state, params)
@@ -39,7 +40,7 @@ from awp_jax.types import Array, Params
 
 
 class PerturbedState(NamedTuple):
-  """The state of `perturbed`.
+  """The state of `perturbed_optimizer`.
 
   Attributes:
     opt_state: the wrapped optimizer's.
@@ -92,7 +93,7 @@ def _descend_updates(
   return tx.update(out.gradients, opt_state, shown)
 
 
-def perturbed(
+def perturbed_optimizer(
     tx: optax.GradientTransformation, method: Method, *,
     noise_key: Array | None = None, transparent: bool = False
 ) -> optax.GradientTransformationExtraArgs:
