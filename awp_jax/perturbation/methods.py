@@ -21,6 +21,7 @@ import inspect
 from typing import Any
 
 from awp_jax import checks
+from awp_jax.perturbation.balls import Ball
 from awp_jax.perturbation.gradient_methods import asam as asam
 from awp_jax.perturbation.gradient_methods import awp as awp
 from awp_jax.perturbation.gradient_methods import boxed_awp as boxed_awp
@@ -67,6 +68,36 @@ def every_k(method: Method, k: int) -> Method:
     The method with that period, on the same terms as `start_after`.
   """
   return dataclasses.replace(method, every=k)
+
+
+def scaled(method: Method, factor: float) -> Method:
+  """The method with perturbations `factor` times as large.
+
+  Args:
+    method: any method.
+    factor: >= 0; by 0 the method is off, at the cost of a plain gradient, while
+      its memory is kept up to date.
+
+  Returns:
+    The method with other sizes of its ball and box.
+  """
+  checks.not_negative('factor', factor)
+
+  def resize(ball: Ball | None) -> Ball | None:
+    if ball is None:
+      return None
+    size = ball.size
+    if factor == 0:
+      return dataclasses.replace(ball, size=0.0)
+    if callable(size):
+      return dataclasses.replace(ball, size=lambda step: factor * size(step))
+    return dataclasses.replace(ball, size=factor * size)
+
+  if factor == 1:
+    return method
+  ball = resize(method.ball)
+  assert ball is not None
+  return dataclasses.replace(method, ball=ball, box=resize(method.box))
 
 
 #: The named methods, for `make`.
