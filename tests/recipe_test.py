@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import awp_jax
-from experiments import checkpoints, results, runs, steps, train
+from experiments import checkpoints, results, runs, setup, steps, train
 from tests import train_test
 
 
@@ -136,3 +136,48 @@ def test_missing_files_are_named_before_anything_is_claimed(
   with pytest.raises(ValueError, match=shown):
     prepared(tmp_path, monkeypatch, **fields)
   assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+@pytest.mark.parametrize('text, kept', [
+    ('rwp(num_steps=2, c_min=9.0)', False), ('momentum_awp(every=2)', True),
+    ('m_arwp(sigma=0.02)', True), ('frwp', False)])
+def test_other_weight_perturbations(text, kept, tmp_path, monkeypatch):
+  run = prepared(tmp_path, monkeypatch, epochs=1, weight_perturbation=text)
+  train.train(run)
+  (line,) = results.read_metrics(run.workdir)
+  assert np.isfinite(line['train_loss']) and line['perturbation_ratio'] > 0
+  # What the method carries is in the checkpoint, and no longer zero.
+  like = steps.to_tree(runs.initial_state(run), steps.zero_sums())
+  assert ('memory' in like) == kept
+  store = checkpoints.Checkpoints(run.workdir, 'last')
+  tree, _ = store.load(like)
+  store.close()
+  if kept:
+    assert all(
+        np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree['memory']))
+  state, _ = steps.from_tree(runs.initial_state(run), tree)
+  jax.tree.map(
+      np.testing.assert_array_equal, state.memory, tree.get('memory', ()))
+
+
+@pytest.mark.parametrize('text, shown', [
+    ('swap', "'arwp', 'asam', 'awp'"),
+    ('sam(rho=-1)', 'rho must be a finite number >= 0, got -1'),
+    ('sam(radius=1)', "'rho'"),
+    ('sam(0.1)', "got 'sam(0.1)'"),
+    ('sam(rho=open)', "got 'sam(rho=open)'"),
+    ('', "got ''"),
+    ('wt_awp', 'mask'),
+])
+def test_bad_weight_perturbations(text, shown):
+  with pytest.raises(ValueError) as error:
+    setup.build(train_test.small(weight_perturbation=text))
+  assert shown in str(error.value) and '\n' not in str(error.value)
+
+
+def test_awp_takes_what_it_does_not_name_from_its_group():
+  method = setup.build(train_test.small(
+      weight_perturbation='awp(every=3)', awp__gamma=0.02)
+  ).perturbation.as_method()
+  assert (method.ball.size, method.every) == (0.02, 3)
+  assert method.decay_at == 'perturbed'
