@@ -1,0 +1,112 @@
+"""What weight perturbation adds to a training step, measured side by side.
+
+  python benchmarks/overhead.py --width=64 --depth=18 --batch_size=32
+
+Every objective's step is compiled without and with AWP; then all of them take
+turns, round after round in one process, so that a machine whose speed drifts
+treats them alike. Beside the measured overhead stands that of the arithmetic:
+a pass forward counts 1, the gradient of inputs or of weights 1 each.
+"""
+
+import argparse
+from collections.abc import Sequence
+import json
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+#: Forward passes with a gradient of the weights, in one descent.
+DESCENT_PASSES = {'AT': 1, 'TRADES': 2, 'MART': 2}
+
+
+def arithmetic(objective: str, num_steps: int) -> float:
+  """What AWP adds to a step, as a fraction of it, by counting passes.
+
+  Args:
+    objective: 'AT', 'TRADES' or 'MART'.
+    num_steps: of the attack.
+
+  Returns:
+    (3 p) / (2 K + c + 3 p): p passes with weight gradients, K of the attack
+    with input gradients, and c = 1 natural pass for the attack of TRADES.
+  """
+  weights = 3 * DESCENT_PASSES[objective]
+  return weights / (2 * num_steps + (objective == 'TRADES') + weights)
+
+
+def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
+  """A call without arguments for every step, which waits for its result."""
+  import jax
+  import optax
+
+  import awp_jax
+  from awp_jax.models import PreActResNet
+
+  size = (options.batch_size, 32, 32, 3)
+  model = PreActResNet(10, depth=options.depth, width=options.width)
+  x = jax.random.uniform(jax.random.key(0), size)
+  y = jax.random.randint(jax.random.key(1), size[:1], 0, 10)
+  variables = jax.jit(model.init)(jax.random.key(2), x)
+  state = awp_jax.TrainState.create(
+      apply_fn=model.apply, params=variables['params'],
+      batch_stats=variables['batch_stats'], tx=optax.chain(
+          optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9)))
+  made = {
+      'AT': awp_jax.standard(), 'TRADES': awp_jax.trades(),
+      'MART': awp_jax.mart()}
+
+  def call(objective: Any, gamma: float) -> Any:
+    # The policy without passes that only move statistics.
+    step = jax.jit(lambda state: awp_jax.train_step(
+        state, (x, y), jax.random.key(3), objective=objective,
+        threat=awp_jax.ThreatModel('Linf', 8 / 255),
+        attack=awp_jax.Attack(
+            2 / 255, options.num_steps, mode=options.mode or None),
+        perturbation=awp_jax.WeightPerturbation(gamma=gamma),
+        statistics='perturbed')).lower(state).compile()
+    return lambda: jax.block_until_ready(step(state))
+
+  return {
+      name + suffix: call(objective, gamma)
+      for name, objective in made.items()
+      for suffix, gamma in (('', 0.0), ('-AWP', 0.01))}
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures and prints a line of JSON."""
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument('--depth', type=int, default=18)
+  parser.add_argument('--width', type=int, default=64)
+  parser.add_argument('--batch_size', type=int, default=32)
+  parser.add_argument('--num_steps', type=int, default=10)
+  parser.add_argument('--mode', choices=('train', 'eval'), default='')
+  parser.add_argument('--rounds', type=int, default=5)
+  options = parser.parse_args(argv)
+  steps = compiled_steps(options)
+  seconds: dict[str, list[float]] = {name: [] for name in steps}
+  for number in range(options.rounds + 1):
+    for name, step in steps.items():
+      started = time.perf_counter()
+      step()
+      if number:  # the first round warms up
+        seconds[name].append(time.perf_counter() - started)
+  medians = {
+      name: statistics.median(values) for name, values in seconds.items()}
+  print(json.dumps({
+      'options': vars(options),
+      'seconds': {name: round(value, 4) for name, value in medians.items()},
+      'overhead': {
+          name: {
+              'measured': round(medians[f'{name}-AWP'] / medians[name] - 1, 4),
+              'arithmetic': round(arithmetic(name, options.num_steps), 4)}
+          for name in DESCENT_PASSES}}, indent=2))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
