@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,6 +184,58 @@ def test_killed_and_stopped_run_ends_bit_identical(command, uninterrupted):
   assert code == 0, err
   assert f'going on from step {step} of 12' in out
   assert_same_run(folder, uninterrupted[0])
+
+
+def without_seconds(value):
+  """The contents of evaluation.json, but for what a clock has said."""
+  if isinstance(value, dict):
+    return {
+        name: without_seconds(part) for name, part in value.items()
+        if name != 'seconds'}
+  if isinstance(value, list):
+    return [without_seconds(part) for part in value]
+  return value
+
+
+def test_killed_evaluation_ends_with_the_same_result(command, uninterrupted):
+  copies = []
+  for name in ('judged', 'judged-and-killed'):
+    copies.append(command.folder / name)
+    shutil.copytree(uninterrupted[0], copies[-1])
+  whole, killed = copies
+  arguments = [
+      *TINY, '--mode=evaluate', '--config.evaluation.batch_size=8',
+      "--config.evaluation.attacks=('fgsm', 'apgd-ce')"]
+  code, out, err = command.finish(*arguments, f'--workdir={whole}')
+  assert code == 0, err
+  records = len(list((whole / 'evaluation').rglob('*.npz')))
+
+  process = command.start(*arguments, f'--workdir={killed}')
+
+  def written():
+    return len(list((killed / 'evaluation').rglob('[0-9]*.npz')))
+
+  wait_for(lambda: written() >= 2, process)
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  assert 2 <= written() < records
+  assert not (killed / 'evaluation.json').exists()
+  before = {
+      path: path.stat().st_mtime_ns
+      for path in (killed / 'evaluation').rglob('[0-9]*[0-9].npz')}
+
+  code, again, err = command.finish(*arguments, f'--workdir={killed}')
+  assert code == 0, err
+  # What was there is read, not made again.
+  assert all(
+      path.stat().st_mtime_ns == when for path, when in before.items())
+  results_of = [
+      json.loads((folder / 'evaluation.json').read_text())
+      for folder in (whole, killed)]
+  assert without_seconds(results_of[0]) == without_seconds(results_of[1])
+  for text in (out, again):
+    assert 'apgd-ce' in text and 'everything is in' in text
 
 
 @pytest.mark.parametrize('arguments, shown', [
