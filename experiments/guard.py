@@ -7,8 +7,10 @@ labels, constant answers reach
   accuracy  max_k p_k         (1 / C where classes are balanced),
   loss      between H(p) = -sum_k p_k log p_k and log C.
 
-A look compares the means since the last look with these; a stretch of looks
-without a better one is a collapse. A gradient of exactly zero is one at once.
+A look compares the means since the last look with these, and with the lowest
+loss so far: one that is twice as large, and worse than a constant answer's, is
+the jump into a collapse. A stretch of looks without a better one is a collapse.
+A gradient of exactly zero is one at once.
 """
 
 import json
@@ -23,6 +25,9 @@ from experiments import results
 
 #: How far the loss may be from that of a constant answer, relative to it.
 _NEAR = 0.01
+
+#: How many times the lowest loss so far a loss may be, above that of chance.
+_JUMP = 2.0
 
 #: Standard deviations of chance that an accuracy must be better by.
 _SIGMAS = 3.0
@@ -75,11 +80,20 @@ class Look(NamedTuple):
   images: float
 
 
-def fault(look: Look, level: Chance) -> str:
+def fault(look: Look, level: Chance, lowest_loss: float = math.inf) -> str:
   """What is no better than a constant answer, in words; '' if all is well.
 
-  Below chance by more than its spread is no fault by itself: an attack does
-  that to a network which tells classes apart.
+  An accuracy below chance by more than its spread is no fault by itself: an
+  attack does that to a network which tells classes apart. Nor is a loss above
+  that of chance: MART's is a sum of several terms.
+
+  Args:
+    look: what to judge.
+    level: what constant answers reach.
+    lowest_loss: of the looks before.
+
+  Returns:
+    The fault.
   """
   if look.gradient_norm == 0:
     return 'the gradient is zero'
@@ -87,6 +101,10 @@ def fault(look: Look, level: Chance) -> str:
       level.accuracy * (1 - level.accuracy) / max(look.images, 1))
   lowest, highest = (
       (1 - _NEAR) * level.lowest_loss, (1 + _NEAR) * level.highest_loss)
+  if look.loss > max(highest, _JUMP * lowest_loss):
+    return (
+        f'the loss {look.loss:.4f} is worse than that of a constant answer, '
+        f'and was {lowest_loss:.4f} before')
   if look.accuracy > level.accuracy + spread or look.loss < lowest:
     return ''
   if look.loss <= highest:
@@ -104,8 +122,8 @@ class Watch:
   """Counts how long looks have been no better than chance."""
 
   def __init__(
-      self, settings: ml_collections.ConfigDict, level: Chance, first_step: int
-  ) -> None:
+      self, settings: ml_collections.ConfigDict, level: Chance, first_step: int,
+      lowest_loss: float = math.inf) -> None:
     """Starts with all well.
 
     Args:
@@ -113,8 +131,10 @@ class Watch:
       level: what constant answers reach.
       first_step: looks up to this step are always well: the start of training
         and the warm-up of AWP.
+      lowest_loss: seen before, in a run that goes on.
     """
     self._settings, self._level, self._first = settings, level, first_step
+    self._lowest_loss = lowest_loss
     self._since: int | None = None
     self._last_step = first_step
 
@@ -133,7 +153,9 @@ class Watch:
     Raises:
       Collapsed: at a gradient of zero, or at the end of a stretch.
     """
-    found = fault(look, self._level)
+    found = fault(look, self._level, self._lowest_loss)
+    if not found:
+      self._lowest_loss = min(self._lowest_loss, look.loss)
     if look.gradient_norm == 0:
       raise Collapsed(f'the network has collapsed by step {step}: {found}.')
     if step <= self._first or not found:

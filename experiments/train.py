@@ -83,7 +83,8 @@ class _Loop:
     self.watch = guard.Watch(
         self.run.config.guard,
         guard.chance(self.run.dataset.y_train, self.run.dataset.num_classes),
-        max(self.run.config.guard.grace_steps, self.warmup_steps))
+        max(self.run.config.guard.grace_steps, self.warmup_steps),
+        min((line['train_loss'] for line in self.log.lines), default=math.inf))
     self._seen = np.zeros(4)
 
   @property

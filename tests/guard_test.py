@@ -47,6 +47,18 @@ def test_no_faults(look):
   assert guard.fault(look, LEVEL) == ''
 
 
+def test_a_jump_of_the_loss_is_a_fault_and_a_high_one_is_not():
+  high = WELL._replace(loss=4.0)  # MART's may be
+  assert guard.fault(high, LEVEL) == guard.fault(high, LEVEL, 2.1) == ''
+  assert 'was 1.4000 before' in guard.fault(high, LEVEL, 1.4)
+  # Twice as large, but still better than a constant answer.
+  assert guard.fault(WELL, LEVEL, 0.5) == ''
+  watch = guard.Watch(SETTINGS, LEVEL, first_step=10)
+  watch.see(20, WELL._replace(loss=1.4))
+  watch.see(30, high)
+  assert not watch.is_well
+
+
 def test_few_images_need_a_greater_distance():
   look = WELL._replace(loss=2.29, accuracy=0.18, images=20)
   assert guard.fault(look, LEVEL) and not guard.fault(
@@ -105,7 +117,8 @@ def test_a_collapse_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
   text = str(error.value)
   last = checkpoints.Checkpoints(run.workdir, 'last')
   # Three steps an epoch; AWP begins behind the sixth.
-  assert last.step() == 6 and f'state of step 6 is in {last.folder}' in text
+  assert last.step() == 6, text
+  assert f'state of step 6 is in {last.folder}' in text
   last.close()
   assert 'collapsed' in text or 'diverged' in text
   assert 'guard.action=shrink' in text
