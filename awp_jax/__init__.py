@@ -15,6 +15,11 @@ from awp_jax.attacks.results import RobustnessWarning as RobustnessWarning
 from awp_jax.attacks.results import confidence_interval as confidence_interval
 from awp_jax.attacks.spsa import spsa as spsa
 from awp_jax.attacks.square import square as square
+from awp_jax.landscape import evaluate_points as evaluate_points
+from awp_jax.landscape import mean_rise as mean_rise
+from awp_jax.landscape import normalised as normalised
+from awp_jax.landscape import random_direction as random_direction
+from awp_jax.landscape import robust_measure as robust_measure
 from awp_jax.objectives import Objective as Objective
 from awp_jax.objectives import cross_entropy as cross_entropy
 from awp_jax.objectives import cw_margin as cw_margin
