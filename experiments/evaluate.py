@@ -125,19 +125,30 @@ def load_subjects(run: runs.Run) -> Iterator[Subject]:
   if settings.torch_checkpoint:
     yield _torch_subject(run, pathlib.Path(settings.torch_checkpoint))
     return
+  for kind, step, variables in load_variables(run):
+    yield Subject(
+        kind, {'checkpoint': kind, 'step': step},
+        _variables_fn(run.model, variables))
+
+
+def load_variables(
+    run: runs.Run, kinds: Sequence[str] = checkpoints.KINDS
+) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+  """The kind, the step and the model's variables of a run's checkpoints.
+
+  Raises:
+    ValueError: if a checkpoint is not there, or cannot be read.
+  """
   like = steps.to_tree(runs.initial_state(run), steps.zero_sums())
-  for kind in checkpoints.KINDS:
+  for kind in kinds:
     store = checkpoints.Checkpoints(run.workdir, kind)
     try:
       tree, _ = store.load(like)
       step = store.step()
     finally:
       store.close()
-    variables = {
+    yield kind, step, {
         'params': tree['params'], 'batch_stats': tree['batch_stats']}
-    yield Subject(
-        kind, {'checkpoint': kind, 'step': step},
-        _variables_fn(run.model, variables))
 
 
 def _torch_subject(run: runs.Run, path: pathlib.Path) -> Subject:

@@ -24,6 +24,10 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default runs/<name of the config>.')
 _MODE = flags.DEFINE_enum(
     'mode', 'train', ['train', 'evaluate', 'landscape'], 'What to do.')
+_COMPARE_TO = flags.DEFINE_list(
+    'compare_to', [],
+    'With --mode=landscape: folders of other finished runs, separated by '
+    'commas; theirs is measured too, and drawn into the same figure.')
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:
@@ -79,13 +83,9 @@ def _check_names(argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> None:
-  """Trains or evaluates as the flags say."""
+  """Trains, evaluates or measures the landscape, as the flags say."""
   del argv
-  if _MODE.value == 'landscape':
-    _fail(
-        '--mode=landscape is not there yet; --mode=evaluate judges a finished '
-        'run by strong attacks.')
-  from experiments import checkpoints, evaluate, runs, setup, train
+  from experiments import checkpoints, evaluate, landscape, runs, setup, train
   from experiments.configs import cifar10_awp
 
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
@@ -93,6 +93,11 @@ def main(argv: list[str]) -> None:
   try:
     setup.check_fields(config, cifar10_awp.get_config())
     workdir = _WORKDIR.value or f'runs/{name.stem}'
+    if _COMPARE_TO.value and _MODE.value != 'landscape':
+      raise ValueError('--compare_to goes with --mode=landscape.')
+    if _MODE.value == 'landscape':
+      landscape.run_all(config, workdir, _COMPARE_TO.value)
+      return
     if _MODE.value == 'evaluate':
       evaluate.check(config, pathlib.Path(workdir))
     run = runs.prepare(config, workdir)
