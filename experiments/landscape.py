@@ -23,7 +23,18 @@ import numpy as np
 
 import awp_jax
 from awp_jax import checks, landscape, loops
-from experiments import data, evaluate, pipeline, probe, results, runs, workdirs
+from experiments import (
+  data,
+  evaluate,
+  panels,
+  pipeline,
+  probe,
+  report,
+  report_tables,
+  results,
+  runs,
+  workdirs,
+)
 from experiments import landscape_records as records_lib
 
 
@@ -274,21 +285,6 @@ def measure(run: runs.Run) -> dict[str, Any]:
   return values
 
 
-def table(landscapes: dict[str, dict[str, Any]]) -> str:
-  """The flatness of checkpoints by the run's name, as text."""
-  rows = [['run', 'checkpoint', 'images', 'robust loss', 'mean rise', '±']]
-  for name, values in landscapes.items():
-    for kind, entry in values['subjects'].items():
-      for split in records_lib.SPLITS:
-        part, alphas = entry['random'][split], entry['random']['alphas']
-        numbers = (
-            part['robust_loss']['mean'][len(alphas) // 2],
-            part['mean_rise']['mean'], part['mean_rise']['std'])
-        rows.append([name, kind, split, *(
-            '-' if number is None else f'{number:.4f}' for number in numbers)])
-  return results.table(rows)
-
-
 def run_all(
     config: ml_collections.ConfigDict, workdir: str,
     compare_to: Sequence[str]) -> None:
@@ -315,4 +311,11 @@ def run_all(
     run = runs.prepare(its_config, folder)
     name = folder.name if folder.name not in landscapes else str(folder)
     landscapes[name] = measure(run)
-  print(f'\n{table(landscapes)}\n')
+    report.write_or_say_why(run, 'landscape')
+  print(f'\n{results.table(report_tables.flatness(landscapes))}\n')
+  if len(landscapes) > 1:
+    together = folders[0] / 'figures' / 'landscapes'
+    panels.landscapes(together, landscapes)
+    print(f'all in one figure: {together}')
+  print(f'everything is in {folders[0] / "landscape.json"}, and in report.html '
+        'beside it')

@@ -85,7 +85,15 @@ def _check_names(argv: list[str]) -> None:
 def main(argv: list[str]) -> None:
   """Trains, evaluates or measures the landscape, as the flags say."""
   del argv
-  from experiments import checkpoints, evaluate, landscape, runs, setup, train
+  from experiments import (
+    checkpoints,
+    evaluate,
+    landscape,
+    report,
+    runs,
+    setup,
+    train,
+  )
   from experiments.configs import cifar10_awp
 
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
@@ -103,7 +111,9 @@ def main(argv: list[str]) -> None:
     run = runs.prepare(config, workdir)
     if _MODE.value == 'evaluate':
       evaluate.evaluate(run)
-      print(f'\neverything is in {run.workdir / "evaluation.json"}')
+      report.write_or_say_why(run, 'evaluate')
+      print(f'\neverything is in {run.workdir / "evaluation.json"}, and in '
+            'report.html beside it')
       return
   except (ValueError, OSError) as error:
     _fail(error)

@@ -6,15 +6,25 @@ look at a model shall cost seconds, on the CPU too.
 
 from collections.abc import Iterator
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import awp_jax
+from awp_jax import weights
 from awp_jax.types import Array
-from experiments import pipeline
+from experiments import checkpoints, evaluate, pipeline, runs
+
+#: Test images in the gallery.
+GALLERY = 12
+
+#: Images that a gradient in the weights is taken of, and that are attacked.
+BATCH = 32
+
+#: Of the weight adversary where the run has none.
+DEFAULT_GAMMA = 0.01
 
 
 @functools.partial(jax.jit, static_argnames=('model',))
@@ -114,3 +124,119 @@ def robust_gradient(
     part = _gradient(model, variables, x_adv, targets, rows < len(labels))
     total = part if total is None else jax.tree.map(jnp.add, total, part)
   return jax.tree.map(lambda leaf: leaf / len(labels), total)
+
+
+class Look(NamedTuple):
+  """What a report shows of the best checkpoint, beside what was logged.
+
+  Attributes:
+    step: of the checkpoint.
+    attack: how the images below were attacked, in words.
+    images: test images [G, H, W, C], float32 in [0, 1].
+    adversarial: the same, attacked.
+    labels: [G].
+    before: the classes that the model sees in the images, [G].
+    after: in the adversarial images, [G].
+    layers: names of the weights, [L].
+    gamma: of the weight adversary that is looked at.
+    ratios: |v_l| / |w_l| of its perturbation, [L].
+    rises: <g_l, v_l>: what each layer adds to the loss to first order, [L].
+  """
+
+  step: int
+  attack: str
+  images: np.ndarray
+  adversarial: np.ndarray
+  labels: np.ndarray
+  before: np.ndarray
+  after: np.ndarray
+  layers: np.ndarray
+  gamma: float
+  ratios: np.ndarray
+  rises: np.ndarray
+
+
+def look(run: runs.Run) -> Look:
+  """Looks at a run's best checkpoint, or reads what an earlier look found.
+
+  The record, `figures/probe.npz`, holds for one checkpoint; everything in it
+  follows from the config and that checkpoint.
+
+  Args:
+    run: of `runs.prepare`.
+
+  Returns:
+    The look.
+
+  Raises:
+    ValueError: if there is no best checkpoint, or it cannot be read.
+  """
+  store = checkpoints.Checkpoints(run.workdir, 'best')
+  step = store.step()
+  store.close()
+  path = run.workdir / 'figures' / 'probe.npz'
+  if path.exists():
+    with np.load(path, allow_pickle=False) as archive:
+      if archive['step'] == step:
+        return Look(*(archive[name][()] for name in Look._fields))
+  ((_, _, variables),) = evaluate.load_variables(run, ('best',))
+  found = _look(run, step or 0, variables)
+  path.parent.mkdir(exist_ok=True)
+  temporary = path.with_suffix('.tmp.npz')
+  np.savez_compressed(temporary, **found._asdict())
+  temporary.replace(path)
+  return found
+
+
+def _look(run: runs.Run, step: int, variables: Any) -> Look:
+  settings, threat = run.setup.eval_attack, run.setup.threat
+  key = jax.random.key(run.config.seed)
+  size = min(BATCH, max(len(run.dataset.y_test), GALLERY))
+  shown = _first_of_each_class(run.dataset.y_test, GALLERY)
+  rows = np.resize(shown, size)  # repeated, so that one shape compiles
+  images, labels = pixels(run.dataset.x_test[rows]), run.dataset.y_test[rows]
+  x_adv = attacked(
+      key, run.model, variables, images, jnp.asarray(labels), threat,
+      step_size=settings.step_size, num_steps=settings.num_steps)
+  before, after = (
+      np.asarray(logits(run.model, variables, x)).argmax(axis=-1)
+      for x in (images, x_adv))
+  part = slice(0, len(shown))
+  train = np.linspace(0, len(run.dataset.y_train) - 1, size).astype(int)
+  gradient = robust_gradient(
+      key, run.model, variables, run.dataset.x_train[train],
+      run.dataset.y_train[train], threat, step_size=settings.step_size,
+      num_steps=settings.num_steps, batch_size=size)
+  gamma = run.config.awp.gamma or DEFAULT_GAMMA
+  return Look(
+      step, f'PGD-{settings.num_steps}, step {settings.step_size:.4g}',
+      np.asarray(images)[part], np.asarray(x_adv)[part], labels[part],
+      before[part], after[part],
+      *_layers(variables['params'], gradient, gamma))
+
+
+def _first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
+  """The first example of each class, then further ones; at most `count`."""
+  _, first = np.unique(labels, return_index=True)
+  others = np.setdiff1d(np.arange(len(labels)), first)
+  return np.concatenate([first, others])[:count]
+
+
+def _layers(
+    params: Any, gradient: Any, gamma: float
+) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
+  """Names, gamma, |v| / |w| and <g, v> of the perturbed leaves."""
+  v = weights.ascend(None, gradient, params, gamma=gamma, step=gamma)
+  mask = jax.tree.leaves(weights.weight_mask(params))
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  names, ratios, rises = [], [], []
+  for is_moved, (path, w), g, dv in zip(
+      mask, leaves, jax.tree.leaves(gradient), jax.tree.leaves(v),
+      strict=True):
+    if is_moved:
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      names.append(name.removesuffix('/kernel'))
+      norm = float(jnp.linalg.norm(w))
+      ratios.append(float(jnp.linalg.norm(dv)) / norm if norm else 0.0)
+      rises.append(float(jnp.vdot(g, dv)))
+  return np.array(names), gamma, np.array(ratios), np.array(rises)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import awp_jax
-from experiments import checkpoints, data, results, runs, steps
+from experiments import checkpoints, data, report, results, runs, steps
 from experiments import progress as progress_lib
 from experiments import setup as setup_lib
 
@@ -237,6 +237,7 @@ def train(run: runs.Run) -> dict[str, Any] | None:
   results.plot_curves(
       loop.log.lines, run.workdir / 'curves.png', run.workdir.name)
   results.write_json(run.workdir / 'summary.json', summary)
+  report.write_or_say_why(run, 'train')
   return summary
 
 
