@@ -139,7 +139,13 @@ def load_variables(
   Raises:
     ValueError: if a checkpoint is not there, or cannot be read.
   """
-  like = steps.to_tree(runs.initial_state(run), steps.zero_sums())
+  # Shapes suffice: initialising a network to be overwritten takes seconds.
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  like = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=place),
+      jax.eval_shape(lambda: steps.to_tree(
+          runs.initial_state(run), steps.zero_sums())))
   for kind in kinds:
     store = checkpoints.Checkpoints(run.workdir, kind)
     try:

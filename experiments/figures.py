@@ -20,6 +20,9 @@ import matplotlib
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.ticker import MaxNLocator
 import numpy as np
 
 from experiments import results
@@ -41,8 +44,8 @@ DASHES = ('-', '--', '-.', ':')
 
 _STYLE: Any = {
     'svg.fonttype': 'none', 'svg.hashsalt': 'figure',
-    'font.size': 9.5, 'axes.labelsize': 9.5,
-    'legend.fontsize': 8.5, 'xtick.labelsize': 8.5, 'ytick.labelsize': 8.5,
+    'font.size': 10.5, 'axes.labelsize': 10.5,
+    'legend.fontsize': 10, 'xtick.labelsize': 9.5, 'ytick.labelsize': 9.5,
     'text.color': COLOURS['ink'][0], 'axes.labelcolor': COLOURS['ink'][0],
     'axes.edgecolor': COLOURS['ink'][0], 'xtick.color': COLOURS['ink'][0],
     'ytick.color': COLOURS['ink'][0], 'grid.color': COLOURS['grid'][0],
@@ -51,7 +54,7 @@ _STYLE: Any = {
     'axes.axisbelow': True, 'lines.markersize': 4.5}
 
 #: Inches; 72 of the page's points each, so a panel fits a telephone.
-_SIZE = (4.7, 3.3)
+_SIZE = (4.3, 3.2)
 
 #: Curves whose largest value is that many times the smallest go on a log axis.
 _LOG_FROM = 60
@@ -140,10 +143,15 @@ def _save(
     numbers: Any) -> Drawn:
   folder.mkdir(parents=True, exist_ok=True)
   figure, buffer = axis.figure, io.StringIO()
-  figure.savefig(
-      buffer, format='svg', transparent=True, metadata={'Date': None})
+  # Canvases of their own: `savefig` would lay out and draw five times.
+  for patch in (figure.patch, *(each.patch for each in figure.axes)):
+    patch.set_alpha(0)
+  FigureCanvasSVG(figure).print_svg(buffer, metadata={'Date': None})
   (folder / f'{name}.svg').write_text(buffer.getvalue())
-  figure.savefig(folder / f'{name}.png', dpi=150, facecolor='white')
+  figure.set_layout_engine('none')
+  figure.patch.set(alpha=1, facecolor='white')
+  figure.set_dpi(150)
+  FigureCanvasAgg(figure).print_png(folder / f'{name}.png')
   results.write_json(
       folder / f'{name}.json',
       {'title': title, 'caption': caption, 'numbers': numbers})
@@ -199,8 +207,11 @@ def lines(
       axis.set_ylim(*ylim)
     elif _needs_log(curves):
       axis.set_yscale('log')
+    axis.xaxis.set_major_locator(MaxNLocator(
+        6, steps=[1, 2, 5, 10], integer=xlabel == 'epoch'))
     if legend:
-      axis.legend(handlelength=3.2)
+      axis.figure.legend(
+          loc='outside upper left', ncols=2, handlelength=3.2, borderpad=0.1)
     numbers = {curve.label: {
         'x': list(curve.x), 'y': list(curve.y),
         'spread': None if curve.spread is None else list(curve.spread)}
@@ -228,7 +239,7 @@ def dots(
   Returns:
     The figure.
   """
-  height = 0.9 + 0.17 * len(labels) * max(1.6, len(groups))
+  height = 0.9 + 0.18 * len(labels) * max(1.6, len(groups))
   with _panel((_SIZE[0], max(height, 1.8))) as axis:
     for number, (group, values) in enumerate(groups.items()):
       shift = (number - (len(groups) - 1) / 2) * 0.6 / max(len(groups), 2)
@@ -244,8 +255,8 @@ def dots(
     axis.set_yticks(range(len(labels)), labels)
     axis.set(xlabel=xlabel, ylim=(len(labels) - 0.4, -0.6), xlim=xlim)
     if len(groups) > 1:
-      axis.legend(
-          loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, borderpad=0.2)
+      axis.figure.legend(
+          loc='outside upper left', ncols=2, borderpad=0.1)
     return _save(
         axis, folder, name, title, caption,
         {'rows': list(labels),
@@ -255,7 +266,7 @@ def dots(
 def contour(
     folder: pathlib.Path, name: str, side: Sequence[float],
     values: Sequence[Sequence[float | None]], *, title: str,
-    caption: str) -> Drawn:
+    caption: str, scale: Sequence[Sequence[float | None]] = ()) -> Drawn:
   """A loss over the plane of two directions.
 
   Args:
@@ -265,26 +276,30 @@ def contour(
     values: [P][P], a row for each coordinate of the first direction.
     title: its heading.
     caption: what it shows.
+    scale: further rows that the colours have to reach, so that several planes
+      share theirs.
 
   Returns:
     The figure.
   """
   table = np.array([_numbers(row) for row in values])
-  finite = table[np.isfinite(table)]
+  finite = np.concatenate([_numbers(row) for row in (*values, *scale)])
+  finite = finite[np.isfinite(finite)]
   low, high = float(finite.min()), float(finite.max())
   if low > 0 and high > 4 * low:
     levels = np.geomspace(low, high, 13)
   else:
     levels = np.linspace(low, high if high > low else low + 1, 13)
   levels[-1] = math.nextafter(levels[-1], math.inf)
-  with _panel((_SIZE[0], 3.7)) as axis:
+  with _panel((_SIZE[0], 3.6)) as axis:
     filled = axis.contourf(
         side, side, np.ma.masked_invalid(table.T), levels, cmap='cividis')
     drawn = axis.contour(
         side, side, np.ma.masked_invalid(table.T), levels[1:-1:2],
         colors='white', linewidths=0.7)
-    axis.clabel(drawn, fmt='%.2g', fontsize=7.5)
-    axis.plot(0, 0, marker='P', color='white', markeredgecolor='black')
+    axis.clabel(drawn, fmt='%.2g', fontsize=8.5)
+    axis.plot(0, 0, marker='P', markersize=9, color='white',
+              markeredgecolor='black')
     axis.grid(False)
     axis.set(xlabel='first direction', ylabel='second direction',
              aspect='equal')

@@ -110,8 +110,9 @@ def draw(
   for index, classes in enumerate(
       zip(look.labels, look.before, look.after, strict=True)):
     label, before, after = (int(number) for number in classes)
+    image, perturbation, adversarial = (_uri(row[index]) for row in rows)
     cards.append(Card(
-        *(_uri(row[index]) for row in rows), name(label), name(before),
+        image, perturbation, adversarial, name(label), name(before),
         name(after), _verdict(label, before, after)))
   _save(folder, rows, cards, factor, look)
   return cards, factor

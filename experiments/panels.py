@@ -14,6 +14,8 @@ from experiments.figures import Curve, Drawn
 #: Colour and dash of a split where there is one run.
 _SPLITS = {'test': (0, 0), 'train': (1, 1)}
 
+_NAMES = {'test': 'test', 'train': 'training'}
+
 Lines = Sequence[dict[str, Any]]
 
 
@@ -112,8 +114,8 @@ def _landscape_caption(
       "proportion to its weights' norm: alpha is the gamma of AWP",
   }[direction]
   return (
-      f'{values["images"][split]} {split} images, {moved}; new adversarial '
-      f'examples at every point (PGD-{attack["num_steps"]}, step '
+      f'{values["images"][split]} {_NAMES[split]} images, {moved}; new '
+      f'adversarial examples at every point (PGD-{attack["num_steps"]}, step '
       f'{attack["step_size"]:.4g}).')
 
 
@@ -160,9 +162,13 @@ def _plane(
   alone = len(records) == 1
   which = kind if alone else f'{name}, {kind}'
   number = list(records).index(name)
+  others = [
+      row for values in records.values()
+      for entry in values['subjects'].values() if 'plane' in entry
+      for row in entry['plane']['train']['robust_loss']]
   return figures.contour(
       folder, f'plane_{kind}' if alone else f'plane_{number}_{kind}',
-      plane['alphas'], plane['train']['robust_loss'],
+      plane['alphas'], plane['train']['robust_loss'], scale=others,
       title=f'Robust loss over a plane ({which})',
       caption='Over the first two random directions, on '
       f'{records[name]["images"]["train"]} training images. The cross is the '

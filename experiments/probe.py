@@ -4,7 +4,6 @@ The host drives PGD step by step, so that one gradient is all that compiles: a
 look at a model shall cost seconds, on the CPU too.
 """
 
-from collections.abc import Iterator
 import functools
 from typing import Any, NamedTuple
 
@@ -27,35 +26,58 @@ BATCH = 32
 DEFAULT_GAMMA = 0.01
 
 
-@functools.partial(jax.jit, static_argnames=('model',))
-def logits(model: Any, variables: Any, images: Array) -> Array:
-  """Logits [B, C] with the running statistics."""
-  return model.apply(variables, images, train=False)
+class _Seen(NamedTuple):
+  """One pass forward and back.
 
+  Attributes:
+    logits: [B, C], with the running statistics.
+    by_image: the gradient of the summed cross-entropy in the images, [B, ...].
+    by_weight: in the parameters, over the valid examples.
+  """
 
-@functools.partial(
-    jax.jit, static_argnames=('model', 'threat', 'step_size'))
-def _pgd_step(
-    model: Any, variables: Any, x_adv: Array, images: Array,
-    labels: Array, threat: awp_jax.ThreatModel, step_size: float) -> Array:
-  return awp_jax.pgd(
-      jax.random.key(0),
-      lambda x: awp_jax.cross_entropy(
-          model.apply(variables, x, train=False), labels),
-      images, threat, step_size=step_size, num_steps=1, start=x_adv)
+  logits: Array
+  by_image: Array
+  by_weight: Any
 
 
 @functools.partial(jax.jit, static_argnames=('model',))
-def _gradient(
-    model: Any, variables: Any, images: Array, labels: Array,
-    valid: Array) -> Any:
-  """The gradient in the parameters of the sum over the valid examples."""
+def _pass(
+    model: Any, variables: Any, images: Array, labels: Array, valid: Array
+) -> _Seen:
+  """All that is asked of a network, so that one function compiles."""
 
-  def loss(params: Any) -> Array:
-    found = model.apply({**variables, 'params': params}, images, train=False)
-    return jnp.sum(jnp.where(valid, awp_jax.cross_entropy(found, labels), 0))
+  def loss(params: Any, images: Array) -> tuple[Array, Array]:
+    logits = model.apply({**variables, 'params': params}, images, train=False)
+    losses = awp_jax.cross_entropy(logits, labels)
+    return jnp.sum(jnp.where(valid, losses, 0)), logits
 
-  return jax.grad(loss)(variables['params'])
+  (by_weight, by_image), logits = jax.grad(loss, (0, 1), has_aux=True)(
+      variables['params'], images)
+  return _Seen(logits, by_image, by_weight)
+
+
+@functools.partial(jax.jit, static_argnames=('threat',))
+def _start(
+    key: Array, images: Array, threat: awp_jax.ThreatModel) -> Array:
+  return threat.random_start(key, images)
+
+
+@functools.partial(jax.jit, static_argnames=('threat', 'step_size'))
+def _step(
+    x_adv: Array, gradient: Array, images: Array, threat: awp_jax.ThreatModel,
+    step_size: float) -> Array:
+  """The step of PGD."""
+  step = step_size * threat.steepest_ascent(gradient)
+  return threat.project(x_adv + step, images)
+
+
+def _free(tree: Any) -> Any:
+  """The arrays, tied to no device.
+
+  Those of a checkpoint are tied to one; mixed with others that are not they
+  would make every function compile twice.
+  """
+  return jax.tree.map(jnp.asarray, jax.device_get(tree))
 
 
 def pixels(images: np.ndarray) -> Array:
@@ -63,35 +85,26 @@ def pixels(images: np.ndarray) -> Array:
   return pipeline.to_pixels(jnp.asarray(images), jnp.dtype(jnp.float32))
 
 
-def attacked(
-    key: Array, model: Any, variables: Any, images: Array,
-    labels: Array, threat: awp_jax.ThreatModel, *, step_size: float,
-    num_steps: int) -> Array:
-  """PGD from a random start, on the cross-entropy.
+class _Network(NamedTuple):
+  """A network and the images that it is shown."""
 
-  Args:
-    key: a PRNG key.
-    model: the network.
-    variables: its parameters and running statistics.
-    images: [B, ...] in [0, 1].
-    labels: [B].
-    threat: the ball and the box.
-    step_size: of a step.
-    num_steps: how many.
+  model: Any
+  variables: Any
+  labels: Array
+  valid: Array
 
-  Returns:
-    Adversarial images like `images`.
-  """
-  x_adv = threat.random_start(key, images)
-  for _ in range(num_steps):
-    x_adv = _pgd_step(
-        model, variables, x_adv, images, labels, threat, step_size)
-  return x_adv
+  def see(self, images: Array) -> _Seen:
+    return _pass(
+        self.model, self.variables, images, self.labels, self.valid)
 
-
-def _blocks(count: int, size: int) -> Iterator[np.ndarray]:
-  for begin in range(0, count, size):
-    yield np.arange(begin, begin + size)
+  def attack(
+      self, key: Array, images: Array, threat: awp_jax.ThreatModel,
+      step_size: float, num_steps: int) -> Array:
+    """PGD on the cross-entropy from a random start."""
+    x_adv = _start(key, images, threat)
+    for _ in range(num_steps):
+      x_adv = _step(x_adv, self.see(x_adv).by_image, images, threat, step_size)
+    return x_adv
 
 
 def robust_gradient(
@@ -114,16 +127,20 @@ def robust_gradient(
   Returns:
     A pytree like the parameters.
   """
-  total = None
-  for number, rows in enumerate(_blocks(len(labels), batch_size)):
+  total, variables = None, _free(variables)
+  for number, begin in enumerate(range(0, len(labels), batch_size)):
+    rows = np.arange(begin, begin + batch_size)
     kept = np.minimum(rows, len(labels) - 1)
-    batch, targets = pixels(images[kept]), jnp.asarray(labels[kept])
-    x_adv = attacked(
-        jax.random.fold_in(key, number), model, variables, batch, targets,
-        threat, step_size=step_size, num_steps=num_steps)
-    part = _gradient(model, variables, x_adv, targets, rows < len(labels))
-    total = part if total is None else jax.tree.map(jnp.add, total, part)
-  return jax.tree.map(lambda leaf: leaf / len(labels), total)
+    network = _Network(
+        model, variables, jnp.asarray(labels[kept]),
+        jnp.asarray(rows < len(labels)))
+    x_adv = network.attack(
+        jax.random.fold_in(key, number), pixels(images[kept]), threat,
+        step_size, num_steps)
+    # NumPy adds: a compiled sum a leaf would take longer than the rest.
+    part = jax.device_get(network.see(x_adv).by_weight)
+    total = part if total is None else jax.tree.map(np.add, total, part)
+  return jax.tree.map(lambda leaf: leaf / leaf.dtype.type(len(labels)), total)
 
 
 class Look(NamedTuple):
@@ -180,7 +197,7 @@ def look(run: runs.Run) -> Look:
       if archive['step'] == step:
         return Look(*(archive[name][()] for name in Look._fields))
   ((_, _, variables),) = evaluate.load_variables(run, ('best',))
-  found = _look(run, step or 0, variables)
+  found = _look(run, step or 0, _free(variables))
   path.parent.mkdir(exist_ok=True)
   temporary = path.with_suffix('.tmp.npz')
   np.savez_compressed(temporary, **found._asdict())
@@ -195,11 +212,12 @@ def _look(run: runs.Run, step: int, variables: Any) -> Look:
   shown = _first_of_each_class(run.dataset.y_test, GALLERY)
   rows = np.resize(shown, size)  # repeated, so that one shape compiles
   images, labels = pixels(run.dataset.x_test[rows]), run.dataset.y_test[rows]
-  x_adv = attacked(
-      key, run.model, variables, images, jnp.asarray(labels), threat,
-      step_size=settings.step_size, num_steps=settings.num_steps)
+  network = _Network(
+      run.model, variables, jnp.asarray(labels), jnp.ones(size, bool))
+  x_adv = network.attack(
+      key, images, threat, settings.step_size, settings.num_steps)
   before, after = (
-      np.asarray(logits(run.model, variables, x)).argmax(axis=-1)
+      np.asarray(network.see(x).logits).argmax(axis=-1)
       for x in (images, x_adv))
   part = slice(0, len(shown))
   train = np.linspace(0, len(run.dataset.y_train) - 1, size).astype(int)
@@ -222,11 +240,17 @@ def _first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
   return np.concatenate([first, others])[:count]
 
 
+@jax.jit
+def _ascend(gradient: Any, params: Any, gamma: float) -> Any:
+  return weights.ascend(None, gradient, params, gamma=gamma, step=gamma)
+
+
 def _layers(
     params: Any, gradient: Any, gamma: float
 ) -> tuple[np.ndarray, float, np.ndarray, np.ndarray]:
   """Names, gamma, |v| / |w| and <g, v> of the perturbed leaves."""
-  v = weights.ascend(None, gradient, params, gamma=gamma, step=gamma)
+  v, params = jax.device_get(
+      (_ascend(gradient, params, gamma), params))
   mask = jax.tree.leaves(weights.weight_mask(params))
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   names, ratios, rises = [], [], []
@@ -236,7 +260,7 @@ def _layers(
     if is_moved:
       name = jax.tree_util.keystr(path, simple=True, separator='/')
       names.append(name.removesuffix('/kernel'))
-      norm = float(jnp.linalg.norm(w))
-      ratios.append(float(jnp.linalg.norm(dv)) / norm if norm else 0.0)
-      rises.append(float(jnp.vdot(g, dv)))
+      norm = float(np.linalg.norm(w))
+      ratios.append(float(np.linalg.norm(dv)) / norm if norm else 0.0)
+      rises.append(float(np.vdot(g, dv)))
   return np.array(names), gamma, np.array(ratios), np.array(rises)

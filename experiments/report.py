@@ -128,12 +128,14 @@ def method(config: Any) -> str:
 def _training_note(run: runs.Run) -> str:
   evaluation, config = run.config.eval, run.config
   train = min(evaluation.num_train, len(run.dataset.y_train))
+  every = evaluation.every_epochs
+  when = 'every epoch' if every == 1 else f'every {every} epochs'
   return (
       f'Robust numbers are under PGD-{evaluation.num_steps} with steps of '
       f'{evaluation.step_size:.4g}, on {train} training and '
-      f'{len(run.dataset.y_test)} test images, every {evaluation.every_epochs} '
-      f'epoch(s). The best epoch was chosen by robust accuracy on the '
-      f'{config.select_on} images.')
+      f'{len(run.dataset.y_test)} test images, after {when}. '
+      f'The best epoch was chosen by robust accuracy on the {config.select_on} '
+      'images.')
 
 
 def _attacks_note(evaluation: dict[str, Any]) -> str:

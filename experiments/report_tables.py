@@ -8,7 +8,7 @@ Rows = list[list[str]]
 
 
 def _per_cent(value: float) -> str:
-  return f'{100 * value:.2f} %'
+  return f'{100 * value:.2f}\N{NO-BREAK SPACE}%'
 
 
 def tiles(
@@ -27,8 +27,8 @@ def tiles(
          f'{_per_cent(last["mean_of_last_6"])}'),
         ('natural, last', _per_cent(last['natural_accuracy']), 'test images'),
         ('robust gap, last',
-         f'{100 * summary["robust_generalisation_gap"]:.2f} points',
-         'training less test')]
+         f'{100 * summary["robust_generalisation_gap"]:.2f}',
+         'points, training less test')]
   for kind, entry in evaluation.get('subjects', {}).items():
     weakest = min(
         entry['evaluations'].items(),
