@@ -60,6 +60,23 @@ class Measure(Protocol):
     ...
 
 
+def _norm(leaf: Array) -> Array:
+  """|leaf|, in float32 or wider."""
+  return jnp.linalg.norm(
+      leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)).ravel())
+
+
+def _unit(leaf: Array) -> Array:
+  """leaf / |leaf|; 0 for a leaf of zeros.
+
+  Scaled by the largest entry first, so that the squares of a tiny gradient do
+  not vanish.
+  """
+  largest = jnp.max(jnp.abs(leaf), initial=0)
+  scaled = leaf / jnp.where(largest > 0, largest, 1)
+  return scaled / jnp.maximum(_norm(scaled), 1)
+
+
 def normalised(
     direction: Params, params: Params, *, norm: Norm = 'filter',
     mask: weights.Mask = weights.is_weight, filter_axis: int = -1) -> Params:
@@ -89,9 +106,7 @@ def normalised(
         f'{jax.tree.structure(direction)}.')
 
   def scale(d: Array, w: Array) -> Array:
-    unit, _ = weights.unit_and_norm(d)
-    _, length = weights.unit_and_norm(w)
-    return (length * unit).astype(w.dtype)
+    return (_norm(w) * _unit(d)).astype(w.dtype)
 
   by_filter = jax.vmap(scale, filter_axis, filter_axis)
   return jax.tree.map(

@@ -94,7 +94,7 @@ def _wide(leaf: Array) -> Array:
   return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
-def unit_and_norm(leaf: Array) -> tuple[Array, Array]:
+def _unit_and_norm(leaf: Array) -> tuple[Array, Array]:
   """leaf / |leaf| and |leaf|; both 0 for a leaf of zeros.
 
   Scaled by the largest entry first, so that tiny gradients do not vanish (nor
@@ -111,12 +111,12 @@ def _ascend_leaf(
     perturbation: Array | None, gradient: Array, weight: Array, gamma: Scalar,
     step: Scalar) -> Array:
   """One projected step of a leaf; `perturbation` None stands for zero."""
-  direction, _ = unit_and_norm(gradient)
-  _, weight_norm = unit_and_norm(weight)
+  direction, _ = _unit_and_norm(gradient)
+  _, weight_norm = _unit_and_norm(weight)
   moved = step * weight_norm * direction
   if perturbation is None:
     return moved.astype(weight.dtype)
-  direction, norm = unit_and_norm(_wide(perturbation) + moved)
+  direction, norm = _unit_and_norm(_wide(perturbation) + moved)
   radius = gamma * weight_norm
   return (jnp.minimum(norm, radius) * direction).astype(weight.dtype)
 
