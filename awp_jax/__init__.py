@@ -15,6 +15,9 @@ from awp_jax.attacks.results import RobustnessWarning as RobustnessWarning
 from awp_jax.attacks.results import confidence_interval as confidence_interval
 from awp_jax.attacks.spsa import spsa as spsa
 from awp_jax.attacks.square import square as square
+from awp_jax.averaging import Average as Average
+from awp_jax.averaging import ema_decay as ema_decay
+from awp_jax.averaging import update_average as update_average
 from awp_jax.landscape import evaluate_points as evaluate_points
 from awp_jax.landscape import mean_rise as mean_rise
 from awp_jax.landscape import normalised as normalised
@@ -25,6 +28,7 @@ from awp_jax.objectives import cross_entropy as cross_entropy
 from awp_jax.objectives import cw_margin as cw_margin
 from awp_jax.objectives import kl_divergence as kl_divergence
 from awp_jax.objectives import mart as mart
+from awp_jax.objectives import natural as natural
 from awp_jax.objectives import standard as standard
 from awp_jax.objectives import trades as trades
 from awp_jax.step import Attack as Attack

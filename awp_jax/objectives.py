@@ -8,7 +8,10 @@ Adversarial training is a game of two losses of one network f:
 An `Objective` is that pair, together with the habits of its published code that
 change numbers: most of them bear on batch statistics. The three of the paper
 are `standard` (Madry et al. 2018), `trades` (Zhang et al. 2019) and `mart`
-(Wang et al. 2020).
+(Wang et al. 2020); `natural` is training without an adversary.
+
+Labels y are integers [B], or probabilities [B, C] where examples are mixed
+(mixup): cross-entropies take both.
 
   >>> import jax.numpy as jnp
   >>> logits = jnp.array([[2.0, 0.0, -1.0]])
@@ -46,17 +49,37 @@ def _without_label(values: Array, labels: Array) -> Array:
   return jnp.where(is_label, -jnp.inf, values)
 
 
-def cross_entropy(logits: Array, labels: Array) -> Array:
-  """-log softmax(z)_y of each example.
+def is_soft(labels: Array) -> bool:
+  """Whether labels are probabilities [B, C] rather than integers [B]."""
+  return jnp.issubdtype(jnp.asarray(labels).dtype, jnp.floating)
+
+
+def hard_labels(labels: Array) -> Array:
+  """The integers [B] of `labels`: the most probable class of soft ones."""
+  return jnp.argmax(labels, axis=-1) if is_soft(labels) else labels
+
+
+def cross_entropy(
+    logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
+  """-sum_k q_k log softmax(z)_k of each example; -log softmax(z)_y if q is y.
 
   Args:
     logits: [B, C], C >= 1.
-    labels: integers [B] in [0, C).
+    labels: integers [B] in [0, C), or probabilities q [B, C].
+    smoothing: s in [0, 1): the target becomes (1 - s) q + s / C (Szegedy et
+      al. 2016).
 
   Returns:
     Losses [B], float32 or wider.
   """
-  return -_pick(_log_probabilities(logits), labels)
+  log_p = _log_probabilities(logits)
+  if is_soft(labels):
+    losses = -jnp.sum(labels * log_p, axis=-1)
+  else:
+    losses = -_pick(log_p, labels)
+  if smoothing:
+    losses = (1 - smoothing) * losses - smoothing * jnp.mean(log_p, axis=-1)
+  return losses
 
 
 def kl_divergence(logits: Array, other_logits: Array) -> Array:
@@ -96,10 +119,10 @@ class Objective(NamedTuple):
   """A pair of losses, and what its published code does beside them.
 
   Attributes:
-    name: 'AT', 'TRADES' or 'MART'.
+    name: 'AT', 'TRADES', 'MART' or 'natural'.
     attack_loss: (logits at x', logits at x or None, labels) -> losses [B],
       which the inputs ascend. Natural logits are handed over, without a
-      gradient, where `attack_uses_natural`.
+      gradient, where `attack_uses_natural`. None: there is no attack, x' = x.
     train_loss: the same arguments -> losses [B]; their mean is what the
       weights descend, and what their perturbation ascends. The gradient goes
       through both logits.
@@ -117,7 +140,7 @@ class Objective(NamedTuple):
   """
 
   name: str
-  attack_loss: ObjectiveLoss
+  attack_loss: ObjectiveLoss | None
   train_loss: ObjectiveLoss
   passes: tuple[Pass, ...]
   attack_uses_natural: bool
@@ -127,36 +150,73 @@ class Objective(NamedTuple):
   gradient_floor: float = 0.0
 
 
-def standard() -> Objective:
+def check_smoothing(smoothing: float) -> None:
+  """Raises ValueError unless the smoothing of labels is in [0, 1)."""
+  checks.not_negative('label_smoothing', smoothing)
+  if smoothing >= 1:
+    raise ValueError(f'label_smoothing must be below 1, got {smoothing!r}.')
+
+
+def natural(label_smoothing: float = 0.0) -> Objective:
+  """Training without an adversary: CE(f(x), y).
+
+  Args:
+    label_smoothing: of the targets, in [0, 1).
+  """
+  check_smoothing(label_smoothing)
+
+  def train_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
+    del natural
+    return cross_entropy(logits, labels, label_smoothing)
+
+  return Objective(
+      'natural', attack_loss=None, train_loss=train_loss,
+      passes=('adversarial',), attack_uses_natural=False, attack_mode='train',
+      reference_passes=('adversarial',), reference_pass_after_update=False)
+
+
+def standard(label_smoothing: float = 0.0) -> Objective:
   """Adversarial training: both sides play on CE(f(x'), y).
+
+  Args:
+    label_smoothing: of the targets that the weights see, in [0, 1); the inputs
+      ascend the plain cross-entropy.
 
   References:
     Madry et al., Towards Deep Learning Models Resistant to Adversarial
     Attacks, ICLR 2018.
   """
+  check_smoothing(label_smoothing)
 
-  def loss(logits: Array, natural: Array | None, labels: Array) -> Array:
+  def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     del natural
     return cross_entropy(logits, labels)
 
+  def train_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
+    del natural
+    return cross_entropy(logits, labels, label_smoothing)
+
   return Objective(
-      'AT', attack_loss=loss, train_loss=loss, passes=('adversarial',),
+      'AT', attack_loss=attack_loss, train_loss=train_loss,
+      passes=('adversarial',),
       attack_uses_natural=False, attack_mode='train',
       reference_passes=('adversarial',), reference_pass_after_update=True,
       gradient_floor=1e-10)
 
 
-def trades(beta: float = 6.0) -> Objective:
+def trades(beta: float = 6.0, label_smoothing: float = 0.0) -> Objective:
   """TRADES: CE(f(x), y) + beta KL(f(x) || f(x')); the attack ascends the KL.
 
   Args:
     beta: the weight of the robust term, >= 0 (1 / lambda in the paper).
+    label_smoothing: of the targets of the cross-entropy, in [0, 1).
 
   References:
     Zhang et al., Theoretically Principled Trade-off between Robustness and
     Accuracy, ICML 2019.
   """
   checks.not_negative('beta', beta)
+  check_smoothing(label_smoothing)
 
   def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     del labels
@@ -166,7 +226,7 @@ def trades(beta: float = 6.0) -> Objective:
   def train_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     assert natural is not None
     robust = kl_divergence(natural, logits)
-    return cross_entropy(natural, labels) + beta * robust
+    return cross_entropy(natural, labels, label_smoothing) + beta * robust
 
   return Objective(
       'TRADES', attack_loss=attack_loss, train_loss=train_loss,
@@ -176,7 +236,7 @@ def trades(beta: float = 6.0) -> Objective:
       reference_pass_after_update=False)
 
 
-def mart(beta: float = 5.0) -> Objective:
+def mart(beta: float = 5.0, label_smoothing: float = 0.0) -> Objective:
   """MART: BCE(f(x'), y) + beta KL(p || p') (1.0000001 - p_y).
 
   With p = softmax f(x), p' = softmax f(x') and k the most probable wrong class
@@ -185,16 +245,19 @@ def mart(beta: float = 5.0) -> Objective:
     BCE = CE(f(x'), y) - log(1.0001 - p'_k + 1e-12).
 
   The attack ascends CE(f(x'), y). The published code adds 1e-12 to p' inside
-  the logarithm of the KL term as well; here that logarithm is exact.
+  the logarithm of the KL term as well; here that logarithm is exact. Of soft
+  labels the most probable class is y everywhere but in the cross-entropy.
 
   Args:
     beta: the weight of the second term, >= 0.
+    label_smoothing: of the targets of the cross-entropy, in [0, 1).
 
   References:
     Wang et al., Improving Adversarial Robustness Requires Revisiting
     Misclassified Examples, ICLR 2020.
   """
   checks.not_negative('beta', beta)
+  check_smoothing(label_smoothing)
 
   def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     del natural
@@ -202,10 +265,12 @@ def mart(beta: float = 5.0) -> Objective:
 
   def train_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     assert natural is not None
+    hard = hard_labels(labels)
     adversarial = jnp.exp(_log_probabilities(logits))
-    rival = jnp.max(_without_label(adversarial, labels), axis=-1)
-    boosted = cross_entropy(logits, labels) - jnp.log(1.0001 - rival + 1e-12)
-    true_probability = jnp.exp(-cross_entropy(natural, labels))
+    rival = jnp.max(_without_label(adversarial, hard), axis=-1)
+    boosted = cross_entropy(
+        logits, labels, label_smoothing) - jnp.log(1.0001 - rival + 1e-12)
+    true_probability = jnp.exp(-cross_entropy(natural, hard))
     weighted = kl_divergence(natural, logits) * (1.0000001 - true_probability)
     return boosted + beta * weighted
 

@@ -21,7 +21,7 @@ from flax.training import train_state
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, objectives, weights
+from awp_jax import averaging, checks, objectives, weights
 from awp_jax.attacks import pgd as pgd_lib
 from awp_jax.objectives import Objective, Pass
 from awp_jax.threat import ThreatModel
@@ -37,9 +37,12 @@ class TrainState(train_state.TrainState):
 
   Attributes:
     batch_stats: the model's 'batch_stats' collection; {} if it has none.
+    average: an `awp_jax.Average` that a caller keeps up to date, or None; a
+      step hands it on as it is.
   """
 
   batch_stats: Any
+  average: averaging.Average | None = None
 
 
 class Attack(NamedTuple):
@@ -84,7 +87,8 @@ class TrainMetrics(NamedTuple):
 
   Attributes:
     loss: the train loss at w + v, before the update.
-    robust_accuracy: of the adversarial examples at w + v, in [0, 1].
+    robust_accuracy: of the adversarial examples at w + v, in [0, 1]; natural
+      accuracy where the objective has no attack.
     gradient_norm: |G|_2 over all parameters.
     perturbation_ratio: |v|_2 / |w|_2 over the perturbed leaves; 0 without AWP.
   """
@@ -172,6 +176,9 @@ def _attack_inputs(
     attack: Attack, start: pgd_lib.Start | Array,
     axis_name: str | None) -> tuple[Array, Any]:
   """x' at `params`, and the running statistics after the attack's passes."""
+  if objective.attack_loss is None:
+    return images, batch_stats
+  attack_loss = objective.attack_loss
   train = (attack.mode or objective.attack_mode) == 'train'
   attack_key, dropout_key = jax.random.split(key)
   devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
@@ -187,7 +194,7 @@ def _attack_inputs(
 
   def loss_fn(x_adv: Array, batch_stats: Any) -> tuple[Array, Any]:
     logits, batch_stats = forward(x_adv, batch_stats)
-    return objective.attack_loss(logits, natural, labels), batch_stats
+    return attack_loss(logits, natural, labels), batch_stats
 
   x_adv, moved = pgd_lib.pgd_with_state(
       attack_key, loss_fn, batch_stats, images, threat,
@@ -226,8 +233,9 @@ def train_step(
 
   Args:
     state: parameters, running statistics, optimizer state and step count.
-    batch: (images [B, ...] in the threat model's box, labels [B] integers);
-      under an axis, this device's part.
+    batch: (images [B, ...] in the threat model's box, labels: integers [B], or
+      probabilities [B, C] for mixed examples); under an axis, this device's
+      part.
     key: the run's PRNG key. The step count is folded in here, and under an axis
       the device's index, so the same key serves every step and device.
     objective: what inputs ascend and weights descend.
@@ -290,7 +298,9 @@ def train_step(
     _, batch_stats = _forward(
         state, params, batch_stats, images, train=True, dropout_key=dropout_key)
 
-  correct = jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
+  correct = jnp.mean(
+      jnp.argmax(logits, axis=-1) == objectives.hard_labels(labels),
+      dtype=jnp.float32)
   metrics = TrainMetrics(
       loss=loss, robust_accuracy=_mean(correct, axis_name),
       gradient_norm=weights.global_norm(gradients),

@@ -61,8 +61,8 @@ def checked(arrays: Arrays, num_classes: int | None, where: str) -> Arrays:
   """
   x_train, y_train, x_test, y_test = arrays
   for part, x, y in (('train', x_train, y_train), ('test', x_test, y_test)):
-    _check_images(f'{where}: x_{part}', x)
-    _check_label_form(f'{where}: y_{part}', y, len(x))
+    check_images(f'{where}: x_{part}', x)
+    check_label_form(f'{where}: y_{part}', y, len(x))
   if x_train.shape[1:] != x_test.shape[1:] or (
       (x_train.dtype == np.uint8) != (x_test.dtype == np.uint8)):
     raise DataError(
@@ -71,18 +71,20 @@ def checked(arrays: Arrays, num_classes: int | None, where: str) -> Arrays:
         f'{x_test.dtype}.')
   if num_classes is None:
     num_classes = count_classes(y_train, where)
-  _check_label_range(f'{where}: y_train', y_train, num_classes)
-  _check_label_range(f'{where}: y_test', y_test, num_classes)
+  check_label_range(f'{where}: y_train', y_train, num_classes)
+  check_label_range(f'{where}: y_test', y_test, num_classes)
   return Arrays(
-      _images(x_train), y_train.astype(np.int32, copy=False),
-      _images(x_test), y_test.astype(np.int32, copy=False))
+      as_images(x_train), y_train.astype(np.int32, copy=False),
+      as_images(x_test), y_test.astype(np.int32, copy=False))
 
 
-def _images(x: np.ndarray) -> np.ndarray:
+def as_images(x: np.ndarray) -> np.ndarray:
+  """Checked images as uint8 or float32, without a copy where they are that."""
   return x if x.dtype == np.uint8 else x.astype(np.float32, copy=False)
 
 
-def _check_images(name: str, x: np.ndarray) -> None:
+def check_images(name: str, x: np.ndarray) -> None:
+  """Raises DataError unless `x` is [N, H, W, C], uint8 or within [0, 1]."""
   if x.ndim != 4:
     raise DataError(
         f'{name} must be images of shape [N, H, W, C] (C = 1 for greyscale), '
@@ -111,7 +113,8 @@ def _check_images(name: str, x: np.ndarray) -> None:
         f'{low:g} to {high:g}: divide by 255, or save uint8.')
 
 
-def _check_label_form(name: str, y: np.ndarray, length: int) -> None:
+def check_label_form(name: str, y: np.ndarray, length: int) -> None:
+  """Raises DataError unless `y` is [length] and of an integer type."""
   if y.shape != (length,):
     raise DataError(
         f'{name} must hold one label per image, shape ({length},), got shape '
@@ -121,7 +124,8 @@ def _check_label_form(name: str, y: np.ndarray, length: int) -> None:
         f'{name} must hold whole numbers of an integer type, got {y.dtype}.')
 
 
-def _check_label_range(name: str, y: np.ndarray, num_classes: int) -> None:
+def check_label_range(name: str, y: np.ndarray, num_classes: int) -> None:
+  """Raises DataError unless all labels are in 0..num_classes - 1."""
   low, high = int(y.min()), int(y.max())
   if low < 0 or high >= num_classes:
     raise DataError(

@@ -5,6 +5,7 @@ import shutil
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 #: Sub-folders of a workdir's `checkpoints/`.
@@ -76,6 +77,22 @@ class Checkpoints:
     _check_same(like, metadata.metadata, self.folder)
     tree = self._checkpointer.load(latest, like)
     return tree, dict(metadata.custom_metadata or {})
+
+  def read(self) -> Any:
+    """The checkpoint as nested dicts of arrays, whatever network it is of.
+
+    Raises:
+      CheckpointError: if there is none.
+    """
+    latest = self._checkpointer.latest
+    if latest is None:
+      raise CheckpointError(f'there is no checkpoint in {self.folder}.')
+    # NumPy arrays: those of the devices that wrote it need not be here.
+    like = jax.tree.map(
+        lambda leaf: np.empty(leaf.shape, leaf.dtype),
+        self._checkpointer.metadata(latest).metadata,
+        is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+    return self._checkpointer.load(latest, like)
 
   def close(self) -> None:
     """Lets go of the folder."""

@@ -70,6 +70,12 @@ def group_by_config(
   return groups
 
 
+def mean_and_spread(values: Sequence[float]) -> str:
+  """The mean, and the standard deviation where there are several values."""
+  spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+  return f'{statistics.mean(values):.2f}{spread}'
+
+
 def rows(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
   """The table's cells, per cent, with a spread where seeds are several."""
   table = [['run', 'seeds', *COLUMNS, 'seconds']]
@@ -82,8 +88,7 @@ def rows(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
         for part in path:
           value = value[part]
         values.append(100 * value)
-      spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-      cells.append(f'{statistics.mean(values):.2f}{spread}')
+      cells.append(mean_and_spread(values))
     seconds = statistics.mean(run['summary']['seconds'] for run in runs)
     table.append([*cells, f'{seconds:.0f}'])
   return table

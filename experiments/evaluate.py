@@ -134,18 +134,21 @@ def load_subjects(run: runs.Run) -> Iterator[Subject]:
 def load_variables(
     run: runs.Run, kinds: Sequence[str] = checkpoints.KINDS
 ) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
-  """The kind, the step and the model's variables of a run's checkpoints.
+  """The kind, the step and the judged variables of a run's checkpoints.
 
   Raises:
     ValueError: if a checkpoint is not there, or cannot be read.
   """
+
+  def initial() -> tuple[awp_jax.TrainState, Any]:
+    state = runs.initial_state(run)
+    return state, steps.to_tree(state, steps.zero_sums())
+
   # Shapes suffice: initialising a network to be overwritten takes seconds.
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = jax.tree.map(
+  state, like = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=place),
-      jax.eval_shape(lambda: steps.to_tree(
-          runs.initial_state(run), steps.zero_sums())))
+          leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(initial))
   for kind in kinds:
     store = checkpoints.Checkpoints(run.workdir, kind)
     try:
@@ -153,8 +156,9 @@ def load_variables(
       step = store.step()
     finally:
       store.close()
+    judged = steps.evaluated(steps.from_tree(state, tree)[0])
     yield kind, step, {
-        'params': tree['params'], 'batch_stats': tree['batch_stats']}
+        'params': judged.params, 'batch_stats': judged.batch_stats}
 
 
 def _torch_subject(run: runs.Run, path: pathlib.Path) -> Subject:

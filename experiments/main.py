@@ -72,14 +72,21 @@ def _config_first(argv: list[str]) -> list[str]:
 def _check_names(argv: list[str]) -> None:
   """Leaves with the nearest name for a --config.NAME that does not exist."""
   from experiments import setup
-  from experiments.configs import cifar10_awp
+  from experiments.configs import base
 
-  known = dict(setup.flatten(cifar10_awp.get_config()))
+  known = dict(setup.flatten(base.get_config()))
   for argument in argv[1:]:
     flag, _, name = argument.partition('=')[0].lstrip('-').partition('.')
     if flag == 'config' and name and not any(
         f'{field}.'.startswith(f'{name}.') for field in known):
       _fail(setup.unknown_field(name, known))
+
+
+def _run_name() -> str:
+  """`cifar10_awp`, or `cifar10_awp+L2` for a config with an argument."""
+  path, _, argument = config_flags.get_config_filename(
+      flags.FLAGS['config']).partition(':')
+  return '+'.join(filter(None, (pathlib.Path(path).stem, argument)))
 
 
 def main(argv: list[str]) -> None:
@@ -94,13 +101,12 @@ def main(argv: list[str]) -> None:
     setup,
     train,
   )
-  from experiments.configs import cifar10_awp
+  from experiments.configs import base
 
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   config = _CONFIG.value
   try:
-    setup.check_fields(config, cifar10_awp.get_config())
-    workdir = _WORKDIR.value or f'runs/{name.stem}'
+    setup.check_fields(config, base.get_config())
+    workdir = _WORKDIR.value or f'runs/{_run_name()}'
     if _COMPARE_TO.value and _MODE.value != 'landscape':
       raise ValueError('--compare_to goes with --mode=landscape.')
     if _MODE.value == 'landscape':

@@ -1,32 +1,18 @@
-"""Batches made on the device: order, crop and flip from (seed, step) alone.
+"""Batches made on the device: which images, from (seed, step) alone.
 
 The images lie on the device as they were read (uint8 where they were). Step k
 of a run takes, inside the compiled step, its slice of the epoch's permutation
-and draws its own crops and flips. Nothing but the key and k enters, so a run
-that starts again in the middle sees what it would have seen; and the draw is
-for the global batch, so it does not depend on the number of devices.
+and draws its own crops and flips (`augmentation`). Nothing but the key and k
+enters, so a run that starts again in the middle sees what it would have seen;
+and the draw is for the global batch, so it does not depend on the number of
+devices.
 """
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from awp_jax.types import Array
-
-
-class Augmentation(NamedTuple):
-  """Random crops and flips.
-
-  Attributes:
-    pad: pixels added on every side before a crop of the old size; 0: no crop.
-    pad_mode: 'reflect' or 'constant' (zeros).
-    flip: whether half of the images are mirrored left to right.
-  """
-
-  pad: int
-  pad_mode: str
-  flip: bool
 
 
 def to_pixels(images: Array, dtype: jnp.dtype) -> Array:
@@ -59,33 +45,59 @@ def batch_indices(
   return jax.lax.dynamic_slice(order, (position * batch_size,), (size,))
 
 
-def augment(key: Array, images: Array, augmentation: Augmentation) -> Array:
-  """Pads, crops at a random place of its own, and flips each image.
+def extra_rows(size: int, fraction: float) -> np.ndarray:
+  """Which rows of a batch hold extra images: bools [size], evenly spread.
+
+  Evenly, so that every device has its share.
 
   Args:
-    key: a PRNG key.
-    images: [B, H, W, C] of any dtype.
-    augmentation: what to do.
+    size: of the batch.
+    fraction: of extra images, in [0, 1]; their number is rounded.
 
   Returns:
-    Images like `images`.
+    Bools with round(fraction * size) times True.
   """
-  size, height, width, channels = images.shape
-  row_key, column_key, flip_key = jax.random.split(key, 3)
-  if augmentation.pad:
-    pad = augmentation.pad
-    margins = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-    padded = jnp.pad(images, margins, mode=augmentation.pad_mode)
-    rows = jax.random.randint(row_key, (size,), 0, 2 * pad + 1)
-    columns = jax.random.randint(column_key, (size,), 0, 2 * pad + 1)
-    images = jax.vmap(
-        lambda image, row, column: jax.lax.dynamic_slice(
-            image, (row, column, 0), (height, width, channels))
-    )(padded, rows, columns)
-  if augmentation.flip:
-    flips = jax.random.bernoulli(flip_key, 0.5, (size, 1, 1, 1))
-    images = jnp.where(flips, images[:, :, ::-1], images)
-  return images
+  count = round(fraction * size)
+  steps = np.arange(size + 1) * count // size
+  return np.diff(steps).astype(bool)
+
+
+def mixed_batch_indices(
+    key: Array, num_examples: int, num_extra: int, step: Array,
+    num_labelled: int, num_drawn: int) -> tuple[Array, Array]:
+  """Which labelled and which extra examples step `step` of the run takes.
+
+  Labelled examples come in the order of one permutation after another; a batch
+  that a permutation cannot fill goes on from its beginning. Extra examples are
+  drawn with replacement, as in the code of robust self-training (Carmon et al.
+  2019).
+
+  Args:
+    key: the run's key for the order.
+    num_examples: n, labelled.
+    num_extra: m.
+    step: counted from 0 over the whole run.
+    num_labelled: of the batch, at least 1.
+    num_drawn: the extra examples of the batch.
+
+  Returns:
+    Indices [num_labelled] below n and [num_drawn] below m.
+  """
+  per_pass = -(-num_examples // num_labelled)
+  order = jax.random.permutation(
+      jax.random.fold_in(key, step // per_pass), num_examples)
+  taken = (step % per_pass * num_labelled + jnp.arange(num_labelled))
+  drawn = jax.random.randint(
+      jax.random.fold_in(jax.random.fold_in(key, step), 1), (num_drawn,), 0,
+      num_extra)
+  return order[taken % num_examples], drawn
+
+
+def interleave(is_extra: np.ndarray, own: Array, extra: Array) -> Array:
+  """Rows of `extra` where `is_extra`, rows of `own` elsewhere, in order."""
+  places = np.argsort(np.concatenate(
+      [np.flatnonzero(~is_extra), np.flatnonzero(is_extra)]))
+  return jnp.concatenate([own, extra])[places]
 
 
 def device_part(array: Array, device: Array, num_devices: int) -> Array:

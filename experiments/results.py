@@ -1,6 +1,6 @@
 """What a run leaves in its workdir: metrics, event files, curves, summary."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import importlib.metadata
 import json
 import os
@@ -24,6 +24,8 @@ PACKAGES = (
 TRAIN_STYLE = {'color': '#D55E00', 'linestyle': '--'}
 TEST_STYLE = {'color': '#0072B2', 'linestyle': '-'}
 RUN_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+#: One more than there are colours, so that 42 runs all look different.
+RUN_MARKERS = ('o', '^', 's', 'v', 'D', 'P', 'X')
 
 #: Fields of a metrics line that two identical runs need not share.
 TIMING_FIELDS = (
@@ -116,11 +118,57 @@ def evaluated(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def best_line(
     lines: Sequence[dict[str, Any]], select_on: str) -> dict[str, Any] | None:
-  """The first line with the highest robust accuracy on `select_on`."""
-  candidates = evaluated(lines)
+  """The first line with the highest robust accuracy on `select_on`.
+
+  Not one of an epoch that ended with the network under suspicion of collapse,
+  unless there is no other; then it is the last.
+  """
+  shown = evaluated(lines)
+  candidates = [line for line in shown if not line.get('suspicious')]
   if not candidates:
-    return None
+    return shown[-1] if shown else None
   return max(candidates, key=lambda line: line[f'{select_on}_robust_accuracy'])
+
+
+def accuracies(
+    lines: Sequence[dict[str, Any]], select_on: str) -> dict[str, Any]:
+  """`best`, `last` and `robust_generalisation_gap`, as in `summarise`.
+
+  Args:
+    lines: of `metrics.jsonl`, one of which at least was evaluated. The run need
+      not be finished: `last` is the last evaluation so far.
+    select_on: 'test' or 'validation', by which `best` was chosen.
+
+  Returns:
+    Fractions in [0, 1].
+  """
+  best, last = best_line(lines, select_on), evaluated(lines)[-1]
+  assert best is not None
+
+  def entry(line: dict[str, Any]) -> dict[str, Any]:
+    return {
+        'epoch': line['epoch'],
+        'natural_accuracy': line['test_natural_accuracy'],
+        'robust_accuracy': line['test_robust_accuracy']}
+
+  tail = [line['test_robust_accuracy'] for line in evaluated(lines)[-6:]]
+  return {
+      'best': {**entry(best), 'selected_on': select_on},
+      'last': {**entry(last), 'mean_of_last_6': sum(tail) / len(tail)},
+      'robust_generalisation_gap': (
+          last['train_robust_accuracy'] - last['test_robust_accuracy'])}
+
+
+def stops_early(
+    lines: Sequence[dict[str, Any]], select_on: str, patience: int) -> bool:
+  """Whether `patience` epochs have gone by since the best; never for 0.
+
+  An epoch that was not evaluated is no end of a run.
+  """
+  best = best_line(lines, select_on)
+  return bool(
+      patience and best is not None and evaluated(lines[-1:])
+      and lines[-1]['epoch'] - best['epoch'] >= patience)
 
 
 def summarise(
@@ -138,24 +186,11 @@ def summarise(
     images less that on test images, at the last epoch), speed, data, devices
     and versions.
   """
-  best, last = best_line(lines, select_on), evaluated(lines)[-1]
-  assert best is not None
-
-  def entry(line: dict[str, Any]) -> dict[str, Any]:
-    return {
-        'epoch': line['epoch'],
-        'natural_accuracy': line['test_natural_accuracy'],
-        'robust_accuracy': line['test_robust_accuracy']}
-
-  tail = [line['test_robust_accuracy'] for line in evaluated(lines)[-6:]]
   training = sum(line['seconds_training'] for line in lines)
   evaluating = sum(line['seconds_evaluating'] for line in lines)
   images = sum(line['images'] for line in lines)
   return {
-      'best': {**entry(best), 'selected_on': select_on},
-      'last': {**entry(last), 'mean_of_last_6': sum(tail) / len(tail)},
-      'robust_generalisation_gap': (
-          last['train_robust_accuracy'] - last['test_robust_accuracy']),
+      **accuracies(lines, select_on),
       'images_per_second': images / training if training else 0.0,
       'seconds': training + evaluating,
       'dataset': dataset,
@@ -198,7 +233,7 @@ def plot_curves(
 
 
 def plot_comparison(
-    runs: dict[str, Sequence[dict[str, Any]]], path: pathlib.Path) -> None:
+    runs: Mapping[str, Sequence[dict[str, Any]]], path: pathlib.Path) -> None:
   """Robust and natural accuracy of several runs over the epochs, overlaid.
 
   Args:
@@ -215,12 +250,19 @@ def plot_comparison(
         axis.plot(
             epochs, [line[f'{split}_{metric}_accuracy'] for line in shown],
             color=colour, linestyle=style, label=f'{name}, {split}',
-            linewidth=2 if split == 'test' else 1.2)
+            linewidth=2 if split == 'test' else 1.2,
+            marker=RUN_MARKERS[number % len(RUN_MARKERS)], markersize=5,
+            markevery=(number % 8 / 80, 0.1))
   for axis, metric in zip(axes, ('robust', 'natural'), strict=True):
     axis.set(xlabel='epoch', ylabel=f'{metric} accuracy', ylim=(0, 1.01))
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
-  axes[0].legend(frameon=False, loc='lower right')
+  if len(runs) > 3:  # they would cover the curves
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False,
+        loc='outside right upper')
+  else:
+    axes[0].legend(frameon=False, loc='lower right')
   figure.savefig(path, dpi=120)
   plt.close(figure)
 

@@ -13,7 +13,14 @@ import ml_collections
 import numpy as np
 
 import awp_jax
-from experiments import data, workdirs
+from experiments import (
+    data,
+    extra_data,
+    initial,
+    optimization,
+    pipeline,
+    workdirs,
+)
 from experiments import setup as setup_lib
 
 
@@ -28,6 +35,7 @@ class Run(NamedTuple):
     validation: images and labels held out from training; empty if none are.
     model: the network.
     num_devices: over which each batch is spread.
+    extra: images and labels that are mixed into batches; None without.
   """
 
   config: ml_collections.ConfigDict
@@ -37,6 +45,7 @@ class Run(NamedTuple):
   validation: tuple[np.ndarray, np.ndarray]
   model: nn.Module
   num_devices: int
+  extra: extra_data.ExtraData | None = None
 
   @property
   def steps_per_epoch(self) -> int:
@@ -48,8 +57,12 @@ class Run(NamedTuple):
     """The size of each batch of an epoch.
 
     The last is what is left over, less what the devices do not divide: fewer
-    than `num_devices` images, others in every epoch.
+    than `num_devices` images, others in every epoch. With extra images all are
+    full: an epoch is as many images as there are labelled ones.
     """
+    if self.extra is not None:
+      return [self.config.batch_size] * -(
+          -len(self.dataset.x_train) // self.config.batch_size)
     full, rest = divmod(len(self.dataset.x_train), self.config.batch_size)
     rest -= rest % self.num_devices
     return [self.config.batch_size] * full + ([rest] if rest else [])
@@ -57,12 +70,20 @@ class Run(NamedTuple):
   @property
   def order(self) -> dict[str, int]:
     """What the run's order of images depends on beside the config."""
-    return {
+    facts = {
         'steps_per_epoch': self.steps_per_epoch,
         'last_batch': self.batch_sizes[-1],
-        'training_data_crc32': zlib.crc32(
-            np.ascontiguousarray(self.dataset.x_train).data,
-            zlib.crc32(np.ascontiguousarray(self.dataset.y_train).data))}
+        'training_data_crc32': _crc32(
+            self.dataset.x_train, self.dataset.y_train)}
+    if self.extra is not None:
+      facts['extra_data_crc32'] = _crc32(self.extra.images, self.extra.labels)
+    return facts
+
+
+def _crc32(images: np.ndarray, labels: np.ndarray) -> int:
+  return zlib.crc32(
+      np.ascontiguousarray(images).data,
+      zlib.crc32(np.ascontiguousarray(labels).data))
 
 
 def prepare(
@@ -70,7 +91,7 @@ def prepare(
   """Checks the config, the folder and the data.
 
   Args:
-    config: with the fields of `experiments/configs/cifar10_awp.py`.
+    config: with the fields of `experiments/configs/base.py`.
     workdir: the run's folder; made if it is not there.
 
   Returns:
@@ -84,6 +105,8 @@ def prepare(
   setup_lib.check_devices(config.batch_size, num_devices, 'batch_size')
   setup_lib.check_devices(
       config.eval.batch_size, num_devices, 'eval.batch_size')
+  if config.init_from:
+    initial.check(config.init_from)
   folder = workdirs.open_workdir(workdir, config)
   dataset = data.load(
       config.dataset, data_dir=config.data_dir or None,
@@ -100,10 +123,23 @@ def prepare(
     raise ValueError(
         f'{len(dataset.x_train)} training images cannot be spread over '
         f'{num_devices} devices.')
+  extra = None
+  if config.extra.path:
+    extra = extra_data.load(
+        config.extra.path, image_shape=shape, num_classes=dataset.num_classes)
+    _check_fraction(config)
   model = setup_lib.build_model(config, dataset)
   workdirs.claim(folder, config)
   return Run(
-      config, folder, built, dataset, validation, model, num_devices)
+      config, folder, built, dataset, validation, model, num_devices, extra)
+
+
+def _check_fraction(config: ml_collections.ConfigDict) -> None:
+  rows = pipeline.extra_rows(config.batch_size, config.extra.fraction)
+  if rows.all() or not rows.any():
+    raise ValueError(
+        f'extra.fraction={config.extra.fraction!r} of a batch of '
+        f'{config.batch_size} leaves no image of the other kind.')
 
 
 def keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -119,7 +155,37 @@ def initial_state(run: Run) -> awp_jax.TrainState:
   images = jnp.zeros((1, *run.dataset.x_train.shape[1:]), jnp.float32)
   variables = jax.jit(functools.partial(run.model.init, train=False))(
       keys(run.config)['init'], images)
+  params, batch_stats = variables['params'], variables.get('batch_stats', {})
+  average = None
+  if run.config.ema_decay:
+    # Copies: a step consumes the buffers of the state that it is given.
+    average = awp_jax.Average(
+        *jax.tree.map(jnp.copy, (params, batch_stats)))
   return awp_jax.TrainState.create(
-      apply_fn=run.model.apply, params=variables['params'],
-      tx=setup_lib.build_optimizer(run.config, run.steps_per_epoch),
-      batch_stats=variables.get('batch_stats', {}))
+      apply_fn=run.model.apply, params=params,
+      tx=optimization.build_optimizer(run.config, run.steps_per_epoch),
+      batch_stats=batch_stats, average=average)
+
+
+def first_state(run: Run) -> tuple[awp_jax.TrainState, str]:
+  """`initial_state`, or what `init_from` names, and what to say about it.
+
+  Raises:
+    ValueError: if that is another network.
+  """
+  source = run.config.init_from
+  if not source:
+    return initial_state(run), ''
+  state = initial_state(run)
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  found, kept = initial.graft(variables, initial.read(source), source)
+  average = state.average
+  if average is not None:
+    average = awp_jax.Average(*jax.tree.map(
+        jnp.copy, (found['params'], found['batch_stats'])))
+  said = f'the weights start from {source}'
+  if kept:
+    said += f'; the classifier ({", ".join(kept)}) starts at random'
+  return state.replace(
+      params=found['params'], batch_stats=found['batch_stats'],
+      average=average), said

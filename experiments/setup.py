@@ -2,14 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 import difflib
-import math
 from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 
 import awp_jax
 from awp_jax import checks, models
@@ -17,13 +15,14 @@ from awp_jax.attacks.pgd import STARTS
 from awp_jax.step import MODES, STATISTICS
 from awp_jax.threat import NORMS
 from awp_jax.weights import DECAY_AT
-from experiments import data
+from experiments import data, optimization
 
 MODELS = ('preact_resnet', 'wide_resnet')
-OBJECTIVES = ('AT', 'TRADES', 'MART')
+OBJECTIVES = ('AT', 'TRADES', 'MART', 'natural')
 DTYPES = ('float32', 'bfloat16', 'float64')
 PAD_MODES = ('reflect', 'constant')
 SELECT_ON = ('test', 'validation')
+GUARD_ACTIONS = ('stop', 'shrink')
 
 
 class Setup(NamedTuple):
@@ -86,7 +85,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   """Checks a config's values and makes what they describe.
 
   Args:
-    config: with the fields of `experiments/configs/cifar10_awp.py`.
+    config: with the fields of `experiments/configs/base.py`.
 
   Returns:
     A `Setup`.
@@ -96,9 +95,11 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   """
   _check_names(config)
   _check_numbers(config)
+  _check_together(config)
+  optimization.check(config)
   attack, awp, evaluation = config.attack, config.awp, config.eval
   return Setup(
-      objective=_objective(config.objective, config.beta),
+      objective=_objective(config),
       threat=awp_jax.ThreatModel(config.threat.norm, config.threat.epsilon),
       attack=awp_jax.Attack(
           step_size=attack.step_size, num_steps=attack.num_steps,
@@ -111,10 +112,14 @@ def build(config: ml_collections.ConfigDict) -> Setup:
           start='random'))
 
 
-def _objective(name: str, beta: float) -> awp_jax.Objective:
-  if name == 'AT':
-    return awp_jax.standard()
-  return {'TRADES': awp_jax.trades, 'MART': awp_jax.mart}[name](beta)
+def _objective(config: ml_collections.ConfigDict) -> awp_jax.Objective:
+  smoothing = config.label_smoothing
+  if config.objective == 'AT':
+    return awp_jax.standard(smoothing)
+  if config.objective == 'natural':
+    return awp_jax.natural(smoothing)
+  make = {'TRADES': awp_jax.trades, 'MART': awp_jax.mart}[config.objective]
+  return make(config.beta, smoothing)
 
 
 def _check_names(config: ml_collections.ConfigDict) -> None:
@@ -130,6 +135,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
       ('attack.mode', config.attack.mode, MODES),
       ('awp.decay_at', config.awp.decay_at, DECAY_AT),
       ('statistics', config.statistics, STATISTICS),
+      ('guard.action', config.guard.action, GUARD_ACTIONS),
       ('select_on', config.select_on, SELECT_ON)):
     checks.one_of(name, value, allowed)
   if config.select_on == 'validation' and not config.num_validation:
@@ -146,36 +152,53 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
   for name in (
-      'threat.epsilon', 'attack.step_size', 'optimizer.learning_rate',
-      'optimizer.decay_factor', 'eval.step_size'):
+      'threat.epsilon', 'attack.step_size', 'eval.step_size', 'guard.factor'):
     checks.positive(name, _field(config, name))
-  for name in ('beta', 'awp.gamma', 'optimizer.weight_decay'):
+  for name in (
+      'beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup'):
     checks.not_negative(name, _field(config, name))
   for name in (
       'epochs', 'batch_size', 'attack.num_steps', 'attack.restarts',
       'awp.num_steps', 'awp.alternations', 'eval.every_epochs',
       'eval.batch_size', 'eval.num_steps', 'eval.num_train', 'model.width',
-      'log_every_steps'):
+      'log_every_steps', 'guard.stretch_steps'):
     checks.count(name, _field(config, name))
   for name in (
       'seed', 'num_train', 'num_test', 'num_validation', 'augmentation.pad',
-      'awp.warmup_epochs', 'checkpoint_every_steps'):
+      'augmentation.cutout', 'awp.warmup_epochs', 'awp.warmup_steps',
+      'checkpoint_every_steps', 'early_stopping_epochs', 'guard.grace_steps',
+      'guard.most_shrinks'):
     checks.count(name, _field(config, name), minimum=0)
-  if not 0 <= config.optimizer.momentum < 1:
+  for name in ('extra.fraction', 'ema_decay', 'label_smoothing'):
+    if not 0 <= _field(config, name) < 1:
+      raise ValueError(
+          f'{name} must be in [0, 1), got {_field(config, name)!r}.')
+  if config.guard.factor >= 1:
     raise ValueError(
-        'optimizer.momentum must be in [0, 1), got '
-        f'{config.optimizer.momentum!r}.')
+        f'guard.factor must be below 1, got {config.guard.factor!r}.')
+
+
+def _check_together(config: ml_collections.ConfigDict) -> None:
+  """Values that are allowed one by one, and not together."""
   if config.awp.alternations > 1 and config.attack.restarts > 1:
     raise ValueError(
         f'awp.alternations={config.awp.alternations} continue one attack; '
         f'attack.restarts={config.attack.restarts} make several. One of them '
         'must be 1.')
-  fractions = config.optimizer.decay_at
-  if not all(isinstance(f, int | float) and 0 < f <= 1 for f in fractions) or (
-      list(fractions) != sorted(fractions)):
+  if config.awp.warmup_epochs and config.awp.warmup_steps:
     raise ValueError(
-        'optimizer.decay_at must be rising fractions of the run in (0, 1], got '
-        f'{fractions!r}.')
+        f'awp.warmup_epochs={config.awp.warmup_epochs} and '
+        f'awp.warmup_steps={config.awp.warmup_steps} say the same in two ways; '
+        'one of them must be 0.')
+  if bool(config.extra.path) != bool(config.extra.fraction):
+    raise ValueError(
+        'extra.path and extra.fraction go together, got '
+        f'{config.extra.path!r} and {config.extra.fraction!r}.')
+  if config.objective == 'MART' and config.augmentation.mixup:
+    raise ValueError(
+        "augmentation.mixup goes with objective 'AT', 'TRADES' and 'natural': "
+        "MART needs to know each image's one class, got "
+        f'mixup={config.augmentation.mixup!r}.')
 
 
 def _field(config: ml_collections.ConfigDict, dotted: str) -> Any:
@@ -202,41 +225,11 @@ def build_model(
       'preact_resnet': models.PreActResNet,
       'wide_resnet': models.WideResNet}[config.model.name]
   dtype = jnp.dtype(config.model.dtype)
+  scale = (dataset.mean, dataset.std) if config.model.normalise else (
+      (0.0,), (1.0,))
   return make(
       num_classes=dataset.num_classes, depth=config.model.depth,
-      width=config.model.width, mean=tuple(dataset.mean),
-      std=tuple(dataset.std), activation=config.model.activation, dtype=dtype,
+      width=config.model.width, mean=tuple(scale[0]),
+      std=tuple(scale[1]),
+      activation=config.model.activation, dtype=dtype,
       param_dtype=jnp.dtype(config.model.param_dtype))
-
-
-def build_schedule(
-    config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
-  """The learning rate of step k, counted from 0.
-
-  As in the paper's code, step k has the rate of time (k + 1) / steps: it drops
-  by `decay_factor` as soon as that reaches each fraction of the run.
-  """
-  optimizer = config.optimizer
-  total = config.epochs * steps_per_epoch
-  # Whole numbers, so that 0.55 * 100 = 55.00000000000001 is still step 55.
-  drops = [math.ceil(round(f * total, 6)) for f in optimizer.decay_at]
-  rates = [
-      optimizer.learning_rate * optimizer.decay_factor ** passed
-      for passed in range(len(drops) + 1)]
-
-  def schedule(count: Any) -> Any:
-    passed = sum(jnp.asarray(count + 1 >= drop, jnp.int32) for drop in drops)
-    return jnp.asarray(rates)[passed]
-
-  return schedule
-
-
-def build_optimizer(
-    config: ml_collections.ConfigDict, steps_per_epoch: int
-) -> optax.GradientTransformation:
-  """SGD with momentum; g + wd w enters it, for every parameter w."""
-  optimizer = config.optimizer
-  return optax.chain(
-      optax.add_decayed_weights(optimizer.weight_decay),
-      optax.sgd(
-          build_schedule(config, steps_per_epoch), optimizer.momentum or None))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import awp_jax
-from experiments import pipeline, runs
+from experiments import augmentation, pipeline, runs
 
 AXIS = 'batch'
 
@@ -31,68 +31,150 @@ def zero_sums() -> Sums:
 
 def to_tree(state: awp_jax.TrainState, sums: Sums) -> dict[str, Any]:
   """What a checkpoint holds, as a tree of arrays."""
-  return {
+  tree = {
       'step': jnp.asarray(state.step, jnp.int32), 'params': state.params,
       'batch_stats': state.batch_stats, 'opt_state': state.opt_state,
       'sums': sums}
+  if state.average is not None:
+    tree['average'] = state.average._asdict()
+  return tree
 
 
 def from_tree(
     state: awp_jax.TrainState, tree: dict[str, Any]
 ) -> tuple[awp_jax.TrainState, Sums]:
   """The state and sums of a checkpoint; `state` gives model and optimizer."""
+  average = tree.get('average')
   return state.replace(
       step=tree['step'], params=tree['params'],
-      batch_stats=tree['batch_stats'], opt_state=tree['opt_state']
+      batch_stats=tree['batch_stats'], opt_state=tree['opt_state'],
+      average=None if average is None else awp_jax.Average(**average),
   ), Sums(*tree['sums'])
 
 
-def make_train_fn(run: runs.Run, size: int, with_awp: bool) -> Any:
-  """The pmapped step: (state, sums, images, labels, device numbers).
+def evaluated(state: awp_jax.TrainState) -> awp_jax.TrainState:
+  """The state whose weights are judged: the average's, where there is one."""
+  if state.average is None:
+    return state
+  return state.replace(
+      params=state.average.params, batch_stats=state.average.batch_stats)
+
+
+class TrainingData(NamedTuple):
+  """What lies on every device during training.
+
+  Attributes:
+    images: [N, H, W, C].
+    labels: [N].
+    extra_images: [M, H, W, C], or None.
+    extra_labels: [M], or None.
+  """
+
+  images: Any
+  labels: Any
+  extra_images: Any = None
+  extra_labels: Any = None
+
+
+def training_data(run: runs.Run) -> TrainingData:
+  """The run's training images on the host."""
+  dataset, extra = run.dataset, run.extra
+  if extra is None:
+    return TrainingData(dataset.x_train, dataset.y_train)
+  return TrainingData(
+      dataset.x_train, dataset.y_train, extra.images, extra.labels)
+
+
+def global_batch(
+    run: runs.Run, data: TrainingData, step: Any, size: int
+) -> tuple[Any, Any]:
+  """Images in [0, 1] and labels of a step, over all devices.
+
+  Args:
+    run: the run.
+    data: of `training_data`.
+    step: counted from 0.
+    size: of this batch.
+
+  Returns:
+    Images [size, H, W, C] and labels: integers [size], or probabilities
+    [size, C] with mixup.
+  """
+  config, keys = run.config, runs.keys(run.config)
+  policy = augmentation.Augmentation(**config.augmentation)
+  pixels = jnp.dtype(config.model.param_dtype)
+  if pixels == jnp.bfloat16:
+    pixels = jnp.dtype(jnp.float32)  # steps of 2 / 255 need more than 8 bits
+  if run.extra is None:
+    indices = pipeline.batch_indices(
+        keys['order'], data.labels.shape[0], config.batch_size, step,
+        run.steps_per_epoch, size)
+    images, labels = data.images[indices], data.labels[indices]
+  else:
+    is_extra = pipeline.extra_rows(size, config.extra.fraction)
+    own, extra = pipeline.mixed_batch_indices(
+        keys['order'], data.labels.shape[0], data.extra_labels.shape[0], step,
+        int(np.sum(~is_extra)), int(np.sum(is_extra)))
+    images, labels = (
+        pipeline.interleave(is_extra, first, second) for first, second in (
+            (pipeline.to_pixels(data.images[own], pixels),
+             pipeline.to_pixels(data.extra_images[extra], pixels)),
+            (data.labels[own], data.extra_labels[extra])))
+  key = jax.random.fold_in(keys['augment'], step)
+  images = pipeline.to_pixels(
+      augmentation.augment(key, images, policy), pixels)
+  if policy.mixup:
+    return augmentation.mix(
+        jax.random.fold_in(key, 5), images, labels, run.dataset.num_classes,
+        policy.mixup)
+  return images, labels
+
+
+def make_train_fn(
+    run: runs.Run, size: int, with_awp: bool, gamma: float | None = None
+) -> Any:
+  """The pmapped step: (state, sums, data, device numbers).
 
   Args:
     run: the run.
     size: the images of the batch over all devices.
     with_awp: whether weights are perturbed (not before the end of warm-up).
+    gamma: instead of the config's.
 
   Returns:
     A pmapped function that returns the next state and sums, both un-stacked; it
     consumes those that it is given.
   """
   config, keys = run.config, runs.keys(run.config)
-  augmentation = pipeline.Augmentation(**config.augmentation)
   perturbation = run.setup.perturbation
+  if gamma is not None:
+    perturbation = perturbation._replace(gamma=gamma)
   if not with_awp:
     perturbation = perturbation._replace(gamma=0.0)
-  pixels = jnp.dtype(config.model.param_dtype)
-  if pixels == jnp.bfloat16:
-    pixels = jnp.dtype(jnp.float32)  # steps of 2 / 255 need more than 8 bits
 
   def step(
-      state: awp_jax.TrainState, sums: Sums, images: Any, labels: Any,
-      device: Any) -> tuple[awp_jax.TrainState, Sums]:
-    indices = pipeline.batch_indices(
-        keys['order'], labels.shape[0], config.batch_size,
-        jnp.asarray(state.step),
-        run.steps_per_epoch, size)
-    batch = pipeline.augment(
-        jax.random.fold_in(keys['augment'], state.step), images[indices],
-        augmentation)
-    batch, targets = (
+      state: awp_jax.TrainState, sums: Sums, data: TrainingData, device: Any
+  ) -> tuple[awp_jax.TrainState, Sums]:
+    number = jnp.asarray(state.step)
+    images, labels = (
         pipeline.device_part(array, device, run.num_devices)
-        for array in (batch, labels[indices]))
+        for array in global_batch(run, data, number, size))
     state, metrics = awp_jax.train_step(
-        state, (pipeline.to_pixels(batch, pixels), targets), keys['step'],
+        state, (images, labels), keys['step'],
         objective=run.setup.objective, threat=run.setup.threat,
         attack=run.setup.attack, perturbation=perturbation,
         statistics=config.statistics, axis_name=AXIS)
+    if state.average is not None:
+      state = state.replace(average=awp_jax.update_average(
+          state.average, state.params, state.batch_stats,
+          awp_jax.ema_decay(config.ema_decay, number)))
     weighted = (*(size * metric for metric in metrics), size)
     return state, Sums(*(
         (total + value).astype(jnp.float32)
         for total, value in zip(sums, weighted, strict=True)))
 
   return jax.pmap(
-      step, axis_name=AXIS, in_axes=(None, None, None, None, 0), out_axes=None,
+      step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None,
       donate_argnums=(0, 1))
 
 
@@ -160,6 +242,7 @@ def evaluate(
   if len(run.validation[0]):
     splits['validation'] = run.validation
   key = jax.random.fold_in(runs.keys(run.config)['eval'], int(state.step))
+  state = evaluated(state)
   metrics: dict[str, float] = {}
   for number, (split, (images, labels)) in enumerate(splits.items()):
     values = evaluate_split(

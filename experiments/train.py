@@ -3,6 +3,10 @@
 It starts from the last checkpoint if there is one, and writes `metrics.jsonl`,
 TensorBoard events, `curves.png`, checkpoints and `summary.json`. The host only
 dispatches compiled steps and looks at the numbers once per `log_every_steps`.
+
+A run that collapses, or whose numbers are no longer finite, is stopped, or goes
+back to the last good state with a smaller gamma (`config.guard`). While a
+network is under suspicion no checkpoint is written, so the last one is good.
 """
 
 import math
@@ -15,13 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 import awp_jax
-from experiments import checkpoints, data, report, results, runs, steps
+from experiments import (
+    checkpoints,
+    data,
+    guard,
+    optimization,
+    report,
+    results,
+    runs,
+    steps,
+)
 from experiments import progress as progress_lib
-from experiments import setup as setup_lib
+from experiments.guard import Collapsed, Diverged
 
-
-class Diverged(RuntimeError):
-  """Training has produced numbers that are not finite."""
+__all__ = ['Collapsed', 'Diverged', 'train']
 
 
 class _StopRequest:
@@ -53,19 +64,42 @@ class _Loop:
     self.run, self.order = run, run.order
     self.last = checkpoints.Checkpoints(run.workdir, 'last')
     self.best = checkpoints.Checkpoints(run.workdir, 'best')
+    self.record = guard.Record(run.workdir, run.config.awp.gamma)
+    self.total = run.config.epochs * run.steps_per_epoch
+    self.data = self._replicated(steps.training_data(run))
+    self.device_numbers = np.arange(run.num_devices)
+    self.eval_fn = steps.make_eval_fn(run)
+    self._compiled: dict[tuple[int, bool, float], Any] = {}
+    self._open()
+    self.progress = progress_lib.Progress(
+        self.total, self.step, run.config.batch_size)
+
+  def _open(self) -> None:
+    """The state of the last checkpoint, and what goes with it."""
     self.state, self.sums, notes = self._restore()
     self.step = int(self.state.step)
     self.seconds = float(notes.get('seconds_training', 0.0))
     self.log = results.MetricsLog(
-        run.workdir, self.step // run.steps_per_epoch)
-    self.total = run.config.epochs * run.steps_per_epoch
-    self.progress = progress_lib.Progress(
-        self.total, self.step, run.config.batch_size)
-    self.images = self._replicated(run.dataset.x_train)
-    self.labels = self._replicated(run.dataset.y_train)
-    self.device_numbers = np.arange(run.num_devices)
-    self.eval_fn = steps.make_eval_fn(run)
-    self._compiled: dict[tuple[int, bool], Any] = {}
+        self.run.workdir, self.step // self.run.steps_per_epoch)
+    self.watch = guard.Watch(
+        self.run.config.guard,
+        guard.chance(self.run.dataset.y_train, self.run.dataset.num_classes),
+        max(self.run.config.guard.grace_steps, self.warmup_steps))
+    self._seen = np.zeros(4)
+
+  @property
+  def warmup_steps(self) -> int:
+    """Steps before AWP begins."""
+    awp = self.run.config.awp
+    return awp.warmup_steps or awp.warmup_epochs * self.run.steps_per_epoch
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether all steps are done, or no better epoch is waited for."""
+    patience = self.run.config.early_stopping_epochs
+    return self.step >= self.total or (
+        self.step % self.run.steps_per_epoch == 0 and results.stops_early(
+            self.log.lines, self.run.config.select_on, patience))
 
   def _replicated(self, tree: Any) -> Any:
     mesh = jax.sharding.Mesh(np.array(jax.devices()), (steps.AXIS,))
@@ -73,12 +107,16 @@ class _Loop:
         tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
   def _restore(self) -> tuple[awp_jax.TrainState, steps.Sums, dict[str, Any]]:
-    state, sums = runs.initial_state(self.run), steps.zero_sums()
     notes: dict[str, Any] = {}
     if self.last.step() is not None:
+      state, sums = runs.initial_state(self.run), steps.zero_sums()
       stored, notes = self.last.load(steps.to_tree(state, sums))
       state, sums = steps.from_tree(state, stored)
       self._check_order(notes)
+    else:
+      (state, said), sums = runs.first_state(self.run), steps.zero_sums()
+      if said:
+        print(said, flush=True)
     return self._replicated(state), self._replicated(sums), notes
 
   def _check_order(self, notes: dict[str, Any]) -> None:
@@ -99,32 +137,35 @@ class _Loop:
 
   def step_fn(self, position: int) -> Any:
     """The step for a position in the epoch, compiled when first met."""
-    epoch = self.step // self.run.steps_per_epoch
-    size = self.run.batch_sizes[position]
-    awp = self.run.config.awp
-    with_awp = awp.gamma > 0 and epoch >= awp.warmup_epochs
-    if (size, with_awp) not in self._compiled:
+    size, gamma = self.run.batch_sizes[position], self.record.gamma
+    with_awp = gamma > 0 and self.step >= self.warmup_steps
+    key = size, with_awp, gamma
+    if key not in self._compiled:
       method = 'with AWP' if with_awp else 'without AWP'
       self.progress.say(f'compiling the step for {size} images, {method}')
       # Steps under way would else run, uncounted, while this one compiles.
       started = time.perf_counter()
       jax.block_until_ready(self.state)
       self.seconds += time.perf_counter() - started
-      self._compiled[size, with_awp] = steps.make_train_fn(
-          self.run, size, with_awp).lower(
-              self.state, self.sums, self.images, self.labels,
-              self.device_numbers).compile()
-    return self._compiled[size, with_awp]
+      self._compiled[key] = steps.make_train_fn(
+          self.run, size, with_awp, gamma).lower(
+              self.state, self.sums, self.data, self.device_numbers).compile()
+    return self._compiled[key]
 
   def save(self) -> None:
-    """Writes the last checkpoint."""
+    """Writes the last checkpoint, unless the network is under suspicion.
+
+    A run that is at its end is saved whatever it is like.
+    """
+    if not (self.watch.is_well or self.is_finished):
+      return
     self.last.save(
         self.step, steps.to_tree(self.state, self.sums),
         {'seconds_training': self.seconds,
          'num_devices': self.run.num_devices, **self.order})
 
-  def fetch_sums(self) -> dict[str, float]:
-    """The means of the epoch so far.
+  def fetch_sums(self) -> tuple[steps.Sums, dict[str, float]]:
+    """The epoch's sums so far, and their means over its images.
 
     Raises:
       Diverged: if one is not finite, or the state is not: the sums are of
@@ -136,25 +177,70 @@ class _Loop:
         name: float(value) / images
         for name, value in sums._asdict().items() if name != 'images'}
     self._check_finite(means | {'state': 0.0 if is_finite else math.nan})
-    return means | {'images': images}
+    return sums, means | {'images': images}
+
+  def look(self) -> dict[str, float]:
+    """The means of the epoch so far, once they have passed the guard.
+
+    Raises:
+      Diverged: as `fetch_sums`.
+      Collapsed: if the guard has seen enough.
+    """
+    sums, means = self.fetch_sums()
+    now = np.asarray([
+        sums.loss, sums.robust_accuracy, sums.gradient_norm, sums.images])
+    # Sums begin anew with an epoch.
+    *since, count = now - (self._seen if now[3] > self._seen[3] else 0)
+    self._seen = now
+    try:
+      self.watch.see(self.step, guard.Look._make(
+          [*(float(value / count) for value in since), float(count)]))
+    except Collapsed as error:
+      raise Collapsed(f'{error} {self._kept()}') from None
+    return means
+
+  def _kept(self) -> str:
+    step = self.last.step()
+    return (
+        'No state was saved before. ' if step is None else
+        f'The state of step {step} is in {self.last.folder}. ') + (
+            'A smaller optimizer.learning_rate or awp.gamma may help; '
+            'guard.action=shrink does the latter by itself.')
 
   def _check_finite(self, values: dict[str, float]) -> None:
     wrong = [name for name, value in values.items() if not math.isfinite(value)]
     if wrong:
-      step = self.last.step()
-      kept = 'No state was saved before.' if step is None else (
-          f'The state of step {step} is in {self.last.folder}.')
       raise Diverged(
           f'training diverged by step {self.step} (epoch '
           f'{(self.step - 1) // self.run.steps_per_epoch + 1}): '
-          f'{", ".join(wrong)} not finite. {kept} A smaller '
-          'optimizer.learning_rate or awp.gamma may help.')
+          f'{", ".join(wrong)} not finite. {self._kept()}')
+
+  def go_back(self, error: Diverged) -> None:
+    """Goes on from the last good state with a smaller gamma.
+
+    Args:
+      error: what went wrong; raised again where gamma cannot be the reason, or
+        has been made smaller often enough.
+    """
+    settings, gamma = self.run.config.guard, self.record.gamma
+    if (settings.action != 'shrink' or gamma == 0
+        or self.step <= self.warmup_steps
+        or len(self.record.shrinks) >= settings.most_shrinks):
+      raise error
+    failed_at = self.step
+    self.log.close()
+    self._open()
+    self.record.shrink(
+        settings.factor * gamma, failed_at, self.step, str(error))
+    self.progress.say(
+        f'{error}\nGoing back to step {self.step}, with awp.gamma '
+        f'{self.record.gamma:g} instead of {gamma:g}.')
 
   def end_epoch(self) -> None:
     """Evaluates, writes the epoch's line, and saves."""
     config, epoch = self.run.config, self.step // self.run.steps_per_epoch
-    means = self.fetch_sums()
-    rate = setup_lib.build_schedule(config, self.run.steps_per_epoch)(
+    _, means = self.fetch_sums()
+    rate = optimization.build_schedule(config, self.run.steps_per_epoch)(
         self.step - 1)
     line = {
         'epoch': epoch, 'learning_rate': float(rate),
@@ -162,7 +248,7 @@ class _Loop:
         'train_batch_robust_accuracy': means['robust_accuracy'],
         'gradient_norm': means['gradient_norm'],
         'perturbation_ratio': means['perturbation_ratio'],
-        'images': int(means['images'])}
+        'gamma': self.record.gamma, 'images': int(means['images'])}
     started = time.perf_counter()
     if epoch % config.eval.every_epochs == 0 or epoch == config.epochs:
       line |= steps.evaluate(self.run, self.eval_fn, self.state)
@@ -171,11 +257,15 @@ class _Loop:
         'seconds_training': self.seconds,
         'seconds_evaluating': time.perf_counter() - started,
         'images_per_second': means['images'] / self.seconds}
+    if not self.watch.is_well:
+      line['suspicious'] = 1
     self.log.append(line)
     self.progress.say(_epoch_text(line, config.epochs))
     self.sums, self.seconds = self._replicated(steps.zero_sums()), 0.0
     best = results.best_line(self.log.lines, config.select_on)
-    if best is not None and best['epoch'] == epoch:
+    # Not under suspicion: a later step could not be followed by an earlier one.
+    if best is not None and best['epoch'] == epoch and (
+        self.watch.is_well or self.is_finished):
       self.best.save(self.step, steps.to_tree(self.state, self.sums), line)
     self.save()
 
@@ -229,7 +319,7 @@ def train(run: runs.Run) -> dict[str, Any] | None:
       loop.close()
   if not finished:
     print(
-        f'{stop.name}: saved step {loop.step} of {loop.total} in '
+        f'{stop.name}: saved step {loop.last.step()} of {loop.total} in '
         f'{run.workdir}; the same command goes on from there.', flush=True)
     return None
   summary = results.summarise(
@@ -243,31 +333,37 @@ def train(run: runs.Run) -> dict[str, Any] | None:
 
 def _run_steps(loop: _Loop, stop: _StopRequest) -> bool:
   """Runs the steps that are left; False if a signal came first."""
-  config, per_epoch = loop.run.config, loop.run.steps_per_epoch
-  every = config.checkpoint_every_steps
-  while loop.step < loop.total:
-    position = loop.step % per_epoch
-    step_fn = loop.step_fn(position)
-    started = time.perf_counter()
-    loop.state, loop.sums = step_fn(
-        loop.state, loop.sums, loop.images, loop.labels, loop.device_numbers)
-    loop.step += 1
-    is_last = position + 1 == per_epoch
-    is_shown = is_last or (position + 1) % config.log_every_steps == 0
-    is_stopping = stop.name is not None
-    is_saved = is_stopping or bool(every and loop.step % every == 0)
-    # Nothing is saved unseen: waiting for the step belongs to its time, and
-    # numbers that are not finite must not replace a good checkpoint.
-    means = loop.fetch_sums() if is_shown or is_saved else {}
-    loop.seconds += time.perf_counter() - started
-    if is_shown:
-      loop.progress.report(
-          loop.step, means['images'] / loop.seconds,
-          f'loss {means["loss"]:.4f}')
-    if is_last:
-      loop.end_epoch()
-    elif is_saved:
-      loop.save()
-    if is_stopping:
-      return loop.step == loop.total
+  while not loop.is_finished:
+    try:
+      _run_step(loop, stop)
+    except Diverged as error:
+      loop.go_back(error)
+    if stop.name is not None:
+      return loop.is_finished
   return True
+
+
+def _run_step(loop: _Loop, stop: _StopRequest) -> None:
+  """One step, and what the host does behind it."""
+  config, per_epoch = loop.run.config, loop.run.steps_per_epoch
+  position = loop.step % per_epoch
+  step_fn = loop.step_fn(position)
+  started = time.perf_counter()
+  loop.state, loop.sums = step_fn(
+      loop.state, loop.sums, loop.data, loop.device_numbers)
+  loop.step += 1
+  is_last = position + 1 == per_epoch
+  is_shown = is_last or (position + 1) % config.log_every_steps == 0
+  every = config.checkpoint_every_steps
+  is_saved = stop.name is not None or bool(every and loop.step % every == 0)
+  # Nothing is saved unseen: waiting for the step belongs to its time, and
+  # numbers that are not finite must not replace a good checkpoint.
+  means = loop.look() if is_shown or is_saved else {}
+  loop.seconds += time.perf_counter() - started
+  if is_shown:
+    loop.progress.report(
+        loop.step, means['images'] / loop.seconds, f'loss {means["loss"]:.4f}')
+  if is_last:
+    loop.end_epoch()
+  elif is_saved:
+    loop.save()

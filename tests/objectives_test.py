@@ -135,3 +135,45 @@ def test_margin_is_positive_exactly_where_misclassified():
 def test_bad_beta(make, beta):
   with pytest.raises(ValueError, match='beta must be a finite number >= 0'):
     make(beta)
+
+
+def soft(labels, classes=5, seed=3):
+  other = np.random.default_rng(seed).permutation(labels)
+  return 0.7 * np.eye(classes)[labels] + 0.3 * np.eye(classes)[other]
+
+
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_soft_and_smoothed_labels(scale, smoothing, x64):
+  z, other, y = logits_and_labels(scale)
+  for labels, q in ((y, np.eye(5)[y]), (soft(y), soft(y))):
+    target = (1 - smoothing) * q + smoothing / 5
+
+    def ce(logits, target=target):
+      return -(target * numpy_log_softmax(logits)).sum(axis=1)
+
+    labels = jnp.asarray(labels)
+    np.testing.assert_allclose(
+        objectives.cross_entropy(z, labels, smoothing), ce(z), rtol=1e-10)
+    for objective, wanted in (
+        (objectives.natural(smoothing), ce(z)),
+        (objectives.standard(smoothing), ce(z)),
+        (objectives.trades(6.0, smoothing), ce(other) + 6 * numpy_kl(other, z)),
+        (objectives.mart(5.0, smoothing),
+         numpy_mart(z, other, y, 5) - numpy_ce(z, y) + ce(z))):
+      np.testing.assert_allclose(
+          objective.train_loss(z, other, labels), wanted, rtol=1e-9,
+          atol=1e-10)
+    # The inputs ascend the loss of the labels as they are.
+    np.testing.assert_allclose(
+        objectives.standard(smoothing).attack_loss(z, None, labels),
+        -(q * numpy_log_softmax(z)).sum(axis=1), rtol=1e-10)
+
+
+@pytest.mark.parametrize('smoothing', [1.0, -0.1, float('nan')])
+@pytest.mark.parametrize('make', [
+    objectives.natural, objectives.standard, objectives.trades,
+    objectives.mart])
+def test_bad_smoothing(make, smoothing):
+  with pytest.raises(ValueError, match='label_smoothing must be'):
+    make(label_smoothing=smoothing)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import checkpoints, results, runs, setup, steps, train
-from experiments.configs import cifar10_awp, digits_at, digits_awp
+from experiments.configs import base, digits_at, digits_awp
 
 
 def write_images(path, num_train=48, num_test=20, seed=0):
@@ -34,7 +34,7 @@ def small(config=None, **fields):
       'num_test': 0, 'batch_size': 16,
   } | {name.replace('__', '.'): value for name, value in fields.items()}
   config.update_from_flattened_dict(fields)
-  setup.check_fields(config, cifar10_awp.get_config())
+  setup.check_fields(config, base.get_config())
   return config
 
 

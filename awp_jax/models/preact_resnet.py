@@ -67,6 +67,7 @@ class PreActBottleneck(nn.Module):
 
 #: depth -> (block, blocks of each stage)
 DEPTHS: dict[int, tuple[Any, tuple[int, ...]]] = {
+    10: (PreActBlock, (1, 1, 1, 1)),
     18: (PreActBlock, (2, 2, 2, 2)),
     34: (PreActBlock, (3, 4, 6, 3)),
     50: (PreActBottleneck, (3, 4, 6, 3)),
@@ -74,11 +75,11 @@ DEPTHS: dict[int, tuple[Any, tuple[int, ...]]] = {
 
 
 class PreActResNet(nn.Module):
-  """PreActResNet-18, -34 or -50.
+  """PreActResNet-10, -18, -34 or -50.
 
   Attributes:
     num_classes: the number of logits.
-    depth: 18, 34 or 50.
+    depth: 10, 18, 34 or 50.
     width: channels of the first stage; each later stage has twice as many.
     mean: pixel means by channel, in [0, 1]; subtracted inside.
     std: pixel standard deviations by channel; divided by inside.

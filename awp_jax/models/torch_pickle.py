@@ -66,7 +66,7 @@ class _Dict(dict):
     """Takes what a pickle sets on the dictionary, and forgets it."""
 
 
-class _Admitted:
+class Admitted:
   """A callable global as a pickle sees it: to be called and nothing else.
 
   A pickle can also set attributes on what it has named, so it never gets hold
@@ -79,6 +79,7 @@ class _Admitted:
     self._make = make
 
   def __call__(self, *args: Any) -> Any:
+    """What the stand-in makes of the pickle's arguments."""
     return self._make(*args)
 
   def __setstate__(self, state: Any) -> None:
@@ -130,7 +131,7 @@ class Unpickler(pickle.Unpickler):
       raise ValueError(
           f'it names {module}.{name}, which no dictionary of plain tensors '
           f'needs; nothing of it was run. {REMEDY}')
-    return _Admitted(_GLOBALS[module, name])
+    return Admitted(_GLOBALS[module, name])
 
   def persistent_load(self, pid: Any) -> Storage:
     """Records a storage: a tag, its type, key, device, elements, maybe a view.

@@ -1,21 +1,26 @@
-"""AT on CIFAR-10, L_inf 8/255, PreActResNet-18: the paper's baseline.
+"""AT on CIFAR-10.
 
-Paper: Wu, Xia, Wang, NeurIPS 2020; the method is Madry et al., ICLR 2018.
+Method: Madry et al., ICLR 2018.
 
   python experiments/main.py --config=experiments/configs/cifar10_at.py
 
-Expected, from the authors' log of seed 0 (PGD-20 robust accuracy, per cent):
-best 52.79, mean of the last six epochs 44.44, natural accuracy at best 81.70.
-Their run took 276 s of training and 98 s of testing an epoch.
+Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step is worth about 24 forward passes of its batch.
+The authors' run took 276 s of training and 98 s of testing an epoch, on
+hardware of 2020 that they do not name.
+
+Expected, from the authors' logs of seed 0, PreActResNet-18 (PGD-20, per cent:
+best, mean of the last six epochs, natural accuracy at best):
+  L_inf  52.79  44.44  81.70
+  L_2    69.15  65.93  88.80
 """
 
 import ml_collections
 
-from experiments.configs import cifar10_awp
+from experiments.configs import parts
 
 
-def get_config() -> ml_collections.ConfigDict:
-  """`cifar10_awp` without the weight perturbation."""
-  config = cifar10_awp.get_config()
-  config.awp.gamma = 0.0
+def get_config(argument: str = '') -> ml_collections.ConfigDict:
+  """AT; `argument` as above."""
+  config = parts.start(parts.cifar10, argument)
   return config

@@ -9,12 +9,13 @@ by heart.
 
 import ml_collections
 
-from experiments.configs import cifar10_awp
+from experiments.configs import base, parts
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """`cifar10_awp` on 8 x 8 grey images, a narrow network, a short schedule."""
-  config = cifar10_awp.get_config()
+  """AT-AWP on 8 x 8 grey images, a narrow network, a short schedule."""
+  config = base.get_config()
+  parts.awp(config, gamma=0.01)
   config.dataset = 'digits'
   config.num_train = 200
   config.num_test = 300

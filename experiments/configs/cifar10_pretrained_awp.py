@@ -1,0 +1,27 @@
+r"""Pre-training-AWP on CIFAR-10: a few epochs of AT-AWP from a checkpoint.
+
+Method: Hendrycks, Lee, Mazeika, ICML 2019. The checkpoint is one of adversarial
+training on a larger data set, whose classifier is left behind.
+
+  python experiments/main.py \
+    --config=experiments/configs/cifar10_pretrained_awp.py \
+    --config.init_from=wrn-28-10-imagenet32.pt
+
+Behind the file: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; WRN-28-10 by itself.
+Cost: five epochs.
+
+Expected, from the authors: 88.33 natural, 57.39 robust accuracy (AutoAttack).
+gamma is that of the released TRADES-AWP; there is no released code of this row.
+"""
+
+import ml_collections
+
+from experiments.configs import parts
+
+
+def get_config(argument: str = '') -> ml_collections.ConfigDict:
+  """From `init_from`; `argument` as above."""
+  config = parts.start(parts.cifar10, argument, 'WRN-28-10')
+  parts.tuning(config, 'wrn-28-10-imagenet32.pt')
+  parts.awp(config, gamma=0.005)
+  return config

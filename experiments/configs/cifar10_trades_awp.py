@@ -1,0 +1,27 @@
+"""TRADES-AWP on CIFAR-10.
+
+Method: Zhang et al., ICML 2019.
+AWP: Wu, Xia, Wang, "Adversarial Weight Perturbation Helps Robust
+Generalization", NeurIPS 2020.
+
+  python experiments/main.py --config=experiments/configs/cifar10_trades_awp.py
+
+Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step is worth about 33 forward passes of its batch.
+
+Expected, from the authors, WRN-34-10: 85.36 natural, 56.17 robust accuracy
+(AutoAttack, L_inf). There is no log of PreActResNet-18.
+gamma and the warm-up are those of the released code.
+"""
+
+import ml_collections
+
+from experiments.configs import parts
+
+
+def get_config(argument: str = '') -> ml_collections.ConfigDict:
+  """TRADES-AWP; `argument` as above."""
+  config = parts.start(parts.cifar10, argument)
+  parts.trades(config)
+  parts.awp(config, gamma=0.005, warmup_epochs=10)
+  return config

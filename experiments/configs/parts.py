@@ -1,0 +1,180 @@
+"""The steps from `base` to a setting of the paper, one function each.
+
+A config file names its steps and nothing else, so that a reader sees at once
+what a run does. Its argument, behind a colon on the command line, chooses the
+threat model and the network:
+
+  --config=experiments/configs/cifar10_awp.py:L2
+  --config=experiments/configs/cifar10_awp.py:L2,WRN-34-10
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict as Config
+
+from experiments.configs import base
+
+#: Names of networks -> (model, depth, width).
+NETWORKS = {
+    'PreActResNet-18': ('preact_resnet', 18, 64),
+    'WRN-28-10': ('wide_resnet', 28, 10),
+    'WRN-34-10': ('wide_resnet', 34, 10),
+}
+NORMS = ('Linf', 'L2')
+
+
+def start(
+    dataset: Callable[[Config], None], argument: str = '',
+    default: str = 'PreActResNet-18') -> Config:
+  """`base` on a data set, for the threat model and network of `argument`.
+
+  Args:
+    dataset: `cifar10`, `cifar100` or `svhn`.
+    argument: names out of `NORMS` and `NETWORKS`, with commas between them;
+      L_inf and the default network unless it says otherwise.
+    default: the network if `argument` names none.
+
+  Returns:
+    A config for AT.
+
+  Raises:
+    ValueError: for a name that is neither.
+  """
+  config = base.get_config()
+  dataset(config)
+  network(config, default)
+  names = [name for name in argument.split(',') if name]
+  for name in names:
+    if name not in NORMS and name not in NETWORKS:
+      raise ValueError(
+          f'the argument of a config may name {", ".join(NORMS)} and '
+          f'{", ".join(NETWORKS)}, got {name!r}.')
+    if name in NETWORKS:
+      network(config, name)
+  if 'L2' in names:
+    l2(config)
+  return config
+
+
+def cifar10(config: Config) -> None:
+  """CIFAR-10: `base` as it is."""
+  config.dataset = 'cifar10'
+
+
+def cifar100(config: Config) -> None:
+  """CIFAR-100: padded with black, and turned by up to 15 degrees."""
+  config.dataset = 'cifar100'
+  config.augmentation.pad_mode = 'constant'
+  config.augmentation.rotation = 15.0
+
+
+def svhn(config: Config) -> None:
+  """SVHN: nothing done to the images, smaller steps of everything."""
+  config.dataset = 'svhn'
+  config.augmentation.pad = 0
+  config.augmentation.flip = False
+  config.attack.step_size = 1 / 255
+  config.eval.step_size = 1 / 255
+  config.optimizer.learning_rate = 0.01
+
+
+def l2(config: Config) -> None:
+  """The L_2 ball of 128/255, in steps of 15/255."""
+  config.threat.norm = 'L2'
+  config.threat.epsilon = 128 / 255
+  config.attack.step_size = 15 / 255
+  config.eval.step_size = 15 / 255
+
+
+def network(config: Config, name: str) -> None:
+  """One of `NETWORKS`."""
+  model, depth, width = NETWORKS[name]
+  config.model.update({'name': model, 'depth': depth, 'width': width})
+
+
+def awp(config: Config, gamma: float, warmup_epochs: int = 0) -> None:
+  """Adversarial weight perturbation."""
+  config.awp.gamma = gamma
+  config.awp.warmup_epochs = warmup_epochs
+
+
+def trades(config: Config) -> None:
+  """TRADES as released: pixels as they are, running statistics in the attack.
+
+  The rate falls at the start of epochs 100 and 150, counted from 1.
+  """
+  config.objective = 'TRADES'
+  config.beta = 6.0
+  config.model.normalise = False
+  if config.augmentation.pad:
+    config.augmentation.pad_mode = 'constant'
+  config.attack.start = 'gaussian'
+  config.attack.mode = 'eval'
+  if config.threat.norm == 'Linf':
+    config.threat.epsilon = 0.031
+    config.attack.step_size = 0.007
+  else:
+    config.attack.step_size = (
+        2 * config.threat.epsilon / config.attack.num_steps)
+  config.optimizer.decay_at = (99 / 200, 149 / 200)
+
+
+def mart(config: Config) -> None:
+  """MART as released; the recipe is another for wide networks."""
+  trades(config)
+  config.objective = 'MART'
+  if config.model.name == 'wide_resnet':
+    config.beta, config.epochs = 6.0, 90
+    config.optimizer.weight_decay = 7e-4
+    config.optimizer.decay_at = (74 / 90,)
+    return
+  config.beta, config.epochs = 5.0, 120
+  config.optimizer.learning_rate = 0.01
+  config.optimizer.weight_decay = 3.5e-3
+  config.optimizer.decay_at = (74 / 120, 89 / 120, 99 / 120)
+
+
+def self_training(config: Config, path: str) -> None:
+  """RST: TRADES on batches half of which are the pseudo-labelled of `path`."""
+  trades(config)
+  config.extra.path = path
+  config.extra.fraction = 0.5
+  config.batch_size = 256
+  config.optimizer.nesterov = True
+  config.optimizer.schedule = 'cosine'
+
+
+def tuning(config: Config, path: str) -> None:
+  """Pre-training: a few epochs from the checkpoint of another data set."""
+  config.init_from = path
+  config.epochs = 5
+  config.optimizer.learning_rate = 0.001
+  config.optimizer.schedule = 'cosine'
+
+
+def natural(config: Config) -> None:
+  """No adversary: a network to make pseudo-labels with, or to compare with."""
+  config.objective = 'natural'
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.nesterov = True
+
+
+def modern(config: Config) -> None:
+  """What strong recipes since 2020 share, on top of TRADES.
+
+  SiLU, Nesterov momentum, decay on weights alone, a smoothed target, a moving
+  average of the weights, a cosine with a short rise, statistics of the
+  perturbed pass alone, and the choice of the best on held-out training images.
+  """
+  trades(config)
+  config.model.activation = 'silu'
+  config.model.normalise = True
+  config.label_smoothing = 0.1
+  config.ema_decay = 0.995
+  config.num_validation = 1024
+  config.select_on = 'validation'
+  config.statistics = 'perturbed'
+  config.optimizer.nesterov = True
+  config.optimizer.decay = 'weights'
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup_epochs = 5.0

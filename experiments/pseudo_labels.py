@@ -1,0 +1,302 @@
+"""Labels images by a naturally trained network, for robust self-training.
+
+  python experiments/pseudo_labels.py --workdir=runs/natural \
+    --images=unlabelled.npz --output=extra.npz --per_class=50000
+
+The output holds `image`, `label`, `confidence` (the largest probability) and
+`origin` (which network, in JSON); training takes it as `extra.path`. Images
+come as for `experiments/extra_data.py`; labels that they have are ignored.
+
+With `--torch_checkpoint` a PyTorch file labels, instead of the run's own
+network; the run in the workdir says which data set it is for.
+"""
+
+from collections.abc import Callable, Sequence
+import json
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+
+from awp_jax import checks
+from experiments import (
+    checkpoints,
+    command,
+    evaluate,
+    extra_data,
+    pipeline,
+    results,
+    runs,
+    setup,
+)
+from experiments.configs import cifar10_awp
+
+
+class Labelled(NamedTuple):
+  """What a network says of images.
+
+  Attributes:
+    labels: the most probable class, int32 [N].
+    confidence: its probability, float32 [N].
+  """
+
+  labels: np.ndarray
+  confidence: np.ndarray
+
+
+def predict(
+    logits_fn: Callable[[Any], Any], images: np.ndarray, batch_size: int
+) -> Labelled:
+  """Labels images in batches of one shape, spread over all devices.
+
+  Args:
+    logits_fn: images [B, H, W, C] in [0, 1] -> logits [B, K].
+    images: [N, H, W, C], uint8 or floats in [0, 1].
+    batch_size: over all devices, which must divide it.
+
+  Returns:
+    A label and its probability for each image.
+
+  Raises:
+    ValueError: if the batch size does not divide, or logits are not finite.
+  """
+  checks.count('batch_size', batch_size)
+  num_devices = jax.device_count()
+  setup.check_devices(batch_size, num_devices, 'batch_size')
+
+  @jax.pmap
+  def label(batch: Any) -> Any:
+    logits = logits_fn(pipeline.to_pixels(batch, jnp.dtype(jnp.float32)))
+    logits = logits.astype(jnp.float32)
+    # NaN, if any logit is infinite or NaN, whatever softmax makes of it.
+    finite = jnp.where(jnp.isfinite(logits).all(axis=-1), 0.0, jnp.nan)
+    return logits.argmax(axis=-1), jax.nn.softmax(logits).max(axis=-1) + finite
+
+  labels = np.zeros(len(images), np.int32)
+  confidence = np.zeros(len(images), np.float32)
+  bar = tqdm.tqdm(
+      total=len(images), unit='image', disable=not sys.stderr.isatty())
+  with bar:
+    for begin in range(0, len(images), batch_size):
+      part = images[begin:begin + batch_size]
+      end = begin + len(part)
+      padded = np.zeros((batch_size, *images.shape[1:]), images.dtype)
+      padded[:len(part)] = part
+      found = label(padded.reshape(num_devices, -1, *images.shape[1:]))
+      labels[begin:end], confidence[begin:end] = (
+          np.asarray(array).reshape(-1)[:len(part)] for array in found)
+      bar.update(len(part))
+  if not np.isfinite(confidence).all():
+    raise ValueError(
+        'the network gives logits that are not finite, first for image '
+        f'{int(np.flatnonzero(~np.isfinite(confidence))[0])}.')
+  return Labelled(labels, confidence)
+
+
+def check_selection(min_confidence: float, per_class: int) -> None:
+  """Raises ValueError for numbers that `select` does not take."""
+  if not 0 <= min_confidence <= 1:
+    raise ValueError(
+        f'min_confidence must be in [0, 1], got {min_confidence!r}.')
+  checks.count('per_class', per_class, minimum=0)
+
+
+def select(
+    labelled: Labelled, num_classes: int, *, min_confidence: float = 0.0,
+    per_class: int = 0) -> np.ndarray:
+  """Chooses images by confidence.
+
+  Args:
+    labelled: of `predict`.
+    num_classes: K.
+    min_confidence: in [0, 1]; less sure ones are left out.
+    per_class: the most confident n of each class; 0 takes all. Of equally
+      confident ones the first are taken.
+
+  Returns:
+    Their positions in ascending order.
+
+  Raises:
+    ValueError: for numbers out of range, if nothing is left, or if a class has
+      fewer than `per_class` images.
+  """
+  check_selection(min_confidence, per_class)
+  positions = np.flatnonzero(labelled.confidence >= min_confidence)
+  if not len(positions):
+    raise ValueError(
+        f'min_confidence={min_confidence} leaves no image; the highest '
+        f'confidence is {labelled.confidence.max():.4f}.')
+  if not per_class:
+    return positions
+  labels = labelled.labels[positions]
+  counts = np.bincount(labels, minlength=num_classes)
+  if counts.min() < per_class:
+    raise ValueError(
+        f'per_class={per_class}: only {counts.min()} images are labelled '
+        f'{counts.argmin()} with a confidence of {min_confidence} or more.')
+  order = np.lexsort((-labelled.confidence[positions], labels))
+  starts = np.cumsum(counts) - counts
+  chosen = order[(starts[:, None] + np.arange(per_class)).reshape(-1)]
+  return np.sort(positions[chosen])
+
+
+def prepare(
+    workdir: pathlib.Path, torch_checkpoint: pathlib.Path | None) -> runs.Run:
+  """The run that is in a workdir, to use its network.
+
+  Args:
+    workdir: with the run's `config.json`.
+    torch_checkpoint: a PyTorch file instead of the run's own checkpoints.
+
+  Returns:
+    The run; nothing in its folder is changed.
+
+  Raises:
+    ValueError: if there is no run, or nothing to take a network from.
+  """
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise ValueError(
+        f'{str(workdir)!r} holds no config.json: it is no folder of a run.')
+  try:
+    config = _nested(dict(json.loads(path.read_text())))
+    setup.check_fields(config, cifar10_awp.get_config())
+  except (ValueError, TypeError, AttributeError) as error:
+    raise ValueError(
+        f'{path} is not the config of a run of this version: {error}'
+    ) from None
+  config.evaluation.torch_checkpoint = str(torch_checkpoint or '')
+  evaluate.check(config, workdir)
+  return runs.prepare(config, workdir)
+
+
+def _nested(fields: dict[str, Any]) -> ml_collections.ConfigDict:
+  """A config of its fields by their dotted names."""
+  tree: dict[str, Any] = {}
+  for name, value in fields.items():
+    *groups, last = name.split('.')
+    place = tree
+    for group in groups:
+      place = place.setdefault(group, {})
+    place[last] = tuple(value) if isinstance(value, list) else value
+  return ml_collections.ConfigDict(tree)
+
+
+def load_subject(run: runs.Run, kind: str) -> evaluate.Subject:
+  """The network that labels: the run's checkpoint, or the PyTorch file."""
+  subjects = evaluate.load_subjects(run)
+  if run.config.evaluation.torch_checkpoint:
+    return next(subjects)
+  return next(subject for subject in subjects if subject.name == kind)
+
+
+def save(
+    path: pathlib.Path, images: np.ndarray, labelled: Labelled,
+    origin: dict[str, Any], *, compress: bool = False) -> None:
+  """Writes the file that `extra_data.load` reads, whole or not at all.
+
+  Args:
+    path: of the .npz.
+    images: those that were chosen, [N, H, W, C].
+    labelled: what the network says of them.
+    origin: plain values that tell where the labels are from.
+    compress: whether to; it takes longer than labelling may have.
+  """
+  temporary = path.with_name(f'.{path.stem}.tmp.npz')
+  write = np.savez_compressed if compress else np.savez
+  try:
+    write(
+        temporary, image=images, label=labelled.labels,
+        confidence=labelled.confidence,
+        origin=np.array(json.dumps(origin)))
+    temporary.replace(path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
+def counts_table(labelled: Labelled, num_classes: int) -> str:
+  """Images and mean confidence of each class, as text."""
+  rows = [['class', 'images', 'mean confidence']]
+  for label in range(num_classes):
+    confidence = labelled.confidence[labelled.labels == label]
+    mean = f'{confidence.mean():.4f}' if len(confidence) else '-'
+    rows.append([str(label), str(len(confidence)), mean])
+  return results.table(rows)
+
+
+def run_all(options: Any) -> None:
+  """Labels, chooses and writes, as the command's options say."""
+  check_selection(options.min_confidence, options.per_class)
+  if options.output.suffix != '.npz':
+    raise ValueError(f'--output={options.output} must end in .npz.')
+  folder = options.output.parent
+  if not folder.is_dir():
+    raise ValueError(f'--output: there is no folder {str(folder)!r}.')
+  run = prepare(options.workdir, options.torch_checkpoint)
+  num_classes = run.dataset.num_classes
+  images = extra_data.load_images(
+      options.images, image_shape=run.dataset.x_train.shape[1:])
+  if options.per_class * num_classes > len(images):
+    raise ValueError(
+        f'per_class={options.per_class} of {num_classes} classes are more than '
+        f'the {len(images)} images in {options.images}.')
+  subject = load_subject(run, options.checkpoint)
+  labelled = predict(subject.logits_fn, images, options.batch_size)
+  chosen = select(
+      labelled, num_classes, min_confidence=options.min_confidence,
+      per_class=options.per_class)
+  total = len(images)
+  if len(chosen) < total:
+    images = images[chosen]
+    labelled = Labelled(*(values[chosen] for values in labelled))
+  origin = {
+      **subject.origin, 'workdir': str(options.workdir),
+      'images': str(options.images), 'min_confidence': options.min_confidence,
+      'per_class': options.per_class}
+  save(options.output, images, labelled, origin, compress=options.compress)
+  print(counts_table(labelled, num_classes))
+  print(f'\n{len(images):,} of {total:,} images are in {options.output}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """The command; returns its exit code."""
+  parser = command.Parser(__doc__)
+
+  def path(text: str) -> pathlib.Path:
+    return pathlib.Path(text).expanduser()
+
+  parser.add_argument(
+      '--workdir', type=path, required=True, help='of a run')
+  parser.add_argument(
+      '--images', type=path, required=True, help='.npz or pickle')
+  parser.add_argument('--output', type=path, required=True, help='an .npz')
+  parser.add_argument('--checkpoint', choices=checkpoints.KINDS, default='best')
+  parser.add_argument(
+      '--torch_checkpoint', type=path, help="instead of the run's own")
+  parser.add_argument(
+      '--batch_size', type=int, default=512, help='over all devices')
+  parser.add_argument(
+      '--min_confidence', type=float, default=0.0, help='leaves out others')
+  parser.add_argument(
+      '--per_class', type=int, default=0,
+      help='takes the N most confident of each class; 0: all')
+  parser.add_argument(
+      '--compress', action='store_true', help='a smaller file, slowly')
+  try:
+    run_all(parser.parse_args(argv))
+  except (ValueError, OSError) as error:
+    command.complain(error)
+    return 2
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
