@@ -31,6 +31,21 @@ from awp_jax.objectives import mart as mart
 from awp_jax.objectives import natural as natural
 from awp_jax.objectives import standard as standard
 from awp_jax.objectives import trades as trades
+from awp_jax.perturbation import methods as methods
+from awp_jax.perturbation.balls import Ball as Ball
+from awp_jax.perturbation.gradients import accumulated as accumulated
+from awp_jax.perturbation.method import Method as Method
+from awp_jax.perturbation.method import MethodState as MethodState
+from awp_jax.perturbation.steps import perturbed_step as perturbed_step
+from awp_jax.perturbation.steps import (
+  perturbed_value_and_grad as perturbed_value_and_grad,
+)
+from awp_jax.perturbation.steps import (
+  weight_perturbation as weight_perturbation,
+)
+from awp_jax.perturbation.wrapper import (
+  perturbed_optimizer as perturbed_optimizer,
+)
 from awp_jax.step import Attack as Attack
 from awp_jax.step import EvalMetrics as EvalMetrics
 from awp_jax.step import TrainMetrics as TrainMetrics
@@ -40,6 +55,7 @@ from awp_jax.step import eval_step as eval_step
 from awp_jax.step import train_step as train_step
 from awp_jax.threat import ThreatModel as ThreatModel
 from awp_jax.types import AWPOutput as AWPOutput
+from awp_jax.types import PerturbedOutput as PerturbedOutput
 from awp_jax.weights import awp_perturbation as awp_perturbation
 from awp_jax.weights import awp_step as awp_step
 from awp_jax.weights import awp_value_and_grad as awp_value_and_grad

@@ -15,6 +15,7 @@ It is a pure function: jit or pmap it with the keywords closed over.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, Literal, NamedTuple
 
 from flax.training import train_state
@@ -24,6 +25,8 @@ import jax.numpy as jnp
 from awp_jax import averaging, checks, objectives, weights
 from awp_jax.attacks import pgd as pgd_lib
 from awp_jax.objectives import Objective, Pass
+from awp_jax.perturbation import engine, gradients, leaves, methods
+from awp_jax.perturbation.method import Method, MethodState
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, Params, Scalar
 
@@ -39,10 +42,13 @@ class TrainState(train_state.TrainState):
     batch_stats: the model's 'batch_stats' collection; {} if it has none.
     average: an `awp_jax.Average` that a caller keeps up to date, or None; a
       step hands it on as it is.
+    memory: what the weight perturbation carries, `method.init(params).memory`;
+      () for methods that carry nothing. Its step count is the state's own.
   """
 
   batch_stats: Any
   average: averaging.Average | None = None
+  memory: Any = ()
 
 
 class Attack(NamedTuple):
@@ -73,6 +79,8 @@ class WeightPerturbation(NamedTuple):
     alternations: A >= 1, how often input and weight steps take turns.
     mask: which leaves: a predicate of (path, leaf), or a pytree of bools.
     decay_at: whether weight decay acts at 'perturbed' or 'natural' weights.
+    method: any method of `awp_jax.methods`, which then takes the place of all
+      the choices above but `alternations`; None is AWP with them.
   """
 
   gamma: Scalar = 0.0
@@ -80,6 +88,13 @@ class WeightPerturbation(NamedTuple):
   alternations: int = 1
   mask: weights.Mask = weights.is_weight
   decay_at: weights.DecayAt = 'perturbed'
+  method: Method | None = None
+
+  def as_method(self) -> Method:
+    """The choices as a record for the engine."""
+    return self.method or methods.awp(
+        self.gamma, num_steps=self.num_steps, mask=self.mask,
+        decay_at=self.decay_at)
 
 
 class TrainMetrics(NamedTuple):
@@ -145,18 +160,19 @@ def _mean(tree: Any, axis_name: str | None) -> Any:
 
 def _weight_loss(
     state: TrainState, objective: Objective, passes: tuple[Pass, ...],
-    natural: Array, labels: Array, dropout_key: Array
-) -> Callable[[Params, Any, Array], tuple[Array, tuple[Any, Array]]]:
-  """The loss of the weights, and what it leaves behind.
+    dropout_key: Array
+) -> Callable[..., tuple[Array, tuple[Any, Array]]]:
+  """The losses of the weights, and what they leave behind.
 
-  It maps (params, statistics, x') to the mean loss and the pair of the next
-  statistics and the logits at x'. `passes` is the order in which
-  forward passes move the statistics; one that appears twice moves them twice.
+  It maps (params, statistics, x', x, labels) to the losses [B] and the pair of
+  the next statistics and whether x' is classified right [B]. `passes` is the
+  order in which forward passes move the statistics; one that appears twice
+  moves them twice.
   """
 
   def loss_fn(
-      params: Params, batch_stats: Any, x_adv: Array
-  ) -> tuple[Array, tuple[Any, Array]]:
+      params: Params, batch_stats: Any, x_adv: Array, natural: Array,
+      labels: Array) -> tuple[Array, tuple[Any, Array]]:
     images = {'adversarial': x_adv, 'natural': natural}
     logits: dict[str, Array] = {}
     for name in passes:
@@ -165,7 +181,9 @@ def _weight_loss(
           dropout_key=dropout_key)
     adversarial = logits['adversarial']
     losses = objective.train_loss(adversarial, logits.get('natural'), labels)
-    return jnp.mean(losses), (batch_stats, adversarial)
+    is_right = jnp.argmax(adversarial, axis=-1) == objectives.hard_labels(
+        labels)
+    return losses, (batch_stats, is_right)
 
   return loss_fn
 
@@ -206,6 +224,12 @@ def _attack_inputs(
     # losses of its restarts, even of a single one.
     _, moved = forward(x_adv, moved)
   return x_adv, jax.lax.stop_gradient(moved)
+
+
+def _pass(
+    gradient_fn: Callable[..., Any], args: tuple[Any, ...], params: Params
+) -> Any:
+  return gradient_fn(params, *args)
 
 
 def _check(
@@ -258,6 +282,10 @@ def train_step(
   """
   _check(objective, attack, perturbation, statistics)
   images, labels = batch
+  if perturbation.as_method().natural_batch == 'other' and len(labels) < 2:
+    raise ValueError(
+        f'method {perturbation.as_method().name!r} halves the batch: it needs '
+        f'two images on every device at least, got {len(labels)}.')
   attack_key, dropout_key = jax.random.split(
       _device_key(key, state.step, axis_name))
   as_published = statistics == 'reference'
@@ -265,49 +293,59 @@ def train_step(
   loss_fn = _weight_loss(
       state, objective,
       objective.reference_passes if as_published else objective.passes,
-      images, labels, dropout_key)
-  gradient_fn = weights.averaged_value_and_grad(
-      loss_fn, has_aux=True, axis_name=axis_name)
+      dropout_key)
+  method = perturbation.as_method()
+  ascent_fn, descent_fn = gradients.gradient_fns(
+      method, loss_fn, has_aux=True, axis_name=axis_name)
+  method_state = MethodState(jnp.asarray(state.step), state.memory)
+  # Methods of two batches halve this one.
+  is_halved = method.natural_batch == 'other' and not method.is_off
+  rows = slice(0, None, 2) if is_halved else slice(None)
 
   # With nothing to alternate with, one round of the attack is all there is.
-  is_off = weights.is_off(perturbation.gamma)
-  rounds = 1 if is_off else perturbation.alternations
-  weight_steps = 0 if is_off else perturbation.num_steps
-  v, x_adv = None, attack.start
+  rounds = 1 if method.is_off else perturbation.alternations
+  # The noise is one draw for all devices: this key knows no device.
+  noise_key = jax.random.fold_in(key, 2**32 - 1)
+  ascent = engine.begin(method, method_state, noise_key)
+  x_adv = attack.start
   for i, round_key in enumerate(jax.random.split(attack_key, rounds)):
     x_adv, moved = _attack_inputs(
-        state, weights.perturb(state.params, v), batch_stats, images, labels,
-        round_key, objective=objective, threat=threat, attack=attack,
-        start=attack.start if i == 0 else x_adv, axis_name=axis_name)
+        state, leaves.perturb(state.params, ascent.perturbation), batch_stats,
+        images, labels, round_key, objective=objective, threat=threat,
+        attack=attack, start=attack.start if i == 0 else x_adv,
+        axis_name=axis_name)
     if as_published:
       batch_stats = moved
-    for _ in range(weight_steps):
-      _, ascent = gradient_fn(
-          weights.perturb(state.params, v), batch_stats, x_adv)
-      v = weights.ascend(
-          v, ascent, state.params, gamma=perturbation.gamma,
-          step=perturbation.gamma / (rounds * weight_steps),
-          mask=perturbation.mask)
+    passed = (batch_stats, x_adv[rows], images[rows], labels[rows])
+    ascent = engine.ascend(
+        method, method_state, ascent, state.params,
+        functools.partial(_pass, ascent_fn, passed), rounds=rounds)
 
-  (loss, (batch_stats, logits)), gradients = gradient_fn(
-      weights.perturb(state.params, v), batch_stats, x_adv)
+  natural_fn = None
+  if is_halved:
+    others = slice(1, None, 2)
+    natural_fn = functools.partial(_pass, descent_fn, (
+        batch_stats, x_adv[others], images[others], labels[others]))
+  out = engine.descend(
+      method, method_state, ascent, state.params,
+      functools.partial(_pass, descent_fn, passed), natural_fn)
+  batch_stats, is_right = out.aux
   params, opt_state = weights.apply_at_perturbed(
-      state.tx, state.params, state.opt_state, v, gradients,
-      decay_at=perturbation.decay_at)
+      state.tx, state.params, state.opt_state, out.perturbation, out.gradients,
+      decay_at=method.decay_at)
   if as_published and objective.reference_pass_after_update:
     _, batch_stats = _forward(
         state, params, batch_stats, images, train=True, dropout_key=dropout_key)
 
-  correct = jnp.mean(
-      jnp.argmax(logits, axis=-1) == objectives.hard_labels(labels),
-      dtype=jnp.float32)
   metrics = TrainMetrics(
-      loss=loss, robust_accuracy=_mean(correct, axis_name),
-      gradient_norm=weights.global_norm(gradients),
+      loss=out.loss,
+      robust_accuracy=_mean(jnp.mean(is_right, dtype=jnp.float32), axis_name),
+      gradient_norm=weights.global_norm(out.gradients),
       perturbation_ratio=weights.relative_norm(
-          v, state.params, perturbation.mask))
+          out.perturbation, state.params, method.mask))
   return state.replace(
       step=state.step + 1, params=params, opt_state=opt_state,
+      memory=out.state.memory,
       batch_stats=_mean(batch_stats, axis_name)), metrics
 
 

@@ -80,3 +80,23 @@ class AWPOutput(NamedTuple):
   loss: Array
   aux: Any
   perturbation: Params
+
+
+class PerturbedOutput(NamedTuple):
+  """What one step with any method of weight perturbation returns.
+
+  Attributes:
+    params: the parameters after the update, without the perturbation.
+    opt_state: the optimizer's next state.
+    method_state: the method's next state.
+    loss: scalar, a L(w) + b L(w + v) before the update, averaged over devices.
+    aux: what the loss returned beside its value, or None.
+    perturbation: v, a pytree like `params`; zeros on leaves left alone.
+  """
+
+  params: Params
+  opt_state: Any
+  method_state: Any
+  loss: Array
+  aux: Any
+  perturbation: Params

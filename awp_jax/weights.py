@@ -31,94 +31,28 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from awp_jax import checks
-from awp_jax.types import (
-  Array,
-  AWPOutput,
-  LeafPredicate,
-  LossFn,
-  Params,
-  Scalar,
+from awp_jax.perturbation import balls, methods, steps
+from awp_jax.perturbation.gradients import (
+  averaged_value_and_grad as averaged_value_and_grad,
 )
+from awp_jax.perturbation.leaves import Mask as Mask
+from awp_jax.perturbation.leaves import global_norm as global_norm
+from awp_jax.perturbation.leaves import is_off as is_off
+from awp_jax.perturbation.leaves import is_weight as is_weight
+from awp_jax.perturbation.leaves import perturb as perturb
+from awp_jax.perturbation.leaves import pick, put
+from awp_jax.perturbation.leaves import relative_norm as relative_norm
+from awp_jax.perturbation.leaves import weight_mask as weight_mask
+from awp_jax.perturbation.method import DECAY_AT as DECAY_AT
+from awp_jax.perturbation.method import DecayAt as DecayAt
+from awp_jax.perturbation.steps import apply_at_perturbed as apply_at_perturbed
+from awp_jax.types import AWPOutput, LossFn, Params, Scalar
 
-#: Which leaves are perturbed: a predicate, or a pytree of bools like the
-#: parameters.
-Mask = LeafPredicate | Params
-
-DecayAt = Literal['perturbed', 'natural']
-DECAY_AT: tuple[DecayAt, ...] = ('perturbed', 'natural')
-
-
-def is_weight(path: str, leaf: Array) -> bool:
-  """Whether a leaf has two axes or more, as kernels do and biases do not."""
-  del path
-  return jnp.ndim(leaf) > 1
-
-
-def weight_mask(params: Params, mask: Mask = is_weight) -> Params:
-  """True at each leaf that is to be perturbed.
-
-  Args:
-    params: any pytree of arrays.
-    mask: a predicate of (path, leaf), the path being like 'conv1/kernel', or
-      the finished pytree of bools, which is checked and returned.
-
-  Returns:
-    A pytree of Python bools with the structure of `params`.
-
-  Raises:
-    ValueError: if `mask` is a pytree of another structure.
-  """
-  if callable(mask):
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: bool(mask(
-            jax.tree_util.keystr(path, simple=True, separator='/'), leaf)),
-        params)
-  wanted: Any = jax.tree.structure(params)
-  got: Any = jax.tree.structure(mask)
-  if got != wanted:
-    raise ValueError(
-        'mask must be a predicate of (path, leaf) or a pytree of bools like '
-        f'the parameters, {wanted}, got {got}.')
-  return mask
-
-
-def _wide(leaf: Array) -> Array:
-  """Half precision is widened: its range is too short for squares."""
-  return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
-
-
-def _unit_and_norm(leaf: Array) -> tuple[Array, Array]:
-  """leaf / |leaf| and |leaf|; both 0 for a leaf of zeros.
-
-  Scaled by the largest entry first, so that tiny gradients do not vanish (nor
-  huge ones overflow) when squared; what is left has a norm of at least 1.
-  """
-  wide = _wide(leaf)
-  largest = jnp.max(jnp.abs(wide), initial=0)
-  scaled = wide / jnp.where(largest > 0, largest, 1)
-  norm = jnp.sqrt(jnp.sum(jnp.square(scaled)))
-  return scaled / jnp.maximum(norm, 1), largest * norm
-
-
-def _ascend_leaf(
-    perturbation: Array | None, gradient: Array, weight: Array, gamma: Scalar,
-    step: Scalar) -> Array:
-  """One projected step of a leaf; `perturbation` None stands for zero."""
-  direction, _ = _unit_and_norm(gradient)
-  _, weight_norm = _unit_and_norm(weight)
-  moved = step * weight_norm * direction
-  if perturbation is None:
-    return moved.astype(weight.dtype)
-  direction, norm = _unit_and_norm(_wide(perturbation) + moved)
-  radius = gamma * weight_norm
-  return (jnp.minimum(norm, radius) * direction).astype(weight.dtype)
+_BALL = balls.Ball(1.0)
 
 
 def ascend(
@@ -141,58 +75,13 @@ def ascend(
     gives NaN.
   """
   chosen = weight_mask(params, mask)
-  if perturbation is None:
-    return jax.tree.map(
-        lambda m, g, w: _ascend_leaf(None, g, w, gamma, step) if m
-        else jnp.zeros_like(w), chosen, gradients, params)
-  return jax.tree.map(
-      lambda m, v, g, w: _ascend_leaf(v, g, w, gamma, step) if m
-      else jnp.zeros_like(w), chosen, perturbation, gradients, params)
-
-
-def perturb(params: Params, perturbation: Params | None) -> Params:
-  """w + v; `params` itself where v is None."""
-  if perturbation is None:
-    return params
-  return jax.tree.map(jnp.add, params, perturbation)
-
-
-def averaged_value_and_grad(
-    loss_fn: LossFn, *, has_aux: bool = False, axis_name: str | None = None
-) -> Callable[..., tuple[Any, Params]]:
-  """`jax.value_and_grad` of the loss averaged over the devices of an axis.
-
-  The loss is averaged inside the differentiated function and the gradient
-  outside of it. That is right under `pmap`, `vmap` and `shard_map`, whether or
-  not the latter tracks which values vary (`check_vma`): where it does, the
-  gradient with respect to replicated parameters is already a sum over devices,
-  and averaging the gradient alone would leave it too large by their number.
-
-  Args:
-    loss_fn: as in `awp_value_and_grad`.
-    has_aux: whether `loss_fn` returns a pair.
-    axis_name: the axis of the devices, or None.
-
-  Returns:
-    A function of `loss_fn`'s arguments that returns (value, gradients), the
-    value being (loss, aux) with `has_aux`. aux is this device's own.
-  """
-
-  def averaged(params: Params, *args: Any, **kwargs: Any) -> Any:
-    out = loss_fn(params, *args, **kwargs)
-    loss, aux = out if has_aux else (out, None)
-    if axis_name is not None:
-      loss = jax.lax.pmean(loss, axis_name)
-    return loss, aux
-
-  def value_and_grad(params: Params, *args: Any, **kwargs: Any) -> Any:
-    (loss, aux), gradients = jax.value_and_grad(averaged, has_aux=True)(
-        params, *args, **kwargs)
-    if axis_name is not None:
-      gradients = jax.lax.pmean(gradients, axis_name)
-    return ((loss, aux) if has_aux else loss), gradients
-
-  return value_and_grad
+  w = pick(params, chosen)
+  v = balls.farthest(_BALL, pick(gradients, chosen), w, step)
+  if perturbation is not None:
+    moved = [x + y for x, y in zip(
+        pick(perturbation, chosen), v, strict=True)]
+    v = balls.project(_BALL, moved, w, gamma)
+  return put(v, params, chosen)
 
 
 def awp_perturbation(
@@ -214,24 +103,11 @@ def awp_perturbation(
     A function of `loss_fn`'s arguments that returns v, a pytree like the
     parameters; None, without a pass, where `gamma` is the number 0.
   """
-  _check(gamma, num_steps)
-  gradient_fn = averaged_value_and_grad(
-      loss_fn, has_aux=has_aux, axis_name=axis_name)
-
-  def perturbation_fn(
-      params: Params, *args: Any, **kwargs: Any) -> Params | None:
-    if is_off(gamma):
-      return None
-    perturbation = None
-    for _ in range(num_steps):
-      _, gradients = gradient_fn(
-          perturb(params, perturbation), *args, **kwargs)
-      perturbation = ascend(
-          perturbation, gradients, params, gamma=gamma, step=gamma / num_steps,
-          mask=mask)
-    return perturbation
-
-  return perturbation_fn
+  method = methods.awp(gamma, num_steps=num_steps, mask=mask)
+  perturbation_fn = steps.weight_perturbation(
+      method, loss_fn, has_aux=has_aux, axis_name=axis_name)
+  return lambda params, *args, **kwargs: perturbation_fn(
+      params, method.init(params), *args, **kwargs)
 
 
 def awp_value_and_grad(
@@ -269,41 +145,11 @@ def awp_value_and_grad(
     Weight decay that the optimizer adds sees whichever parameters it is given;
     the paper's code decays w + v. `awp_step` does that.
   """
-  perturbation_fn = awp_perturbation(
-      loss_fn, gamma=gamma, num_steps=num_steps, mask=mask, has_aux=has_aux,
-      axis_name=axis_name)
-  gradient_fn = averaged_value_and_grad(
-      loss_fn, has_aux=has_aux, axis_name=axis_name)
-
-  def value_and_grad(params: Params, *args: Any, **kwargs: Any) -> Any:
-    perturbation = perturbation_fn(params, *args, **kwargs)
-    return gradient_fn(perturb(params, perturbation), *args, **kwargs)
-
-  return value_and_grad
-
-
-def apply_at_perturbed(
-    tx: optax.GradientTransformation, params: Params, opt_state: Any,
-    perturbation: Params | None, gradients: Params, *,
-    decay_at: DecayAt = 'perturbed') -> tuple[Params, Any]:
-  """The optimizer's step from w, with gradients taken at w + v.
-
-  Args:
-    tx: the optimizer.
-    params: w.
-    opt_state: its state.
-    perturbation: v, or None for zero.
-    gradients: the gradient at w + v.
-    decay_at: the parameters that `tx` is shown, hence those that weight decay
-      acts on: 'perturbed' (w + v, as in the paper's code) or 'natural' (w).
-
-  Returns:
-    The next w and the next optimizer state.
-  """
-  checks.one_of('decay_at', decay_at, DECAY_AT)
-  shown = perturb(params, perturbation) if decay_at == 'perturbed' else params
-  updates, opt_state = tx.update(gradients, opt_state, shown)
-  return optax.apply_updates(params, updates), opt_state
+  method = methods.awp(gamma, num_steps=num_steps, mask=mask)
+  gradient_fn = steps.perturbed_value_and_grad(
+      method, loss_fn, has_aux=has_aux, axis_name=axis_name)
+  return lambda params, *args, **kwargs: gradient_fn(
+      params, method.init(params), *args, **kwargs)[0]
 
 
 def awp_step(
@@ -341,47 +187,10 @@ def awp_step(
     ValueError: for a negative gamma, fewer than one step, or an unknown
       `decay_at`.
   """
-  perturbation_fn = awp_perturbation(
-      loss_fn, gamma=gamma, num_steps=num_steps, mask=mask, has_aux=has_aux,
-      axis_name=axis_name)
-  gradient_fn = averaged_value_and_grad(
-      loss_fn, has_aux=has_aux, axis_name=axis_name)
-
-  perturbation = perturbation_fn(params, *args, **kwargs)
-  value, gradients = gradient_fn(
-      perturb(params, perturbation), *args, **kwargs)
-  loss, aux = value if has_aux else (value, None)
-  new_params, opt_state = apply_at_perturbed(
-      tx, params, opt_state, perturbation, gradients, decay_at=decay_at)
-  if perturbation is None:
-    perturbation = jax.tree.map(jnp.zeros_like, params)
-  return AWPOutput(new_params, opt_state, loss, aux, perturbation)
-
-
-def is_off(gamma: Scalar) -> bool:
-  """Whether `gamma` is the number 0; a traced or device value never counts."""
-  return not isinstance(gamma, jax.Array) and gamma == 0
-
-
-def global_norm(tree: Params) -> Array:
-  """sqrt of the sum of squares over all leaves, in float32 or wider."""
-  squares = [jnp.sum(jnp.square(_wide(leaf))) for leaf in jax.tree.leaves(tree)]
-  return jnp.sqrt(jnp.sum(jnp.stack(squares))) if squares else jnp.float32(0)
-
-
-def relative_norm(
-    perturbation: Params | None, params: Params, mask: Mask = is_weight
-) -> Array:
-  """|v| / |w| over the chosen leaves; 0 for no perturbation or w = 0."""
-  if perturbation is None:
-    return jnp.float32(0)
-  chosen = jax.tree.map(
-      lambda m, w: w if m else jnp.zeros_like(w), weight_mask(params, mask),
-      params)
-  norm = global_norm(chosen)
-  return global_norm(perturbation) / jnp.where(norm > 0, norm, 1)
-
-
-def _check(gamma: Scalar, num_steps: int) -> None:
-  checks.not_negative('gamma', gamma)
-  checks.count('num_steps', num_steps)
+  method = methods.awp(
+      gamma, num_steps=num_steps, mask=mask, decay_at=decay_at)
+  out = steps.perturbed_step(
+      method, loss_fn, tx, params, opt_state, method.init(params), *args,
+      has_aux=has_aux, axis_name=axis_name, **kwargs)
+  return AWPOutput(
+      out.params, out.opt_state, out.loss, out.aux, out.perturbation)

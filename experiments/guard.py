@@ -149,34 +149,32 @@ class Watch:
 
 
 class Record:
-  """`guard.json`: the gamma in force and what was done, across restarts."""
+  """`guard.json`: the factor in force and what was done, across restarts."""
 
-  def __init__(self, workdir: pathlib.Path, gamma: float) -> None:
+  def __init__(self, workdir: pathlib.Path) -> None:
     """Reads the file if there is one.
 
     Args:
       workdir: the run's folder.
-      gamma: the config's.
     """
     self._path = workdir / 'guard.json'
-    self.gamma = gamma
+    self.factor = 1.0
     self.shrinks: list[dict[str, Any]] = []
     if self._path.exists():
       stored: dict[str, Any] = json.loads(self._path.read_text())
-      self.gamma, self.shrinks = stored['gamma'], stored['shrinks']
+      self.factor, self.shrinks = stored['factor'], stored['shrinks']
 
-  def shrink(self, gamma: float, step: int, back_to: int, why: str) -> None:
-    """Notes a smaller gamma, on disk before this returns.
+  def shrink(self, factor: float, step: int, back_to: int, why: str) -> None:
+    """Notes a smaller perturbation, on disk before this returns.
 
     Args:
-      gamma: the new one.
-      step: at which the old one failed.
+      factor: by which the present one is multiplied.
+      step: at which the present one failed.
       back_to: the step of the state that the run goes on from.
       why: what had gone wrong.
     """
+    self.factor *= factor
     self.shrinks.append({
-        'step': step, 'back_to': back_to, 'from_gamma': self.gamma,
-        'to_gamma': gamma, 'why': why})
-    self.gamma = gamma
+        'step': step, 'back_to': back_to, 'factor': self.factor, 'why': why})
     results.write_json(
-        self._path, {'gamma': self.gamma, 'shrinks': self.shrinks})
+        self._path, {'factor': self.factor, 'shrinks': self.shrinks})

@@ -164,7 +164,8 @@ def initial_state(run: Run) -> awp_jax.TrainState:
   return awp_jax.TrainState.create(
       apply_fn=run.model.apply, params=params,
       tx=optimization.build_optimizer(run.config, run.steps_per_epoch),
-      batch_stats=batch_stats, average=average)
+      batch_stats=batch_stats, average=average,
+      memory=run.setup.perturbation.as_method().init(params).memory)
 
 
 def first_state(run: Run) -> tuple[awp_jax.TrainState, str]:

@@ -1,5 +1,6 @@
 """From a config's plain values to the objects of a run, checked first."""
 
+import ast
 from collections.abc import Iterable, Iterator
 import difflib
 from typing import Any, NamedTuple
@@ -105,11 +106,53 @@ def build(config: ml_collections.ConfigDict) -> Setup:
           step_size=attack.step_size, num_steps=attack.num_steps,
           start=attack.start, restarts=attack.restarts, mode=attack.mode),
       perturbation=awp_jax.WeightPerturbation(
-          gamma=awp.gamma, num_steps=awp.num_steps,
-          alternations=awp.alternations, decay_at=awp.decay_at),
+          method=_method(config), alternations=awp.alternations),
       eval_attack=awp_jax.Attack(
           step_size=evaluation.step_size, num_steps=evaluation.num_steps,
           start='random'))
+
+
+def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
+  """The method that `weight_perturbation` describes.
+
+  Raises:
+    ValueError: for what is no call of a method, or options that it lacks.
+  """
+  name, options = parse_call(config.weight_perturbation)
+  if name == 'awp':
+    awp = config.awp
+    options = {
+        'gamma': awp.gamma, 'num_steps': awp.num_steps,
+        'decay_at': awp.decay_at} | options
+  return awp_jax.methods.make(name, **options)
+
+
+def parse_call(text: str) -> tuple[str, dict[str, Any]]:
+  """('sam', {'rho': 0.1}) of 'sam(rho=0.1)' or, without options, of 'sam'.
+
+  Args:
+    text: a name, and in parentheses keywords with plain values.
+
+  Returns:
+    The name and the options.
+
+  Raises:
+    ValueError: for anything else.
+  """
+  try:
+    node = ast.parse(text.strip(), mode='eval').body
+    if isinstance(node, ast.Name):
+      return node.id, {}
+    if isinstance(node, ast.Call) and isinstance(
+        node.func, ast.Name) and not node.args:
+      return node.func.id, {
+          str(keyword.arg): ast.literal_eval(keyword.value)
+          for keyword in node.keywords}
+  except (SyntaxError, ValueError, TypeError):
+    pass
+  raise ValueError(
+      'weight_perturbation must be the name of a method, with options in '
+      f"parentheses like 'sam(rho=0.05)', got {text!r}.")
 
 
 def _objective(config: ml_collections.ConfigDict) -> awp_jax.Objective:

@@ -37,6 +37,8 @@ def to_tree(state: awp_jax.TrainState, sums: Sums) -> dict[str, Any]:
       'sums': sums}
   if state.average is not None:
     tree['average'] = state.average._asdict()
+  if jax.tree.leaves(state.memory):
+    tree['memory'] = state.memory
   return tree
 
 
@@ -49,6 +51,7 @@ def from_tree(
       step=tree['step'], params=tree['params'],
       batch_stats=tree['batch_stats'], opt_state=tree['opt_state'],
       average=None if average is None else awp_jax.Average(**average),
+      memory=tree.get('memory', state.memory),
   ), Sums(*tree['sums'])
 
 
@@ -130,16 +133,13 @@ def global_batch(
   return images, labels
 
 
-def make_train_fn(
-    run: runs.Run, size: int, with_awp: bool, gamma: float | None = None
-) -> Any:
+def make_train_fn(run: runs.Run, size: int, factor: float) -> Any:
   """The pmapped step: (state, sums, data, device numbers).
 
   Args:
     run: the run.
     size: the images of the batch over all devices.
-    with_awp: whether weights are perturbed (not before the end of warm-up).
-    gamma: instead of the config's.
+    factor: of the config's weight perturbation; 0 before the end of warm-up.
 
   Returns:
     A pmapped function that returns the next state and sums, both un-stacked; it
@@ -147,10 +147,8 @@ def make_train_fn(
   """
   config, keys = run.config, runs.keys(run.config)
   perturbation = run.setup.perturbation
-  if gamma is not None:
-    perturbation = perturbation._replace(gamma=gamma)
-  if not with_awp:
-    perturbation = perturbation._replace(gamma=0.0)
+  perturbation = perturbation._replace(
+      method=awp_jax.methods.scaled(perturbation.as_method(), factor))
 
   def step(
       state: awp_jax.TrainState, sums: Sums, data: TrainingData, device: Any

@@ -64,12 +64,12 @@ class _Loop:
     self.run, self.order = run, run.order
     self.last = checkpoints.Checkpoints(run.workdir, 'last')
     self.best = checkpoints.Checkpoints(run.workdir, 'best')
-    self.record = guard.Record(run.workdir, run.config.awp.gamma)
+    self.record = guard.Record(run.workdir)
     self.total = run.config.epochs * run.steps_per_epoch
     self.data = self._replicated(steps.training_data(run))
     self.device_numbers = np.arange(run.num_devices)
     self.eval_fn = steps.make_eval_fn(run)
-    self._compiled: dict[tuple[int, bool, float], Any] = {}
+    self._compiled: dict[tuple[int, float], Any] = {}
     self._open()
     self.progress = progress_lib.Progress(
         self.total, self.step, run.config.batch_size)
@@ -137,18 +137,19 @@ class _Loop:
 
   def step_fn(self, position: int) -> Any:
     """The step for a position in the epoch, compiled when first met."""
-    size, gamma = self.run.batch_sizes[position], self.record.gamma
-    with_awp = gamma > 0 and self.step >= self.warmup_steps
-    key = size, with_awp, gamma
+    method = self.run.setup.perturbation.as_method()
+    size = self.run.batch_sizes[position]
+    is_on = not method.is_off and self.step >= self.warmup_steps
+    key = size, self.record.factor if is_on else 0.0
     if key not in self._compiled:
-      method = 'with AWP' if with_awp else 'without AWP'
-      self.progress.say(f'compiling the step for {size} images, {method}')
+      how = f'with {method.name}' if is_on else 'without weight perturbation'
+      self.progress.say(f'compiling the step for {size} images, {how}')
       # Steps under way would else run, uncounted, while this one compiles.
       started = time.perf_counter()
       jax.block_until_ready(self.state)
       self.seconds += time.perf_counter() - started
       self._compiled[key] = steps.make_train_fn(
-          self.run, size, with_awp, gamma).lower(
+          self.run, *key).lower(
               self.state, self.sums, self.data, self.device_numbers).compile()
     return self._compiled[key]
 
@@ -222,19 +223,19 @@ class _Loop:
       error: what went wrong; raised again where gamma cannot be the reason, or
         has been made smaller often enough.
     """
-    settings, gamma = self.run.config.guard, self.record.gamma
-    if (settings.action != 'shrink' or gamma == 0
+    settings = self.run.config.guard
+    if (settings.action != 'shrink'
+        or self.run.setup.perturbation.as_method().is_off
         or self.step <= self.warmup_steps
         or len(self.record.shrinks) >= settings.most_shrinks):
       raise error
     failed_at = self.step
     self.log.close()
     self._open()
-    self.record.shrink(
-        settings.factor * gamma, failed_at, self.step, str(error))
+    self.record.shrink(settings.factor, failed_at, self.step, str(error))
     self.progress.say(
-        f'{error}\nGoing back to step {self.step}, with awp.gamma '
-        f'{self.record.gamma:g} instead of {gamma:g}.')
+        f'{error}\nGoing back to step {self.step}, with weight perturbations '
+        f'{self.record.factor:g} times as large as the config says.')
 
   def end_epoch(self) -> None:
     """Evaluates, writes the epoch's line, and saves."""
@@ -248,7 +249,7 @@ class _Loop:
         'train_batch_robust_accuracy': means['robust_accuracy'],
         'gradient_norm': means['gradient_norm'],
         'perturbation_ratio': means['perturbation_ratio'],
-        'gamma': self.record.gamma, 'images': int(means['images'])}
+        'images': int(means['images'])}
     started = time.perf_counter()
     if epoch % config.eval.every_epochs == 0 or epoch == config.epochs:
       line |= steps.evaluate(self.run, self.eval_fn, self.state)

@@ -81,7 +81,9 @@ def test_every_config_builds(stem):
   setup.check_fields(config, base.get_config())
   built = setup.build(config)
   assert built.threat.epsilon == config.threat.epsilon
-  assert (built.perturbation.gamma > 0) == ('awp' in stem or 'strong' in stem)
+  method = built.perturbation.as_method()
+  assert method.ball.size == config.awp.gamma
+  assert method.is_off != ('awp' in stem or 'strong' in stem)
   model = setup.build_model(config, data.load('digits', num_train=10))
   # Its own network, in full width, without computing anything.
   shapes = jax.eval_shape(

@@ -76,14 +76,15 @@ def test_zero_gradient_is_a_collapse_at_once():
 
 
 def test_the_record_survives(tmp_path):
-  record = guard.Record(tmp_path, 0.1)
-  assert record.gamma == 0.1 and not list(tmp_path.iterdir())
-  record.shrink(0.05, 30, 20, 'why')
-  again = guard.Record(tmp_path, 0.1)
-  assert again.gamma == 0.05
-  assert again.shrinks == [{
-      'step': 30, 'back_to': 20, 'from_gamma': 0.1, 'to_gamma': 0.05,
-      'why': 'why'}]
+  record = guard.Record(tmp_path)
+  assert record.factor == 1 and not list(tmp_path.iterdir())
+  record.shrink(0.5, 30, 20, 'why')
+  record.shrink(0.5, 40, 20, 'again')
+  again = guard.Record(tmp_path)
+  assert again.factor == 0.25
+  assert again.shrinks == [
+      {'step': 30, 'back_to': 20, 'factor': 0.5, 'why': 'why'},
+      {'step': 40, 'back_to': 20, 'factor': 0.25, 'why': 'again'}]
 
 
 def collapsing(tmp_path, monkeypatch, **fields):
@@ -117,9 +118,8 @@ def test_a_collapse_goes_back_with_a_smaller_gamma(tmp_path, monkeypatch):
   summary = train.train(run)
   assert summary['last']['epoch'] == 8
   record = json.loads((run.workdir / 'guard.json').read_text())
-  assert record['gamma'] == pytest.approx(0.03)
   (shrink,) = record['shrinks']
-  assert shrink['back_to'] == 6 and shrink['from_gamma'] == 300
+  assert shrink['back_to'] == 6 and record['factor'] == shrink['factor'] == 1e-4
   lines = results.read_metrics(run.workdir)
   assert [line['epoch'] for line in lines] == list(range(1, 9))
   ratios = [line['perturbation_ratio'] for line in lines]

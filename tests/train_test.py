@@ -64,9 +64,9 @@ class Watched:
         awp__gamma=0.01, epochs=4, batch_size=32)
     make, append = steps.make_train_fn, results.MetricsLog.append
 
-    def make_train_fn(run, size, with_awp):
-      self.made.append((size, with_awp))
-      return make(run, size, with_awp)
+    def make_train_fn(run, size, factor):
+      self.made.append((size, factor))
+      return make(run, size, factor)
 
     def counted_append(log, line):
       self.compiled_by_epoch.append(self.compiled)
@@ -138,7 +138,7 @@ def test_what_the_devices_do_not_divide_is_left_out(watched):
 
 
 def test_warm_up_costs_and_does_nothing(watched):
-  assert watched.made == [(32, False), (8, False), (32, True), (8, True)]
+  assert watched.made == [(32, 0), (8, 0), (32, 1), (8, 1)]
   ratios = [
       line['perturbation_ratio']
       for line in results.read_metrics(watched.run.workdir)]

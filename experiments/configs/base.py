@@ -61,6 +61,11 @@ def get_config() -> ml_collections.ConfigDict:
       'restarts': 1,
       'mode': 'train',  # batch normalisation in the attack: train, eval
   })
+  # How weights are perturbed: `awp` as the group below says, or any method of
+  # awp_jax.methods with its options, say 'rwp(gamma=0.01, c_min=1.7)',
+  # 'sam(rho=0.05)' or 'awp(every=2)'. Alternations and warm-up are always those
+  # of the group; 'awp(...)' takes from it what it does not name itself.
+  config.weight_perturbation = 'awp'
   config.awp = ml_collections.ConfigDict({
       'gamma': 0.0,  # 0: off
       'num_steps': 1,

@@ -1,0 +1,1 @@
+"""Weight perturbation: one engine, its choices, and the named methods."""

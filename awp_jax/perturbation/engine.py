@@ -1,0 +1,301 @@
+"""One engine for AWP and its relatives, on the choices of a `Method`.
+
+A step is three calls, so that a loop can do something in between (attack the
+inputs at w + v, say): `begin`, `ascend` as often as wanted, `descend`.
+
+  >>> import jax.numpy as jnp
+  >>> from awp_jax.perturbation.balls import Ball
+  >>> from awp_jax.perturbation.gradients import gradient_fns
+  >>> method = Method('AWP', Ball(0.1))
+  >>> params = {'w': jnp.array([[3.0, 4.0]])}
+  >>> ascent_fn, descent_fn = gradient_fns(
+  ...     method, lambda p: jnp.sum(p['w'] ** 2))
+  >>> state = method.init(params)
+  >>> ascent = ascend(method, state, begin(method, state), params, ascent_fn)
+  >>> print(ascent.perturbation['w'])
+  [[0.3 0.4]]
+  >>> out = descend(method, state, ascent, params, descent_fn)
+  >>> print(out.loss, out.gradients['w'], out.state.step)
+  30.25 [[6.6 8.8]] 1
+
+Switched off (by the number 0 as size, or in steps that `start` and `every`
+leave out) a method is the plain gradient at w, bit for bit, and costs no
+more: the steps left out take the other branch of a `lax.cond`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax import checks, loops
+from awp_jax.perturbation import balls, leaves
+from awp_jax.perturbation.balls import Ball
+from awp_jax.perturbation.method import Method, MethodState
+from awp_jax.types import Array, Params
+
+#: A pass: params -> ((mean loss, aux), gradients).
+PassFn = Callable[[Params], tuple[tuple[Array, Any], Params]]
+
+
+class Ascent(NamedTuple):
+  """A perturbation on its way.
+
+  Attributes:
+    perturbation: v so far, a pytree like the parameters; None for zero.
+    total: the sum of gradients, where moves are summed.
+    natural: ((loss, aux), gradients) at w, where the ascent came past them and
+      they are wanted; else None.
+    key: for noise; else None.
+  """
+
+  perturbation: Params | None = None
+  total: tuple[Array, ...] | None = None
+  natural: Any = None
+  key: Array | None = None
+
+
+class Descent(NamedTuple):
+  """What a method hands to the optimizer.
+
+  Attributes:
+    loss: a L(w) + b L(w + v).
+    aux: of the pass that `aux_at` names.
+    gradients: of that loss, a pytree like the parameters.
+    perturbation: v, or None for zero.
+    state: the method's next state.
+  """
+
+  loss: Array
+  aux: Any
+  gradients: Params
+  perturbation: Params | None
+  state: MethodState
+
+
+def is_active(method: Method, state: MethodState) -> Array:
+  """Whether this step perturbs, a bool scalar."""
+  since = state.step - method.start
+  return (since >= 0) & (since % method.every == 0)
+
+
+def begin(
+    method: Method, state: MethodState, noise_key: Array | None = None
+) -> Ascent:
+  """The perturbation before its first move.
+
+  Args:
+    method: the choices.
+    state: the method's state.
+    noise_key: a PRNG key, needed where the direction is noise. The step count
+      is folded in here, so the same key serves every step. It must be the same
+      on all devices: then so is v.
+
+  Returns:
+    v = 0.
+
+  Raises:
+    ValueError: if the direction is noise and there is no key.
+  """
+  if method.direction.source != 'noise':
+    return Ascent()
+  if noise_key is None:
+    raise ValueError(
+        f'method {method.name!r} draws noise: noise_key must be a PRNG key, '
+        'the same on all devices, got None.')
+  return Ascent(key=jax.random.fold_in(noise_key, state.step))
+
+
+def _stretched(ball: Ball, params: Params, chosen: Params) -> list[bool]:
+  mask = leaves.is_no_bias if ball.stretched is None else ball.stretched
+  flags = jax.tree.leaves(leaves.weight_mask(params, mask))
+  return [flag for flag, is_chosen in zip(
+      flags, jax.tree.leaves(chosen), strict=True) if is_chosen]
+
+
+def move(
+    method: Method, ascent: Ascent, direction: Params, params: Params,
+    step: Array, rounds: int = 1) -> Ascent:
+  """One move of v along a direction.
+
+  Args:
+    method: the choices.
+    ascent: v so far.
+    direction: d, a pytree like the parameters.
+    params: w.
+    step: the step count, for sizes that depend on it.
+    rounds: how often the method's moves will be made; they are shorter by that.
+
+  Returns:
+    The next v; groups whose direction or weights are zero keep theirs.
+  """
+  ball, box = method.ball, method.box or method.ball
+  chosen = leaves.weight_mask(params, method.mask)
+  w, d = leaves.pick(params, chosen), leaves.pick(direction, chosen)
+  size = ball.size_at(step)
+  stretched = _stretched(ball, params, chosen)
+  total = ascent.total
+  if method.direction.source == 'noise':
+    scale = balls.lengths(ball, w, stretched)
+    v = [size * s * z for s, z in zip(scale, d, strict=True)]
+  elif method.moves == 'summed':
+    total = tuple(d) if total is None else tuple(
+        t + x for t, x in zip(total, d, strict=True))
+    v = balls.farthest(ball, list(total), w, size, stretched)
+  else:
+    length = size if method.box else size / (method.num_steps * rounds)
+    v = balls.farthest(ball, d, w, length, stretched)
+    if ascent.perturbation is not None:
+      so_far = leaves.pick(ascent.perturbation, chosen)
+      v = [x + y for x, y in zip(so_far, v, strict=True)]
+  # A first move ends in the ball anyway, and noise is not cut off.
+  adds = (ascent.perturbation is not None and method.moves == 'projected'
+          and method.direction.source != 'noise')
+  if method.box or adds:
+    v = balls.project(
+        box, v, w, box.size_at(step), _stretched(box, params, chosen))
+  return ascent._replace(
+      perturbation=leaves.put(v, params, chosen), total=total)
+
+
+def _natural(method: Method, value: Any, gradient: Params) -> Any:
+  """((loss, aux), gradients) at w, without an aux that nobody asks for."""
+  loss, aux = value
+  return (loss, aux if method.aux_at == 'natural' else None), gradient
+
+
+def _moves(
+    method: Method, state: MethodState, ascent: Ascent, params: Params,
+    gradient_fn: PassFn, rounds: int) -> Ascent:
+  """All moves of one call of `ascend`."""
+  if method.direction.source != 'gradient':
+    direction = method.direction.take(
+        state.memory, None, params, ascent.key)
+    return move(method, ascent, direction, params, state.step)
+
+  def body(ascent: Ascent) -> Ascent:
+    value, gradient = gradient_fn(
+        leaves.perturb(params, ascent.perturbation))
+    direction = method.direction.take(state.memory, gradient, params, None)
+    moved = move(method, ascent, direction, params, state.step, rounds)
+    # The first pass of all is at w: mixing methods need not make it again.
+    shared = (
+        ascent.perturbation is None and rounds == 1 and method.uses_natural
+        and method.natural_batch == 'same' and method.examples_below is None)
+    if not shared:
+      return moved
+    return moved._replace(natural=_natural(method, value, gradient))
+
+  ascent = body(ascent)
+  if method.num_steps == 2:
+    return body(ascent)  # nothing to loop over
+  return loops.repeat(method.num_steps - 1, body, ascent)
+
+
+def _zeros(tree: Any) -> Any:
+  """Zeros like shapes, varying over the same axes where jax tracks that."""
+
+  def zeros(shape: Any) -> Array:
+    leaf = jnp.zeros(shape.shape, shape.dtype)
+    # The attribute's name changed with jax 0.10.
+    tracked = getattr(shape, 'manual_axis_type', None)
+    varies = tuple(getattr(tracked, 'varying', getattr(shape, 'vma', None))
+                   or ())
+    return jax.lax.pcast(leaf, varies, to='varying') if varies else leaf
+
+  return jax.tree.map(zeros, tree)
+
+
+def _when(
+    method: Method, state: MethodState, make: Callable[[], Any]) -> Any:
+  """`make()` in the steps that perturb, else zeros."""
+  if not method.is_scheduled:
+    return make()
+  return jax.lax.cond(
+      is_active(method, state), make, lambda: _zeros(jax.eval_shape(make)))
+
+
+def ascend(
+    method: Method, state: MethodState, ascent: Ascent, params: Params,
+    gradient_fn: PassFn, rounds: int = 1) -> Ascent:
+  """The moves of v.
+
+  Args:
+    method: the choices.
+    state: the method's state.
+    ascent: from `begin`, or from the round before.
+    params: w.
+    gradient_fn: params -> ((loss, aux), gradients): the ascent's pass, the
+      first of `gradients.gradient_fns`, averaged over devices. Not called where
+      the direction is not the gradient.
+    rounds: how often this function is called in one step, each time with
+      another loss: with inputs attacked at the v before, say. The moves are
+      shorter by that.
+
+  Returns:
+    The next v. In steps that the method leaves out v is zero, and the passes
+    are not paid for.
+
+  Raises:
+    ValueError: for several rounds without gradients.
+  """
+  checks.count('rounds', rounds)
+  if rounds > 1 and method.direction.source != 'gradient':
+    raise ValueError(
+        f'rounds={rounds} take turns with a gradient, and method '
+        f'{method.name!r} follows {method.direction.name}. rounds must be 1.')
+  if method.is_off:
+    return ascent
+  return _when(method, state, lambda: _moves(
+      method, state, ascent, params, gradient_fn, rounds)._replace(key=None))
+
+
+def descend(
+    method: Method, state: MethodState, ascent: Ascent, params: Params,
+    perturbed_fn: PassFn, natural_fn: PassFn | None = None) -> Descent:
+  """Loss and gradient that the optimizer is to descend.
+
+  Args:
+    method: the choices.
+    state: the method's state.
+    ascent: v, from `ascend`.
+    params: w.
+    perturbed_fn: params -> ((loss, aux), gradients), the second of
+      `gradient_fns`; called at w + v.
+    natural_fn: the same on the batch for the pass at w; by default
+      `perturbed_fn`. It is called if `mix` needs it and the ascent did not come
+      past it.
+
+  Returns:
+    What the optimizer needs, and the method's next state.
+
+  Raises:
+    ValueError: if the method needs another batch and `natural_fn` is None.
+  """
+  if method.natural_batch == 'other' and natural_fn is None:
+    raise ValueError(
+        f'method {method.name!r} takes the gradient at w on another batch: '
+        'natural_args (in descend natural_fn) must be given, got None.')
+  v = ascent.perturbation
+  (loss, aux), gradient = perturbed_fn(leaves.perturb(params, v))
+  descended = gradient
+  if method.uses_natural and not method.is_off:
+    at_natural = natural_fn or perturbed_fn
+    natural = None if natural_fn else ascent.natural
+    if natural is None:
+      natural = _when(method, state, lambda: _natural(
+          method, *at_natural(params)))
+    a, b = method.mix
+    if method.is_scheduled:
+      active = is_active(method, state)
+      a, b = jnp.where(active, a, 0), jnp.where(active, b, 1)
+    loss = a * natural[0][0] + b * loss
+    descended = jax.tree.map(
+        lambda n, p: (a * n + b * p).astype(p.dtype), natural[1], gradient)
+    if method.aux_at == 'natural':
+      aux = natural[0][1] if not method.is_scheduled else jax.tree.map(
+          lambda n, p: jnp.where(active, n, p), natural[0][1], aux)
+  memory = method.direction.observe(state.memory, gradient, descended)
+  return Descent(
+      loss, aux, descended, v, MethodState(state.step + 1, memory))

@@ -1,0 +1,227 @@
+"""Any method as an optax transformation, for those who change only `tx`.
+
+As `optax.contrib.sam`, in two modes. Opaque: `update` is handed a function
+that gives further gradients, and a step is one call. Transparent: the loop is
+left alone, and several successive gradients make a step; between them the
+parameters that the loop sees are w + v.
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from awp_jax.perturbation import methods
+  >>> grad_fn = jax.grad(lambda params: jnp.sum(params['w'] ** 2))
+  >>> params = {'w': jnp.array([[6.0, 8.0]])}
+  >>> tx = perturbed_optimizer(optax.sgd(0.25), methods.awp(gamma=0.5))
+  >>> state = tx.init(params)
+  >>> updates, state = tx.update(
+  ...     grad_fn(params), state, params, grad_fn=grad_fn)
+  >>> print(optax.apply_updates(params, updates)['w'])
+  [[1.5 2. ]]
+  >>> tx = perturbed_optimizer(
+  ...     optax.sgd(0.25), methods.awp(gamma=0.5), transparent=True)
+  >>> state = tx.init(params)
+  >>> for _ in range(2):
+  ...   updates, state = tx.update(grad_fn(params), state, params)
+  ...   params = optax.apply_updates(params, updates)
+  ...   print(params['w'])
+  [[ 9. 12.]]
+  [[1.5 2. ]]
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from awp_jax.perturbation import engine, leaves
+from awp_jax.perturbation.engine import Ascent
+from awp_jax.perturbation.method import Method, MethodState
+from awp_jax.types import Array, Params
+
+
+class PerturbedState(NamedTuple):
+  """The state of `perturbed_optimizer`.
+
+  Attributes:
+    opt_state: the wrapped optimizer's.
+    method_state: the method's.
+    pending: in transparent mode, the step that is under way; else None.
+  """
+
+  opt_state: Any
+  method_state: MethodState
+  pending: Any = None
+
+
+class Pending(NamedTuple):
+  """A step of transparent mode that is under way.
+
+  Attributes:
+    phase: which of its gradients is awaited, from 0.
+    params: w; the loop sees w + v.
+    ascent: v so far, the sum of gradients, and the gradient at w where wanted.
+  """
+
+  phase: Array
+  params: Params
+  ascent: Ascent
+
+
+def _valued(gradients: Params) -> Any:
+  """A pass's answer, of which only the gradients are known."""
+  return (jnp.float32(0), None), gradients
+
+
+def _check(method: Method, noise_key: Array | None) -> None:
+  if method.examples_below is not None:
+    raise ValueError(
+        f'method {method.name!r} looks at the losses of single examples, which '
+        'an optimizer does not see; use perturbed_step, or leave them all in.')
+  if method.natural_batch == 'other':
+    raise ValueError(
+        f'method {method.name!r} uses two batches; use perturbed_step.')
+  engine.begin(method, MethodState(jnp.int32(0), ()), noise_key)
+
+
+def _descend_updates(
+    tx: optax.GradientTransformation, method: Method, opt_state: Any,
+    params: Params, out: engine.Descent) -> tuple[Params, Any]:
+  """The optimizer's updates from w, decay acting where the method says."""
+  shown = params
+  if method.decay_at == 'perturbed':
+    shown = leaves.perturb(params, out.perturbation)
+  return tx.update(out.gradients, opt_state, shown)
+
+
+def perturbed_optimizer(
+    tx: optax.GradientTransformation, method: Method, *,
+    noise_key: Array | None = None, transparent: bool = False
+) -> optax.GradientTransformationExtraArgs:
+  """Wraps an optimizer in a method of weight perturbation.
+
+  Args:
+    tx: any optax optimizer.
+    method: the choices.
+    noise_key: for methods that draw noise, the run's key, the same on all
+      devices.
+    transparent: whether several calls of `update` make a step. The gradient of
+      the first is taken at w, those of the others at the parameters that the
+      updates lead to: `method.num_steps` moves, then the optimizer's step.
+
+  Returns:
+    A transformation whose `update` needs the parameters. In opaque mode it also
+    needs `grad_fn=`, params -> gradients of the same batch, averaged over
+    devices; the gradients handed in are those at w. Steps that the method
+    leaves out cost no call of `grad_fn`; in transparent mode every step takes
+    as many calls of `update`.
+
+  Raises:
+    ValueError: for a method that needs more than gradients of one batch.
+  """
+  _check(method, noise_key)
+
+  def init(params: Params) -> PerturbedState:
+    pending = _first_pending(method, params) if transparent else None
+    return PerturbedState(tx.init(params), method.init(params), pending)
+
+  def update(
+      gradients: Params, state: PerturbedState, params: Params | None = None,
+      *, grad_fn: Callable[[Params], Params] | None = None, **extra: Any
+  ) -> tuple[Params, PerturbedState]:
+    del extra
+    if params is None:
+      raise ValueError('params must be handed to update, got None.')
+    if transparent:
+      return jax.lax.cond(
+          state.pending.phase < method.num_steps,
+          lambda: _move(method, state, gradients, params, noise_key),
+          lambda: _finish(tx, method, state, gradients, params))
+    if grad_fn is None:
+      raise ValueError(
+          'grad_fn must be handed to update: params -> gradients, got None.')
+    out = _opaque_descent(
+        method, state.method_state, params, gradients, grad_fn, noise_key)
+    updates, opt_state = _descend_updates(
+        tx, method, state.opt_state, params, out)
+    return updates, PerturbedState(opt_state, out.state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _opaque_descent(
+    method: Method, state: MethodState, params: Params, gradients: Params,
+    grad_fn: Callable[[Params], Params], noise_key: Array | None
+) -> engine.Descent:
+  """A whole step, the gradients at w being known."""
+
+  def ascent_fn(shifted: Params) -> Any:
+    # The engine's first pass is at w: at this very object.
+    return _valued(gradients if shifted is params else grad_fn(shifted))
+
+  def perturbed_fn(shifted: Params) -> Any:
+    if shifted is params or not method.is_scheduled:
+      return ascent_fn(shifted)
+    return _valued(jax.lax.cond(
+        engine.is_active(method, state), lambda: grad_fn(shifted),
+        lambda: gradients))
+
+  ascent = engine.ascend(
+      method, state, engine.begin(method, state, noise_key), params, ascent_fn)
+  return engine.descend(
+      method, state, ascent, params, perturbed_fn,
+      lambda _: _valued(gradients))
+
+
+def _first_pending(method: Method, params: Params) -> Pending:
+  """No step under way, in the shapes of one."""
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  total = tuple(leaves.pick(zeros, leaves.weight_mask(params, method.mask)))
+  return Pending(jnp.int32(0), params, Ascent(
+      zeros, total if method.moves == 'summed' else None,
+      zeros if method.uses_natural else None))
+
+
+def _move(
+    method: Method, state: PerturbedState, gradients: Params, params: Params,
+    noise_key: Array | None) -> tuple[Params, PerturbedState]:
+  """A gradient that moves v: the parameters become w + the next v."""
+  pending, counted = state.pending, state.method_state
+  is_first = pending.phase == 0
+
+  def newest(new: Params, old: Params) -> Params:
+    return jax.tree.map(lambda x, y: jnp.where(is_first, x, y), new, old)
+
+  # At the first of the gradients the loop's parameters are w itself.
+  w = newest(params, pending.params)
+  natural = pending.ascent.natural
+  key = engine.begin(method, counted, noise_key).key
+  so_far = jax.tree.map(
+      lambda x: jnp.where(is_first, 0, x),
+      pending.ascent._replace(natural=None))
+  moved = engine.move(
+      method, so_far,
+      method.direction.take(counted.memory, gradients, w, key), w,
+      counted.step)
+  if method.is_scheduled:
+    active = engine.is_active(method, counted)
+    moved = jax.tree.map(lambda x: jnp.where(active, x, 0), moved)
+  updates = jax.tree.map(
+      lambda x, v, p: x + v - p, w, moved.perturbation, params)
+  return updates, state._replace(pending=Pending(
+      pending.phase + 1, w, moved._replace(
+          natural=None if natural is None else newest(gradients, natural))))
+
+
+def _finish(
+    tx: optax.GradientTransformation, method: Method, state: PerturbedState,
+    gradients: Params, params: Params) -> tuple[Params, PerturbedState]:
+  """The gradient at w + v: the parameters become the next w."""
+  pending = state.pending
+  w, ascent = pending.params, pending.ascent
+  out = engine.descend(
+      method, state.method_state, ascent._replace(natural=None), w,
+      lambda _: _valued(gradients), lambda _: _valued(ascent.natural))
+  updates, opt_state = _descend_updates(tx, method, state.opt_state, w, out)
+  updates = jax.tree.map(lambda x, u, p: x + u - p, w, updates, params)
+  return updates, PerturbedState(
+      opt_state, out.state, pending._replace(phase=jnp.int32(0)))

@@ -1,0 +1,183 @@
+"""Tests of recipe options in whole runs, with a network that compiles fast."""
+
+import jax
+import numpy as np
+import pytest
+
+import awp_jax
+from experiments import checkpoints, results, runs, setup, steps, train
+from tests import train_test
+
+
+def prepared(tmp_path, monkeypatch, **fields):
+  train_test.use_tiny_net(monkeypatch)
+  return runs.prepare(train_test.small(
+      dataset='npz', npz_path=train_test.write_images(tmp_path / 'mine.npz'),
+      attack__num_steps=1, eval__num_steps=1, **fields), tmp_path / 'run')
+
+
+def test_a_run_that_gets_no_better_stops_early(tmp_path, monkeypatch):
+  run = prepared(
+      tmp_path, monkeypatch, epochs=6, early_stopping_epochs=2,
+      optimizer__learning_rate=1e-9, optimizer__weight_decay=0.0)
+  summary = train.train(run)
+  lines = results.read_metrics(run.workdir)
+  best = summary['best']['epoch']
+  assert summary['last']['epoch'] == len(lines) == best + 2 < 6
+  assert train.train(run) == summary  # and stays finished
+
+
+def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
+  run = prepared(
+      tmp_path, monkeypatch, epochs=1, ema_decay=0.9, awp__warmup_steps=2)
+  seen = []
+  make = steps.make_train_fn
+
+  def make_train_fn(*arguments):
+    compiled = make(*arguments)
+
+    class Recording:
+      """Takes the weights of each step down."""
+
+      def lower(self, *given):
+        step = compiled.lower(*given).compile()
+
+        def call(*inputs):
+          state, sums = step(*inputs)
+          seen.append(jax.device_get(state.params))
+          return state, sums
+
+        self.compile = lambda: call
+        return self
+
+    return Recording()
+
+  monkeypatch.setattr(steps, 'make_train_fn', make_train_fn)
+  start = jax.device_get(runs.initial_state(run).params)
+  train.train(run)
+  assert len(seen) == 3
+  average = start
+  for t, params in enumerate(seen):
+    decay = min(0.9, (1 + t) / (10 + t))
+    average = jax.tree.map(
+        lambda a, w, d=decay: d * a + (1 - d) * w, average, params)
+  store = checkpoints.Checkpoints(run.workdir, 'last')
+  tree, _ = store.load(
+      steps.to_tree(runs.initial_state(run), steps.zero_sums()))
+  store.close()
+  jax.tree.map(
+      lambda got, wanted: np.testing.assert_allclose(
+          got, wanted, rtol=1e-5, atol=1e-7),
+      tree['average']['params'], average)
+
+  # The accuracy in the log is the average's: NumPy counts.
+  pixels = run.dataset.x_test.astype(np.float32) / 255
+  network = tree['average']
+  logits = run.model.apply(
+      {name: network[name] for name in ('params', 'batch_stats')}, pixels)
+  (line,) = results.read_metrics(run.workdir)
+  hits = np.argmax(logits, axis=-1) == run.dataset.y_test
+  assert line['test_natural_accuracy'] == pytest.approx(np.mean(hits))
+  # AWP came with the third step: 16 of 48 images.
+  assert line['perturbation_ratio'] == pytest.approx(0.01 / 3, rel=1e-3)
+
+
+def test_batches_hold_their_share_of_extra_images(tmp_path, monkeypatch):
+  extra = tmp_path / 'extra.npz'
+  np.savez(
+      extra, images=np.full((5, 8, 8, 1), 255, np.uint8),
+      labels=np.full(5, 3))
+  run = prepared(
+      tmp_path, monkeypatch, extra__path=str(extra), extra__fraction=0.25)
+  assert run.batch_sizes == [16] * 3
+  assert 'extra_data_crc32' in run.order
+  data = steps.training_data(run)
+  images, labels = steps.global_batch(
+      run, jax.tree.map(jax.numpy.asarray, data), jax.numpy.int32(0), 16)
+  white = (np.asarray(images) == 1).all(axis=(1, 2, 3))
+  assert white.sum() == 4 and (np.asarray(labels)[white] == 3).all()
+  # Two devices of eight rows each have two of them.
+  assert white[:8].sum() == white[8:].sum() == 2
+
+
+def test_mixed_labels_reach_the_step(tmp_path, monkeypatch):
+  run = prepared(tmp_path, monkeypatch, augmentation__mixup=1.0)
+  _, labels = steps.global_batch(
+      run, jax.tree.map(jax.numpy.asarray, steps.training_data(run)),
+      jax.numpy.int32(0), 16)
+  assert labels.shape == (16, 4)
+  np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
+  state = runs.initial_state(run)
+  state, metrics = awp_jax.train_step(
+      state, (np.zeros((16, 8, 8, 1), np.float32), labels), jax.random.key(0),
+      objective=run.setup.objective, threat=run.setup.threat,
+      attack=run.setup.attack, perturbation=run.setup.perturbation)
+  assert np.isfinite(metrics.loss) and 0 <= metrics.robust_accuracy <= 1
+
+
+@pytest.mark.parametrize('fraction', [0.001, 0.999])
+def test_a_fraction_that_leaves_no_image_of_a_kind(
+    fraction, tmp_path, monkeypatch):
+  extra = tmp_path / 'extra.npz'
+  np.savez(
+      extra, images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.zeros(2, int))
+  with pytest.raises(ValueError, match='leaves no image of the other kind'):
+    prepared(
+        tmp_path, monkeypatch, extra__path=str(extra),
+        extra__fraction=fraction)
+
+
+@pytest.mark.parametrize('fields, shown', [
+    ({'init_from': 'nowhere.pt'}, 'no such file or folder'),
+    ({'extra__path': 'nowhere.npz', 'extra__fraction': 0.5}, 'nowhere.npz'),
+])
+def test_missing_files_are_named_before_anything_is_claimed(
+    fields, shown, tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=shown):
+    prepared(tmp_path, monkeypatch, **fields)
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+@pytest.mark.parametrize('text, kept', [
+    ('rwp(num_steps=2, c_min=9.0)', False), ('momentum_awp(every=2)', True),
+    ('m_arwp(sigma=0.02)', True), ('frwp', False)])
+def test_other_weight_perturbations(text, kept, tmp_path, monkeypatch):
+  run = prepared(tmp_path, monkeypatch, epochs=1, weight_perturbation=text)
+  train.train(run)
+  (line,) = results.read_metrics(run.workdir)
+  assert np.isfinite(line['train_loss']) and line['perturbation_ratio'] > 0
+  # What the method carries is in the checkpoint, and no longer zero.
+  like = steps.to_tree(runs.initial_state(run), steps.zero_sums())
+  assert ('memory' in like) == kept
+  store = checkpoints.Checkpoints(run.workdir, 'last')
+  tree, _ = store.load(like)
+  store.close()
+  if kept:
+    assert all(
+        np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(tree['memory']))
+  state, _ = steps.from_tree(runs.initial_state(run), tree)
+  jax.tree.map(
+      np.testing.assert_array_equal, state.memory, tree.get('memory', ()))
+
+
+@pytest.mark.parametrize('text, shown', [
+    ('swap', "'arwp', 'asam', 'awp'"),
+    ('sam(rho=-1)', 'rho must be a finite number >= 0, got -1'),
+    ('sam(radius=1)', "'rho'"),
+    ('sam(0.1)', "got 'sam(0.1)'"),
+    ('sam(rho=open)', "got 'sam(rho=open)'"),
+    ('', "got ''"),
+    ('wt_awp', 'mask'),
+])
+def test_bad_weight_perturbations(text, shown):
+  with pytest.raises(ValueError) as error:
+    setup.build(train_test.small(weight_perturbation=text))
+  assert shown in str(error.value) and '\n' not in str(error.value)
+
+
+def test_awp_takes_what_it_does_not_name_from_its_group():
+  method = setup.build(train_test.small(
+      weight_perturbation='awp(every=3)', awp__gamma=0.02)
+  ).perturbation.as_method()
+  assert (method.ball.size, method.every) == (0.02, 3)
+  assert method.decay_at == 'perturbed'
