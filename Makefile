@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
 
-# Trains AT and AT-AWP on the embedded digits and compares them.
+# Trains AT and AT-AWP on the embedded digits, measures the loss around their
+# weights and compares them: it ends with a page to look at.
 demo: $(VENV)/.installed
 	$(BIN)/python experiments/main.py \
 	  --config=experiments/configs/digits_at.py --workdir=runs/demo/AT
 	$(BIN)/python experiments/main.py \
 	  --config=experiments/configs/digits_awp.py --workdir=runs/demo/AT-AWP
+	$(BIN)/python experiments/main.py --mode=landscape \
+	  --config=experiments/configs/digits_awp.py --workdir=runs/demo/AT-AWP \
+	  --compare_to=runs/demo/AT --config.landscape.plane_points=0
 	$(BIN)/python experiments/compare.py runs/demo/AT runs/demo/AT-AWP \
 	  --output=runs/demo/comparison.png
 

@@ -18,6 +18,11 @@ from awp_jax.attacks.square import square as square
 from awp_jax.averaging import Average as Average
 from awp_jax.averaging import ema_decay as ema_decay
 from awp_jax.averaging import update_average as update_average
+from awp_jax.landscape import evaluate_points as evaluate_points
+from awp_jax.landscape import mean_rise as mean_rise
+from awp_jax.landscape import normalised as normalised
+from awp_jax.landscape import random_direction as random_direction
+from awp_jax.landscape import robust_measure as robust_measure
 from awp_jax.objectives import Objective as Objective
 from awp_jax.objectives import cross_entropy as cross_entropy
 from awp_jax.objectives import cw_margin as cw_margin

@@ -1,6 +1,9 @@
-"""Compares finished runs: a table, and their curves in one picture.
+"""Compares finished runs: a table, their curves in one picture, and a page.
 
   python experiments/compare.py runs/demo/AT runs/demo/AT-AWP
+
+The page, `comparison.html`, has everything inside and opens offline: curves,
+the weight loss landscape and the attacks of all runs, where they were measured.
 
 Give runs of several seeds as well: runs whose configs differ in nothing but the
 seed share a row, with mean and standard deviation.
@@ -17,7 +20,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import results
+from experiments import panels, report, report_tables, results, workdirs
 
 #: Heading -> where the value stands in summary.json. All but the last are
 #: fractions, shown in per cent.
@@ -45,6 +48,8 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
       'name': workdir.name,
       'summary': json.loads(path.read_text()),
       'config': json.loads((workdir / 'config.json').read_text()),
+      'evaluation': report.read_json(workdir / 'evaluation.json'),
+      'landscape': report.read_json(workdir / 'landscape.json'),
       'lines': results.read_metrics(workdir)}
 
 
@@ -89,13 +94,75 @@ def rows(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
   return table
 
 
+def differences(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+  """The config's fields that differ between groups, beside the seed."""
+  configs = [runs[0]['config'] for runs in groups.values()]
+  table = [['field', *groups]]
+  for field in dict.fromkeys(name for config in configs for name in config):
+    if field in ('seed', *workdirs.FREE_FIELDS) or field.startswith(
+        workdirs.FREE_GROUPS):
+      continue
+    values = [str(config.get(field, 'absent')) for config in configs]
+    if len(set(values)) > 1:
+      table.append([field, *values])
+  return table if len(table) > 1 else []
+
+
+def _facts(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
+  table = [['run', 'seeds', 'data', 'devices', 'versions']]
+  for name, runs in groups.items():
+    summary = runs[0]['summary']
+    dataset = summary['dataset']
+    table.append([
+        name, ', '.join(str(run['config']['seed']) for run in runs),
+        f'{dataset["name"]}: {dataset["num_train"]} training and '
+        f'{dataset["num_test"]} test images',
+        ', '.join(dict.fromkeys(summary['devices'])),
+        f'jax {summary["versions"]["jax"]}, Python '
+        f'{summary["versions"]["python"]}'])
+  return table
+
+
+def write_page(
+    groups: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+  """Writes the page; its figures go into a folder beside it.
+
+  Curves, landscapes and attacks are those of the first run of each group.
+
+  Args:
+    groups: of `group_by_config`.
+    path: of the page; the figures lie in `<its stem>_figures/`.
+  """
+  folder = path.with_name(f'{path.stem}_figures')
+  first = {name: runs[0] for name, runs in groups.items()}
+  landscape, evaluation = (
+      {name: run[part] for name, run in first.items() if run[part]}
+      for part in ('landscape', 'evaluation'))
+  several = any(len(runs) > 1 for runs in groups.values())
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(report.render('comparison.html.j2', {
+      'title': ' against '.join(groups), 'subtitle': 'Comparison of runs',
+      'summary': rows(groups),
+      'seeds_note': ', mean and standard deviation over seeds; the figures '
+      'show the first run of each row' if several else '',
+      'training': panels.training(
+          folder, {name: run['lines'] for name, run in first.items()}),
+      'landscape': panels.landscapes(folder, landscape) if landscape else [],
+      'landscape_note': report.LANDSCAPE_NOTE,
+      'landscape_table': report_tables.flatness(landscape),
+      'attacks': [panels.attacks(folder, evaluation)] if evaluation else [],
+      'attacks_table': report_tables.attacks(evaluation),
+      'differences': differences(groups), 'facts': _facts(groups)}))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-  """Prints the table and writes the picture."""
+  """Prints the table and writes the picture and the page."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
   parser.add_argument(
       '--output', type=pathlib.Path, default=pathlib.Path('comparison.png'),
-      help='where the picture goes (default: comparison.png)')
+      help='where the picture goes (default: comparison.png); the page goes '
+      'beside it, as .html')
   options = parser.parse_args(argv)
   try:
     groups = group_by_config([read_run(path) for path in options.workdirs])
@@ -107,7 +174,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   results.plot_comparison(
       {name: runs[0]['lines'] for name, runs in groups.items()},
       options.output)
-  print(f'\ncurves: {options.output}')
+  page = options.output.with_suffix('.html')
+  write_page(groups, page)
+  print(f'\ncurves: {options.output}\nthe page to look at: {page}')
 
 
 if __name__ == '__main__':

@@ -125,9 +125,31 @@ def load_subjects(run: runs.Run) -> Iterator[Subject]:
   if settings.torch_checkpoint:
     yield _torch_subject(run, pathlib.Path(settings.torch_checkpoint))
     return
-  state, sums = runs.initial_state(run), steps.zero_sums()
-  like = steps.to_tree(state, sums)
-  for kind in checkpoints.KINDS:
+  for kind, step, variables in load_variables(run):
+    yield Subject(
+        kind, {'checkpoint': kind, 'step': step},
+        _variables_fn(run.model, variables))
+
+
+def load_variables(
+    run: runs.Run, kinds: Sequence[str] = checkpoints.KINDS
+) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
+  """The kind, the step and the judged variables of a run's checkpoints.
+
+  Raises:
+    ValueError: if a checkpoint is not there, or cannot be read.
+  """
+
+  def initial() -> tuple[awp_jax.TrainState, Any]:
+    state = runs.initial_state(run)
+    return state, steps.to_tree(state, steps.zero_sums())
+
+  # Shapes suffice: initialising a network to be overwritten takes seconds.
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  state, like = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(initial))
+  for kind in kinds:
     store = checkpoints.Checkpoints(run.workdir, kind)
     try:
       tree, _ = store.load(like)
@@ -135,10 +157,8 @@ def load_subjects(run: runs.Run) -> Iterator[Subject]:
     finally:
       store.close()
     judged = steps.evaluated(steps.from_tree(state, tree)[0])
-    variables = {'params': judged.params, 'batch_stats': judged.batch_stats}
-    yield Subject(
-        kind, {'checkpoint': kind, 'step': step},
-        _variables_fn(run.model, variables))
+    yield kind, step, {
+        'params': judged.params, 'batch_stats': judged.batch_stats}
 
 
 def _torch_subject(run: runs.Run, path: pathlib.Path) -> Subject:

@@ -24,6 +24,10 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default runs/<name of the config>.')
 _MODE = flags.DEFINE_enum(
     'mode', 'train', ['train', 'evaluate', 'landscape'], 'What to do.')
+_COMPARE_TO = flags.DEFINE_list(
+    'compare_to', [],
+    'With --mode=landscape: folders of other finished runs, separated by '
+    'commas; theirs is measured too, and drawn into the same figure.')
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:
@@ -86,25 +90,36 @@ def _run_name() -> str:
 
 
 def main(argv: list[str]) -> None:
-  """Trains or evaluates as the flags say."""
+  """Trains, evaluates or measures the landscape, as the flags say."""
   del argv
-  if _MODE.value == 'landscape':
-    _fail(
-        '--mode=landscape is not there yet; --mode=evaluate judges a finished '
-        'run by strong attacks.')
-  from experiments import checkpoints, evaluate, runs, setup, train
+  from experiments import (
+    checkpoints,
+    evaluate,
+    landscape,
+    report,
+    runs,
+    setup,
+    train,
+  )
   from experiments.configs import base
 
   config = _CONFIG.value
   try:
     setup.check_fields(config, base.get_config())
     workdir = _WORKDIR.value or f'runs/{_run_name()}'
+    if _COMPARE_TO.value and _MODE.value != 'landscape':
+      raise ValueError('--compare_to goes with --mode=landscape.')
+    if _MODE.value == 'landscape':
+      landscape.run_all(config, workdir, _COMPARE_TO.value)
+      return
     if _MODE.value == 'evaluate':
       evaluate.check(config, pathlib.Path(workdir))
     run = runs.prepare(config, workdir)
     if _MODE.value == 'evaluate':
       evaluate.evaluate(run)
-      print(f'\neverything is in {run.workdir / "evaluation.json"}')
+      report.write_or_say_why(run, 'evaluate')
+      print(f'\neverything is in {run.workdir / "evaluation.json"}, and in '
+            'report.html beside it')
       return
   except (ValueError, OSError) as error:
     _fail(error)

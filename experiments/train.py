@@ -24,6 +24,7 @@ from experiments import (
     data,
     guard,
     optimization,
+    report,
     results,
     runs,
     steps,
@@ -328,6 +329,7 @@ def train(run: runs.Run) -> dict[str, Any] | None:
   results.plot_curves(
       loop.log.lines, run.workdir / 'curves.png', run.workdir.name)
   results.write_json(run.workdir / 'summary.json', summary)
+  report.write_or_say_why(run, 'train')
   return summary
 
 

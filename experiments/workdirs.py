@@ -14,8 +14,8 @@ from experiments import results, setup
 #: lies and how often something is said or saved, never a number.
 FREE_FIELDS = ('data_dir', 'log_every_steps', 'checkpoint_every_steps')
 
-#: The same for whole groups: evaluation comes after the run.
-FREE_GROUPS = ('evaluation.',)
+#: The same for whole groups: what they are about comes after the run.
+FREE_GROUPS = ('evaluation.', 'landscape.')
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -73,6 +73,39 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   path = folder / 'config.json'
   if not path.exists():
     results.write_json(path, _plain(config))
+
+
+def stored_config(
+    workdir: pathlib.Path, like: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+  """The config of the run in a folder.
+
+  Args:
+    workdir: a folder that holds a run.
+    like: gives the fields that may differ, and those that the run's config does
+      not have.
+
+  Returns:
+    The config.
+
+  Raises:
+    ValueError: if there is no run in the folder.
+  """
+  path = workdir / 'config.json'
+  try:
+    stored = dict(json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError):
+    raise ValueError(
+        f'{str(workdir)!r} holds no config.json of a run: train there first.'
+    ) from None
+  config = ml_collections.ConfigDict(like.to_dict())
+  known = dict(setup.flatten(config))
+  config.update_from_flattened_dict({
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in stored.items()
+      if name in known and name not in FREE_FIELDS
+      and not name.startswith(FREE_GROUPS)})
+  return config
 
 
 def _check_same(path: pathlib.Path, wanted: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ def test_files(watched):
   names = {path.name for path in folder.iterdir()}
   assert names == {
       'config.json', 'metrics.jsonl', 'tensorboard', 'curves.png',
-      'summary.json', 'checkpoints'}
+      'summary.json', 'checkpoints', 'report.html', 'figures'}
   assert json.loads((folder / 'summary.json').read_text()) == watched.summary
   assert (folder / 'curves.png').read_bytes().startswith(b'\x89PNG')
   assert list((folder / 'tensorboard').glob('*tfevents*'))

@@ -128,6 +128,20 @@ def get_config() -> ml_collections.ConfigDict:
       'save_examples': False,  # adversarial images, an .npz each
       'torch_checkpoint': '',  # a PyTorch file instead of the run's own
   })
+  # --mode=landscape: the loss around the weights, with filter-normalised random
+  # directions; PGD with attack.step_size makes new examples at every point.
+  config.landscape = ml_collections.ConfigDict({
+      'num_train': 1000,  # training images; 0: all
+      'num_test': 1000,
+      'num_directions': 3,
+      'points': 21,  # along each direction, an odd number
+      'range': 1.0,  # from -range to range, in units of |w|
+      'adversarial_range': 0.05,  # along the worst direction; 0: not at all
+      'plane_points': 11,  # a side, over two directions; 0: no plane
+      'num_steps': 10,  # of PGD
+      'batch_size': 0,  # over all devices; 0: as they like
+      'seed': 0,  # of the directions: the same for runs to be compared
+  })
   config.select_on = 'test'  # the best model by: test (the paper), validation
   config.log_every_steps = 50
   config.checkpoint_every_steps = 0  # beside the end of every epoch; 0: never

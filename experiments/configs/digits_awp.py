@@ -31,6 +31,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.eval.num_train = 100
   config.eval.batch_size = 100
   config.eval.every_epochs = 4
+  config.landscape.num_train = 100
+  config.landscape.num_test = 100
+  config.landscape.num_directions = 2
+  config.landscape.points = 11
+  config.landscape.plane_points = 7
   config.epochs = 80
   config.batch_size = 50
   config.log_every_steps = 1000
