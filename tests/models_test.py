@@ -100,7 +100,7 @@ def test_dropout_acts_in_train_mode_only():
 
 
 @pytest.mark.parametrize('make,message', [
-    (lambda: PreActResNet(10, depth=20), r'one of \[18, 34, 50\], got 20'),
+    (lambda: PreActResNet(10, depth=20), r'one of \[10, 18, 34, 50\], got 20'),
     (lambda: WideResNet(10, depth=30), r'6 n \+ 4 .*, got 30'),
     (lambda: WideResNet(10, dropout_rate=1.0), r'in \[0, 1\), got 1.0'),
     (lambda: PreActResNet(10, activation='swish'), "one of 'relu', 'silu'"),
