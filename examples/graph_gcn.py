@@ -64,7 +64,7 @@ class Graph(NamedTuple):
 
 
 class Nodes(NamedTuple):
-  """Indices of the nodes for training (10 %), validation (10 %), test (80 %)."""
+  """Nodes for training (10 %), validation (10 %) and test (80 %)."""
 
   train: jax.Array
   validation: jax.Array
@@ -110,7 +110,7 @@ def load(path: pathlib.Path) -> Graph:
 
 
 def _sparse(matrix: Any) -> sparse.BCOO:
-  """A SciPy matrix for JAX; sorted indices make products several times faster."""
+  """A SciPy matrix for JAX; sorted indices make its products faster."""
   matrix = matrix.tocsr().astype(np.float32)
   matrix.sum_duplicates()
   coo = matrix.tocoo()
@@ -120,15 +120,18 @@ def _sparse(matrix: Any) -> sparse.BCOO:
       indices_sorted=True, unique_indices=True)
 
 
-def split(labels: jax.Array, seed: int) -> Nodes:
+def split(labels: Any, seed: int) -> Nodes:
   """The stratified split of the paper's code for a seed."""
-  rng = np.random.RandomState(seed)  # noqa: NPY002 (the paper's generator)
+  rng = np.random.RandomState(seed)
   labels = np.asarray(labels)
+  # In the order of the paper's code: how this rounds decides who is drawn.
+  one_tenth = 1 - 0.1 - 0.8
   known, test = train_test_split(
-      np.arange(len(labels)), test_size=0.8, train_size=0.2, stratify=labels,
-      random_state=rng)
+      np.arange(len(labels)), train_size=one_tenth + 0.1, test_size=0.8,
+      stratify=labels, random_state=rng)
   train, validation = train_test_split(
-      known, test_size=0.5, train_size=0.5, stratify=labels[known],
+      known, train_size=one_tenth / (one_tenth + 0.1),
+      test_size=0.1 / (one_tenth + 0.1), stratify=labels[known],
       random_state=rng)
   return Nodes(*map(jnp.asarray, (train, validation, test)))
 
@@ -181,7 +184,7 @@ def train(
   # Adam's decay in the paper's code is coupled: part of the gradient.
   tx = optax.chain(optax.add_decayed_weights(5e-4), optax.adam(0.01))
 
-  def losses(logits: jax.Array, which: jax.Array) -> jax.Array:
+  def losses(logits: Any, which: jax.Array) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(
         logits[which], graph.labels[which])
 
@@ -192,7 +195,7 @@ def train(
 
   def step(carry: Any, key: jax.Array) -> Any:
     out = perturbed_step(method, loss_fn, tx, *carry, key)
-    logits = model.apply({'params': out.params}, graph)
+    logits: Any = model.apply({'params': out.params}, graph)
     right = logits.argmax(-1) == graph.labels
     return out[:3], (
         losses(logits, nodes.validation).mean(),

@@ -5,9 +5,9 @@ seed by seed with the first of them:
 
   >>> _ = show([Row('wine', 'plain', [0.90, 0.94], 2.0),
   ...           Row('wine', 'AWP', [0.92, 0.95], 3.0)])
-  data    method             seeds   test accuracy   gain by seed   seconds
-  wine    plain                  2    92.00 ± 2.00                      2.0
-  wine    AWP                    2    93.50 ± 1.50   +1.50 ± 0.50       3.0
+  data      method         seeds   test accuracy   gain by seed   seconds
+  wine      plain              2    92.00 ± 2.00                      2.0
+  wine      AWP                2    93.50 ± 1.50   +1.50 ± 0.50       3.0
 """
 
 import argparse
@@ -18,7 +18,7 @@ import sys
 import time
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-_WIDTHS = (8, 16, 8, 16, 15, 10)
+_WIDTHS = (10, 13, 7, 16, 15, 10)
 
 M = TypeVar('M')
 
@@ -105,10 +105,12 @@ def show(table: Iterable[Row]) -> list[Row]:
   the seeds are several. The gain is the mean of the differences to the first
   row of the same data, seed by seed: both saw the same examples.
   """
-  _line('data', 'method', 'seeds', 'test accuracy', 'gain by seed', 'seconds')
   firsts: dict[str, Row] = {}
-  done = []
+  done: list[Row] = []
   for row in table:
+    if not done:  # an error before the first row leaves no head behind
+      _line('data', 'method', 'seeds', 'test accuracy', 'gain by seed',
+            'seconds')
     first = firsts.setdefault(row.data, row)
     gains = [a - b for a, b in zip(
         row.accuracies, first.accuracies, strict=True)]
