@@ -37,7 +37,8 @@ from sklearn.model_selection import train_test_split
 from awp_jax import Method, methods, perturbed_step
 from examples import report
 
-LENGTH = 16  # tokens of a text that are read
+LENGTH = 16  # words of a text that are read
+WORDS = 2000  # that have a vector of their own
 BATCH = 64
 FEWEST = 100  # texts that a subpackage must have to be a class
 
@@ -107,17 +108,16 @@ def tokens(texts: list[str], vocabulary: dict[str, int]) -> np.ndarray:
 
 
 def vocabulary_of(texts: list[str]) -> dict[str, int]:
-  """Words that occur twice or more, numbered from 2."""
+  """The most common words that occur twice or more, numbered from 2."""
   counts = Counter(
       word for text in texts for word in re.findall(r'\w+', text.lower()))
-  words = sorted(word for word, times in counts.items() if times > 1)
-  return {word: number for number, word in enumerate(words, start=2)}
+  common = [word for word, times in counts.most_common(WORDS) if times > 1]
+  return {word: number for number, word in enumerate(common, start=2)}
 
 
 class Transformer(nn.Module):
   """One transformer layer, and the mean over the words."""
 
-  num_words: int
   num_classes: int
   features: int = 64
 
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
     place = self.param('place', nn.initializers.normal(0.1),
                        (words.shape[1], self.features))
     dropout = nn.Dropout(0.2, deterministic=not train)
-    x = dropout(nn.Embed(self.num_words, self.features)(words) + place)
+    x = dropout(nn.Embed(WORDS + 2, self.features)(words) + place)
     y = nn.MultiHeadDotProductAttention(4)(
         nn.LayerNorm()(x), mask=nn.make_attention_mask(present, present))
     x = x + dropout(y)
@@ -165,6 +165,12 @@ def train(
   return jax.lax.scan(step, carry, jax.random.split(loop_key, steps))[0][0]
 
 
+@functools.partial(jax.jit, static_argnames='model')
+def logits_of(model: Transformer, params: Any, x: jax.Array) -> Any:
+  """Words [N, LENGTH] -> logits [N, C], without dropout."""
+  return model.apply({'params': params}, x)
+
+
 def accuracy(
     texts: Texts, method: Method, seed: int, steps: int) -> float:
   """Trains on four fifths of the texts; accuracy on the others."""
@@ -173,10 +179,10 @@ def accuracy(
       random_state=seed)
   vocabulary = vocabulary_of([texts.texts[i] for i in known])
   x, labels = tokens(texts.texts, vocabulary), texts.labels
-  model = Transformer(len(vocabulary) + 2, len(texts.classes))
+  model = Transformer(len(texts.classes))
   params = train(model, jnp.asarray(x[known]), jnp.asarray(labels[known]),
                  jax.random.key(seed), method, steps)
-  logits = jax.jit(model.apply)({'params': params}, x[held_out])
+  logits = logits_of(model, params, x[held_out])
   return float((logits.argmax(-1) == labels[held_out]).mean())
 
 

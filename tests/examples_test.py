@@ -156,9 +156,9 @@ def test_text_of_scipy():
 def test_tokens():
   vocabulary = text_classification.vocabulary_of(
       ['The tree, the leaf.', 'a leaf'])
-  assert vocabulary == {'leaf': 2, 'the': 3}
+  assert vocabulary == {'the': 2, 'leaf': 3}
   row = text_classification.tokens(['THE old leaf'], vocabulary)[0]
-  assert row[:4].tolist() == [3, 1, 2, 0]
+  assert row[:4].tolist() == [2, 1, 3, 0]
 
 
 def test_text_from_csv(tmp_path, capsys):
