@@ -222,7 +222,8 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 def test_digits_train_with_their_own_network(tmp_path):
   config = small(
-      digits_awp.get_config(), num_train=24, num_test=16, batch_size=8, epochs=1,
+      digits_awp.get_config(), num_train=24, num_test=16, batch_size=8,
+      epochs=1,
       attack__num_steps=1, eval__num_steps=1, eval__batch_size=16)
   run = runs.prepare(config, tmp_path)
   assert run.steps_per_epoch == 3

@@ -1,0 +1,1 @@
+"""Short scripts that train with and without AWP; each compares the two."""
