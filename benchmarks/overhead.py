@@ -4,8 +4,10 @@
 
 Every objective's step is compiled without and with AWP; then all of them take
 turns, round after round in one process, so that a machine whose speed drifts
-treats them alike. Beside the measured overhead stands that of the arithmetic:
-a pass forward counts 1, the gradient of inputs or of weights 1 each.
+treats them alike. Processor seconds stand beside those of the clock, for a
+machine that does other work as well. Beside the measured overhead stands that
+of the arithmetic: a pass forward counts 1, the gradient of inputs or of weights
+1 each.
 """
 
 import argparse
@@ -89,23 +91,27 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--rounds', type=int, default=5)
   options = parser.parse_args(argv)
   steps = compiled_steps(options)
-  seconds: dict[str, list[float]] = {name: [] for name in steps}
+  taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
   for number in range(options.rounds + 1):
     for name, step in steps.items():
-      started = time.perf_counter()
+      started = time.perf_counter(), time.process_time()
       step()
       if number:  # the first round warms up
-        seconds[name].append(time.perf_counter() - started)
-  medians = {
-      name: statistics.median(values) for name, values in seconds.items()}
-  print(json.dumps({
-      'options': vars(options),
-      'seconds': {name: round(value, 4) for name, value in medians.items()},
-      'overhead': {
-          name: {
-              'measured': round(medians[f'{name}-AWP'] / medians[name] - 1, 4),
-              'arithmetic': round(arithmetic(name, options.num_steps), 4)}
-          for name in DESCENT_PASSES}}, indent=2))
+        taken[name].append((
+            time.perf_counter() - started[0], time.process_time() - started[1]))
+  report: dict[str, Any] = {'options': vars(options)}
+  for index, clock in enumerate(('seconds', 'processor_seconds')):
+    medians = {
+        name: statistics.median(times[index] for times in values)
+        for name, values in taken.items()}
+    report[clock] = {name: round(value, 4) for name, value in medians.items()}
+    report[f'overhead_in_{clock}'] = {
+        name: round(medians[f'{name}-AWP'] / medians[name] - 1, 4)
+        for name in DESCENT_PASSES}
+  report['overhead_by_arithmetic'] = {
+      name: round(arithmetic(name, options.num_steps), 4)
+      for name in DESCENT_PASSES}
+  print(json.dumps(report, indent=2))
 
 
 if __name__ == '__main__':
