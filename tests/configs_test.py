@@ -64,6 +64,7 @@ def on_little_data(config, files):
 @pytest.mark.parametrize('stem', STEMS)
 def test_every_config_trains_three_steps(stem, files, tmp_path, monkeypatch):
   train_test.use_tiny_net(monkeypatch)
+  train_test.without_report(monkeypatch)
   config = on_little_data(load(stem), files)
   run = runs.prepare(config, tmp_path)
   assert run.steps_per_epoch == 3

@@ -102,6 +102,7 @@ def test_the_record_survives(tmp_path):
 def collapsing(tmp_path, monkeypatch, **fields):
   """A run whose gamma, from its third epoch on, is far too large."""
   train_test.use_tiny_net(monkeypatch)
+  train_test.without_report(monkeypatch)
   return runs.prepare(train_test.small(
       dataset='npz', npz_path=train_test.write_images(tmp_path / 'mine.npz'),
       awp__gamma=300.0, awp__warmup_epochs=2, epochs=8, attack__num_steps=1,

@@ -11,6 +11,7 @@ from tests import train_test
 
 def prepared(tmp_path, monkeypatch, **fields):
   train_test.use_tiny_net(monkeypatch)
+  train_test.without_report(monkeypatch)
   return runs.prepare(train_test.small(
       dataset='npz', npz_path=train_test.write_images(tmp_path / 'mine.npz'),
       attack__num_steps=1, eval__num_steps=1, **fields), tmp_path / 'run')

@@ -7,7 +7,15 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import checkpoints, results, runs, setup, steps, train
+from experiments import (
+    checkpoints,
+    report,
+    results,
+    runs,
+    setup,
+    steps,
+    train,
+)
 from experiments.configs import base, digits_awp
 
 
@@ -50,6 +58,11 @@ class TinyNet(nn.Module):
 
 def use_tiny_net(monkeypatch):
   monkeypatch.setattr(setup, 'build_model', lambda config, dataset: TinyNet())
+
+
+def without_report(monkeypatch):
+  """Leaves out the page at the end, where a test is about something else."""
+  monkeypatch.setattr(report, 'write_or_say_why', lambda run, mode: None)
 
 
 class Watched:
