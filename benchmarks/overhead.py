@@ -1,13 +1,15 @@
 """What weight perturbation adds to a training step, measured side by side.
 
   python benchmarks/overhead.py --width=64 --depth=18 --batch_size=32
+  python benchmarks/overhead.py --methods 'awp(gamma=0.01)' 'sam' 'awp(every=2)'
 
 Every objective's step is compiled without and with AWP; then all of them take
 turns, round after round in one process, so that a machine whose speed drifts
 treats them alike. Processor seconds stand beside those of the clock, for a
 machine that does other work as well. Beside the measured overhead stands that
 of the arithmetic: a pass forward counts 1, the gradient of inputs or of weights
-1 each.
+1 each. With --methods it is AT alone, by each of these weight perturbations,
+and the mean of consecutive steps is taken: some methods leave steps out.
 """
 
 import argparse
@@ -42,12 +44,14 @@ def arithmetic(objective: str, num_steps: int) -> float:
 
 
 def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
-  """A call without arguments for every step, which waits for its result."""
+  """By name, a function of the step's number that makes it and waits."""
   import jax
+  import jax.numpy as jnp
   import optax
 
   import awp_jax
   from awp_jax.models import PreActResNet
+  from experiments import setup
 
   size = (options.batch_size, 32, 32, 3)
   model = PreActResNet(10, depth=options.depth, width=options.width)
@@ -62,19 +66,31 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
       'AT': awp_jax.standard(), 'TRADES': awp_jax.trades(),
       'MART': awp_jax.mart()}
 
-  def call(objective: Any, gamma: float) -> Any:
+  def call(objective: Any, perturbation: awp_jax.WeightPerturbation) -> Any:
+    memory = perturbation.as_method().init(state.params).memory
+    first = state.replace(step=jnp.int32(0), memory=memory)
     # The policy without passes that only move statistics.
     step = jax.jit(lambda state: awp_jax.train_step(
         state, (x, y), jax.random.key(3), objective=objective,
         threat=awp_jax.ThreatModel('Linf', 8 / 255),
         attack=awp_jax.Attack(
             2 / 255, options.num_steps, mode=options.mode or None),
-        perturbation=awp_jax.WeightPerturbation(gamma=gamma),
-        statistics='perturbed')).lower(state).compile()
-    return lambda: jax.block_until_ready(step(state))
+        perturbation=perturbation,
+        statistics='perturbed')).lower(first).compile()
+    return lambda number: jax.block_until_ready(
+        step(first.replace(step=jnp.int32(number))))
 
+  if options.methods:
+    named = {
+        text: awp_jax.WeightPerturbation(method=awp_jax.methods.make(
+            name, **keywords))
+        for text in options.methods
+        for name, keywords in (setup.parse_call(text),)}
+    return {
+        name: call(made['AT'], perturbation) for name, perturbation in {
+            'AT': awp_jax.WeightPerturbation(), **named}.items()}
   return {
-      name + suffix: call(objective, gamma)
+      name + suffix: call(objective, awp_jax.WeightPerturbation(gamma=gamma))
       for name, objective in made.items()
       for suffix, gamma in (('', 0.0), ('-AWP', 0.01))}
 
@@ -89,28 +105,33 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--num_steps', type=int, default=10)
   parser.add_argument('--mode', choices=('train', 'eval'), default='')
   parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--methods', nargs='+', default=())
   options = parser.parse_args(argv)
   steps = compiled_steps(options)
   taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
   for number in range(options.rounds + 1):
     for name, step in steps.items():
       started = time.perf_counter(), time.process_time()
-      step()
+      step(number)
       if number:  # the first round warms up
         taken[name].append((
             time.perf_counter() - started[0], time.process_time() - started[1]))
+  middle = statistics.fmean if options.methods else statistics.median
+  pairs = {name: 'AT' for name in steps if name != 'AT'} if (
+      options.methods) else {f'{name}-AWP': name for name in DESCENT_PASSES}
   report: dict[str, Any] = {'options': vars(options)}
   for index, clock in enumerate(('seconds', 'processor_seconds')):
-    medians = {
-        name: statistics.median(times[index] for times in values)
+    typical = {
+        name: middle([times[index] for times in values])
         for name, values in taken.items()}
-    report[clock] = {name: round(value, 4) for name, value in medians.items()}
+    report[clock] = {name: round(value, 4) for name, value in typical.items()}
     report[f'overhead_in_{clock}'] = {
-        name: round(medians[f'{name}-AWP'] / medians[name] - 1, 4)
-        for name in DESCENT_PASSES}
-  report['overhead_by_arithmetic'] = {
-      name: round(arithmetic(name, options.num_steps), 4)
-      for name in DESCENT_PASSES}
+        name: round(typical[name] / typical[plain] - 1, 4)
+        for name, plain in pairs.items()}
+  if not options.methods:
+    report['overhead_by_arithmetic'] = {
+        name: round(arithmetic(plain, options.num_steps), 4)
+        for name, plain in pairs.items()}
   print(json.dumps(report, indent=2))
 
 
