@@ -161,6 +161,25 @@ def test_other_weight_perturbations(text, kept, tmp_path, monkeypatch):
       np.testing.assert_array_equal, state.memory, tree.get('memory', ()))
 
 
+def test_steps_left_out_are_plain_ones(tmp_path, monkeypatch):
+  run = prepared(
+      tmp_path, monkeypatch, epochs=2,
+      weight_perturbation='awp(gamma=0.02, start=1, every=2)')
+  made, make = [], steps.make_train_fn
+
+  def make_train_fn(run, size, factor):
+    made.append(factor)
+    return make(run, size, factor)
+
+  monkeypatch.setattr(steps, 'make_train_fn', make_train_fn)
+  train.train(run)
+  assert made == [0, 1]  # two compiled steps, for all six
+  # Steps 1, 3 and 5 of 0 to 5 perturb: one in the first epoch of three.
+  ratios = [
+      line['perturbation_ratio'] for line in results.read_metrics(run.workdir)]
+  np.testing.assert_allclose(ratios, [0.02 / 3, 0.04 / 3], rtol=1e-3)
+
+
 @pytest.mark.parametrize('text, shown', [
     ('swap', "'arwp', 'asam', 'awp'"),
     ('sam(rho=-1)', 'rho must be a finite number >= 0, got -1'),
