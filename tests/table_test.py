@@ -354,12 +354,17 @@ def test_signal_stops_the_run_gently(number, folder, fake, tmp_path):
     state.append(sweep.state_of(folder, listed[0].name).kind)
     os.kill(os.getpid(), number)
 
-  old = signal.getsignal(number)
-  thread = threading.Thread(target=interrupt)
-  thread.start()
-  assert sweep.run_jobs(listed, folder, main=fake) == number.name
-  thread.join()
-  assert signal.getsignal(number) == old
+  # A shell's background jobs are born with SIGINT ignored, and the sweep would
+  # respect that.
+  before = signal.signal(number, signal.SIG_DFL)
+  try:
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert sweep.run_jobs(listed, folder, main=fake) == number.name
+    thread.join()
+    assert signal.getsignal(number) == signal.SIG_DFL
+  finally:
+    signal.signal(number, before)
   assert state == ['running']
   assert (ready.parent / 'caught').read_text() == '1'
   assert sweep.state_of(folder, listed[0].name).kind == 'stopped'
