@@ -166,6 +166,21 @@ def _needs_log(curves: Sequence[Curve]) -> bool:
       and values.max() > _LOG_FROM * values.min())
 
 
+def name_curves(figure: Any) -> None:
+  """Names the curves above a panel: two columns, or one, or smaller letters."""
+  for columns in (2, 1):
+    legend = figure.legend(
+        loc='outside upper left', ncols=columns, handlelength=3.2,
+        borderpad=0.1)
+    if legend.get_window_extent().width <= figure.bbox.width:
+      return
+    if columns == 2:
+      legend.remove()
+  while legend.get_window_extent().width > figure.bbox.width:
+    for text in legend.get_texts():
+      text.set_fontsize(0.9 * text.get_fontsize())
+
+
 def lines(
     folder: pathlib.Path, name: str, curves: Sequence[Curve], *, title: str,
     caption: str, xlabel: str, ylabel: str,
@@ -210,8 +225,7 @@ def lines(
     axis.xaxis.set_major_locator(MaxNLocator(
         6, steps=[1, 2, 5, 10], integer=xlabel == 'epoch'))
     if legend:
-      axis.figure.legend(
-          loc='outside upper left', ncols=2, handlelength=3.2, borderpad=0.1)
+      name_curves(axis.figure)
     numbers = {curve.label: {
         'x': list(curve.x), 'y': list(curve.y),
         'spread': None if curve.spread is None else list(curve.spread)}

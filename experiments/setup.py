@@ -116,11 +116,17 @@ def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
   """The method that `weight_perturbation` describes.
 
   Raises:
-    ValueError: for what is no call of a method, or options that it lacks.
+    ValueError: for what is no call of a method, options that it lacks, or AWP
+      with options but without a size.
   """
   name, options = parse_call(config.weight_perturbation)
   if name == 'awp':
     awp = config.awp
+    if options and 'gamma' not in options and not awp.gamma:
+      raise ValueError(
+          f'weight_perturbation={config.weight_perturbation!r} would perturb '
+          'nothing, since awp.gamma is 0 in this config; give a size, as in '
+          "'awp(gamma=0.01)'.")
     options = {
         'gamma': awp.gamma, 'num_steps': awp.num_steps,
         'decay_at': awp.decay_at} | options

@@ -507,7 +507,8 @@ print('same')
 def test_spreads_over_devices():
   here = pathlib.Path(__file__).parent
   script = _DEVICES.format(root=str(here.parent), tests=str(here))
-  flags = '--xla_force_host_platform_device_count=2'
+  flags = ('--xla_force_host_platform_device_count=2 '
+           '--xla_backend_optimization_level=0')
   done = subprocess.run(
       [sys.executable, '-c', script], capture_output=True, text=True,
       env={**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},

@@ -201,3 +201,13 @@ def test_awp_takes_what_it_does_not_name_from_its_group():
   ).perturbation.as_method()
   assert (method.ball.size, method.every) == (0.02, 3)
   assert method.decay_at == 'perturbed'
+
+
+def test_awp_with_options_but_no_size_is_an_error():
+  # `cifar10_at` with 'awp(every=2)' would train plain AT under another name.
+  with pytest.raises(ValueError, match=r'awp\.gamma is 0 in this config'):
+    setup.build(train_test.small(
+        weight_perturbation='awp(every=2)', awp__gamma=0.0))
+  plain = setup.build(train_test.small(
+      weight_perturbation='awp', awp__gamma=0.0))
+  assert plain.perturbation.as_method().is_off

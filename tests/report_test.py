@@ -351,3 +351,26 @@ def test_browser_check_rejects_bad_pages(tmp_path):
 def test_templates_are_where_the_code_looks():
   names = {path.name for path in pathlib.Path(report.TEMPLATES).iterdir()}
   assert {'report.html.j2', 'comparison.html.j2'} <= names
+
+
+@pytest.mark.parametrize('name, columns', [
+    ('AT', 2), ('cifar10_awp-seed0', 1), ('a_folder_with_a_long_name' * 3, 1)])
+def test_names_of_curves_stay_inside_the_figure(name, columns, tmp_path):
+  curves = [
+      figures.Curve(f'{name}{run}, {which}', [0, 1], [0, 1], run)
+      for run in (0, 1) for which in ('best', 'last')]
+  seen = []
+
+  def look(figure):
+    name_curves(figure)
+    (legend,) = figure.legends
+    seen.append((legend.get_window_extent(), figure.bbox, legend._ncols))
+
+  name_curves = figures.name_curves
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(figures, 'name_curves', look)
+    figures.lines(
+        tmp_path, 'panel', curves, title='', caption='', xlabel='', ylabel='')
+  (box, page, found), = seen
+  assert page.x0 <= box.x0 and box.x1 <= page.x1
+  assert found == columns

@@ -57,7 +57,9 @@ def test_reference_trajectory(
           optax.add_decayed_weights(setting['weight_decay']),
           optax.sgd(setting['lr'], setting['momentum'])))
 
-  @jax.jit
+  # XLA runs convolutions in float64 as plain loops, which LLVM must optimise.
+  @functools.partial(
+      jax.jit, compiler_options={'xla_backend_optimization_level': 2})
   def step(state, x, y, start):
     return awp_jax.train_step(
         state, (x, y), jax.random.key(0), objective=objective,
