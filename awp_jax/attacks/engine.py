@@ -19,6 +19,7 @@ size; whether one of them does can not, but for rounding.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -281,9 +282,16 @@ def _refill(
   return carry
 
 
+def _nothing_around(batch_size: int) -> AbstractContextManager[None]:
+  del batch_size
+  return nullcontext()
+
+
 def attack_group(
     attack: Attack, key: Array, group: Group, *, sizes: tuple[int, ...],
-    place: Callable[[Any], Any]) -> Outcome:
+    place: Callable[[Any], Any],
+    around: Callable[[int], AbstractContextManager[None]] = _nothing_around
+) -> Outcome:
   """Runs an attack on a group until every example is broken or out of runs.
 
   Args:
@@ -293,10 +301,12 @@ def attack_group(
       the batch size, not on their number.
     sizes: batch sizes as `batch_sizes` gives them.
     place: puts arrays with a leading batch axis onto the devices.
+    around: makes the context, given the batch size, of each call of the device.
 
   Returns:
     The outcome.
   """
+
   def iterate(
       carry: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
     (examples, state, found), _ = carry
@@ -325,7 +335,8 @@ def attack_group(
     patience = min(int(occupied.sum()), max(1, occupied.size // 8))
     pair = (carry, place(over))
     while np.sum(over & occupied) < patience:
-      pair = advance(pair)
+      with around(occupied.size):
+        pair = advance(pair)
       steps += loops.chunk_size()
       over = np.asarray(pair[1])
     carry = pair[0]

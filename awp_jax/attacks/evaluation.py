@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax import checks, loops
-from awp_jax.attacks import arguments, diagnostics, engine, results
+from awp_jax.attacks import arguments, diagnostics, engine, results, streams
 from awp_jax.attacks.engine import AttackSpec
 from awp_jax.attacks.model import Model, make_model, misclassified
 from awp_jax.attacks.results import AttackResult, AttackWarning, BatchResult
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
-#: Batches are this much larger where no gradient is taken.
+#: Batches are this much larger where no gradient is taken, off the CPU.
 _FORWARD_BATCH = 4
 
 #: Groups hold this many batches unless told otherwise.
@@ -39,6 +39,7 @@ class EvalOptions:
   Attributes:
     batch_size: examples on the device at a time, over all devices; None means
       64 on the CPU, where larger batches leave the caches, and 512 elsewhere.
+      On the CPU they are divided into up to four batches that run side by side.
     group_size: examples per record of `progress`, and per unit of resuming;
       None means eight batches.
     devices: spread each batch over these; None means the default device.
@@ -74,6 +75,7 @@ class _Setting(NamedTuple):
   sizes: tuple[int, ...]
   forward_sizes: tuple[int, ...]
   group_size: int
+  num_streams: int
   place: Callable[[Any], Any]
 
 
@@ -197,8 +199,9 @@ def _attack_group(
       targets[indices])
   key = jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode()))
   sizes = setting.sizes if spec.white_box else setting.forward_sizes
-  outcome = engine.attack_group(
-      attack, key, group, sizes=sizes, place=setting.place)
+  outcome = streams.attack_group(
+      attack, key, group, sizes=sizes, place=setting.place,
+      streams=setting.num_streams)
   broken, distances = _confirm(setting, key, group, outcome)
   return BatchResult(
       spec.name, indices, broken, outcome.adversarial[broken],
@@ -305,12 +308,14 @@ def evaluate(
   # Threefry, whatever the caller's kind: others draw for a whole batch at once,
   # and an example's draws must not depend on its neighbours.
   seed = jax.random.bits(key, (2,), jnp.uint32)
+  side_by_side = 1 if options.devices else streams.num_streams(batch_size)
+  forward = 1 if loops.unrolls() else _FORWARD_BATCH
   setting = _Setting(
       jax.random.wrap_key_data(seed, impl='threefry2x32'), model, threat,
       images, labels.astype(np.int32),
-      engine.batch_sizes(batch_size, num_devices),
-      engine.batch_sizes(_FORWARD_BATCH * batch_size, num_devices), group_size,
-      _placement(options.devices))
+      engine.batch_sizes(batch_size // side_by_side, num_devices),
+      engine.batch_sizes(forward * batch_size // side_by_side, num_devices),
+      group_size, side_by_side, _placement(options.devices))
   natural = _natural(setting, max(spec.num_targets for spec in specs))
   found: list[AttackWarning] = []
   if options.check_model:
