@@ -166,6 +166,10 @@ def _needs_log(curves: Sequence[Curve]) -> bool:
       and values.max() > _LOG_FROM * values.min())
 
 
+#: Inches that a line of the legend takes.
+_LINE = 0.21
+
+
 def name_curves(figure: Any) -> None:
   """Names the curves above a panel: two columns, or one, or smaller letters."""
   for columns in (2, 1):
@@ -173,9 +177,12 @@ def name_curves(figure: Any) -> None:
         loc='outside upper left', ncols=columns, handlelength=3.2,
         borderpad=0.1)
     if legend.get_window_extent().width <= figure.bbox.width:
-      return
+      break
     if columns == 2:
       legend.remove()
+      # The longer list must not eat the panel.
+      rows = len(legend.get_texts()) // 2
+      figure.set_figheight(figure.get_figheight() + _LINE * rows)
   while legend.get_window_extent().width > figure.bbox.width:
     for text in legend.get_texts():
       text.set_fontsize(0.9 * text.get_fontsize())

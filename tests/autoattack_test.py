@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from awp_jax import loops
 from awp_jax.attacks import apgd, autoattack, fab, fixed_step, spsa, square
 from awp_jax.attacks.evaluation import EvalOptions, evaluate
 from awp_jax.attacks.results import RobustnessWarning, confidence_interval
@@ -144,6 +145,19 @@ def test_verdicts_do_not_depend_on_the_batch():
       together.robust, np.logical_and.reduce(robust[::2]))
   accuracies = [a.robust_accuracy for a in together.attacks]
   assert accuracies == sorted(accuracies, reverse=True)
+
+
+@pytest.mark.parametrize('name', ('apgd-t', 'fab', 'square'))
+def test_chunks_of_iterations_give_the_same_verdicts(name, monkeypatch):
+  # As on accelerators: ten iterations in one compiled loop, and one batch.
+  logits_fn, images, labels = problem()
+  threat = ThreatModel('Linf', RADII['Linf'])
+  arguments = KEY, logits_fn, images, labels, threat, (short(name),)
+  one_by_one = evaluate(*arguments, options=SMALL)
+  monkeypatch.setattr(loops, 'unrolls', lambda: False)
+  chunked = evaluate(*arguments, options=SMALL)
+  check_examples(chunked, logits_fn, images, labels, threat)
+  np.testing.assert_array_equal(chunked.robust, one_by_one.robust)
 
 
 def test_resumes_with_the_same_result():
