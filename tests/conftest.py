@@ -1,19 +1,17 @@
 """Eight virtual CPU devices, before jax is imported."""
 
-import importlib.metadata
+from importlib import metadata
 import os
 import pathlib
 
 # Low LLVM optimisation halves the time that the suite spends compiling, and the
 # old code generator takes another third off it. XLA refuses flags that it does
-# not know, and jaxlib 0.12 may have dropped that one.
-flags = [
-    '--xla_force_host_platform_device_count=8',
-    '--xla_backend_optimization_level=0']
-release = importlib.metadata.version('jaxlib').split('.')
-if (int(release[0]), int(release[1])) < (0, 12):
-  flags.append('--xla_cpu_use_fusion_emitters=false')
-os.environ['XLA_FLAGS'] = ' '.join(flags)
+# not know, and later releases may have dropped that one.
+os.environ['XLA_FLAGS'] = (
+    '--xla_force_host_platform_device_count=8 '
+    '--xla_backend_optimization_level=0' + (
+        ' --xla_cpu_use_fusion_emitters=false'
+        if metadata.version('jaxlib').startswith(('0.10.', '0.11.')) else ''))
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import jax
