@@ -37,7 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks, objectives, weights
+from awp_jax import checks, objectives, placement, weights
 from awp_jax.attacks import pgd as pgd_lib
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, Params
@@ -254,7 +254,8 @@ def evaluate_points(
         f'batch_size must be a multiple of the {len(devices)} devices, got '
         f'{batch_size}.')
   batches = list(_batches(examples, batch_size, devices))
-  params, directions = _everywhere((params, tuple(directions)), devices)
+  params, directions = placement.everywhere(
+      (params, tuple(directions)), devices)
   count = sum(int(np.sum(valid)) for _, valid in batches)
   found = []
   for number, point in enumerate(points):
@@ -332,23 +333,9 @@ def _batches(
         'examples must be arrays with the same first axis of at least 1, got '
         f'first axes {sorted(counts)}.')
   ((count,),) = counts
-  sharding = None
-  if devices:
-    mesh = jax.sharding.Mesh(np.asarray(devices), ('batch',))
-    sharding = jax.sharding.NamedSharding(
-        mesh, jax.sharding.PartitionSpec('batch'))
   for begin in range(0, count, size):
     rows = np.arange(begin, begin + size)
     batch = jax.tree.map(
         lambda leaf, rows=rows: np.asarray(leaf)[np.minimum(rows, count - 1)],
         examples)
-    yield jax.device_put((batch, rows < count), sharding)
-
-
-def _everywhere(tree: Any, devices: Sequence[jax.Device] | None) -> Any:
-  """The tree on the default device, or on each of the devices."""
-  if not devices:
-    return tree
-  mesh = jax.sharding.Mesh(np.asarray(devices), ('batch',))
-  return jax.device_put(tree, jax.sharding.NamedSharding(
-      mesh, jax.sharding.PartitionSpec()))
+    yield placement.cut((batch, rows < count), devices)

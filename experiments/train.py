@@ -140,10 +140,9 @@ class _Loop:
     """The step for a position in the epoch, compiled when first met."""
     method = self.run.setup.perturbation.as_method()
     size = self.run.batch_sizes[position]
-    since = self.step - method.start
     is_on = (
         not method.is_off and self.step >= self.warmup_steps
-        and since >= 0 and since % method.every == 0)
+        and method.perturbs_at(self.step))
     key = size, self.record.factor if is_on else 0.0
     if key not in self._compiled:
       how = f'with {method.name}' if is_on else 'without weight perturbation'

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks, loops
+from awp_jax import checks, loops, placement
 from awp_jax.attacks import arguments, diagnostics, engine, results, streams
 from awp_jax.attacks.engine import AttackSpec
 from awp_jax.attacks.model import Model, make_model, misclassified
@@ -86,15 +86,6 @@ class _Natural(NamedTuple):
   targets: np.ndarray
   not_finite: int
   probable: bool
-
-
-def _placement(devices: Sequence[jax.Device] | None) -> Callable[[Any], Any]:
-  if devices is None:
-    return jax.device_put
-  mesh = jax.sharding.Mesh(np.asarray(devices), ('batch',))
-  spec = jax.sharding.PartitionSpec('batch')
-  sharding = jax.sharding.NamedSharding(mesh, spec)
-  return lambda tree: jax.device_put(tree, sharding)
 
 
 def _blocks(count: int, size: int) -> Iterator[np.ndarray]:
@@ -315,7 +306,8 @@ def evaluate(
       images, labels.astype(np.int32),
       engine.batch_sizes(batch_size // side_by_side, num_devices),
       engine.batch_sizes(forward * batch_size // side_by_side, num_devices),
-      group_size, side_by_side, _placement(options.devices))
+      group_size, side_by_side,
+      functools.partial(placement.cut, devices=options.devices))
   natural = _natural(setting, max(spec.num_targets for spec in specs))
   found: list[AttackWarning] = []
   if options.check_model:

@@ -74,12 +74,6 @@ class Descent(NamedTuple):
   state: MethodState
 
 
-def is_active(method: Method, state: MethodState) -> Array:
-  """Whether this step perturbs, a bool scalar."""
-  since = state.step - method.start
-  return (since >= 0) & (since % method.every == 0)
-
-
 def begin(
     method: Method, state: MethodState, noise_key: Array | None = None
 ) -> Ascent:
@@ -213,7 +207,8 @@ def _when(
   if not method.is_scheduled:
     return make()
   return jax.lax.cond(
-      is_active(method, state), make, lambda: _zeros(jax.eval_shape(make)))
+      method.perturbs_at(state.step), make,
+      lambda: _zeros(jax.eval_shape(make)))
 
 
 def ascend(
@@ -288,7 +283,7 @@ def descend(
           method, *at_natural(params)))
     a, b = method.mix
     if method.is_scheduled:
-      active = is_active(method, state)
+      active = method.perturbs_at(state.step)
       a, b = jnp.where(active, a, 0), jnp.where(active, b, 1)
     loss = a * natural[0][0] + b * loss
     descended = jax.tree.map(

@@ -133,6 +133,18 @@ class Method:
     """Whether some steps are left out."""
     return self.start > 0 or self.every > 1
 
+  def perturbs_at(self, step: Any) -> Any:
+    """Whether step number `step` is one that `start` and `every` leave in.
+
+    Args:
+      step: an int, or a device or traced scalar.
+
+    Returns:
+      A bool, or a bool scalar.
+    """
+    since = step - self.start
+    return (since >= 0) & (since % self.every == 0)
+
   @property
   def uses_natural(self) -> bool:
     """Whether the pass at w counts."""

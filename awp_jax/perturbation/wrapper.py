@@ -162,7 +162,7 @@ def _opaque_descent(
     if shifted is params or not method.is_scheduled:
       return ascent_fn(shifted)
     return _valued(jax.lax.cond(
-        engine.is_active(method, state), lambda: grad_fn(shifted),
+        method.perturbs_at(state.step), lambda: grad_fn(shifted),
         lambda: gradients))
 
   ascent = engine.ascend(
@@ -203,7 +203,7 @@ def _move(
       method.direction.take(counted.memory, gradients, w, key), w,
       counted.step)
   if method.is_scheduled:
-    active = engine.is_active(method, counted)
+    active = method.perturbs_at(counted.step)
     moved = jax.tree.map(lambda x: jnp.where(active, x, 0), moved)
   updates = jax.tree.map(
       lambda x, v, p: x + v - p, w, moved.perturbation, params)
