@@ -78,7 +78,8 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
           'attacks': {a.name: a.seconds for a in result.attacks}}
 
 
-def _torch_model(job: dict[str, Any]) -> Any:
+def torch_model(job: dict[str, Any]) -> Any:
+  """The job's network in PyTorch: as wide and deep as its file says."""
   import torch
   from torch import nn
 
@@ -88,15 +89,19 @@ def _torch_model(job: dict[str, Any]) -> Any:
 
     return torch_preact_resnet.load(np.load(job['weights']))
   fixture = np.load(job['fixture'])
+  state = {name.removeprefix('param/'): torch.tensor(fixture[name])
+           for name in fixture if name.startswith('param/')}
+  kernels = [value for name, value in state.items() if value.ndim == 4]
+  # Convolutions stand at 0, 2, 4, ..., each before its ReLU.
   layers: list[Any] = []
-  for into, out, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2),
-                            (128, 128, 2)):
-    layers += [nn.Conv2d(into, out, 3, stride, 1), nn.ReLU()]
+  for i in range(len(kernels)):
+    out, into, size, _ = state[f'{2 * i}.weight'].shape
+    layers += [nn.Conv2d(into, out, size, 2 if i else 1, 1), nn.ReLU()]
+  classes, features = state[f'{len(layers) + 2}.weight'].shape
   model = nn.Sequential(
-      *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
-  model.load_state_dict({
-      k.removeprefix('param/'): torch.tensor(fixture[k])
-      for k in fixture if k.startswith('param/')})
+      *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+      nn.Linear(features, classes))
+  model.load_state_dict(state)
   return model.eval()
 
 
@@ -108,7 +113,7 @@ def run_reference(job: dict[str, Any]) -> dict[str, Any]:
 
   data = np.load(job['data'])
   images = torch.tensor(data['images'].transpose(0, 3, 1, 2).copy())
-  model = _torch_model(job)
+  model = torch_model(job)
   labels = torch.tensor(data['labels']).long()
   if job['own_labels']:
     with torch.no_grad():

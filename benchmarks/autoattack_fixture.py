@@ -24,17 +24,32 @@ THREATS = (ThreatModel('Linf', 8 / 255), ThreatModel('L2', 0.5))
 ATTACKS = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
 
 
+def layers_of(data: Any) -> tuple[list[int], int]:
+  """Numbers of the convolutions, in order, and of the linear layer."""
+  numbers = sorted(
+      int(key.removeprefix('param/').removesuffix('.weight'))
+      for key in data if key.startswith('param/') and key.endswith('.weight'))
+  return numbers[:-1], numbers[-1]
+
+
 def network(data: Any) -> Callable[[jax.Array], jax.Array]:
-  """The fixture's network, images [B, 32, 32, 3] -> logits [B, 10]."""
+  """The fixture's network, images [B, H, W, 3] -> logits [B, classes].
+
+  Convolutions of 3x3 with ReLU, the first of stride 1 and the others of stride
+  2, their mean over the pixels, and a linear layer. Their number and widths are
+  those of the file.
+  """
+  convolutions, linear = layers_of(data)
   kernels = [
       jnp.asarray(data[f'param/{i}.weight'].transpose(2, 3, 1, 0))
-      for i in (0, 2, 4, 6)]
-  biases = [jnp.asarray(data[f'param/{i}.bias']) for i in (0, 2, 4, 6)]
-  head = jnp.asarray(data['param/10.weight'].T)
-  shift = jnp.asarray(data['param/10.bias'])
+      for i in convolutions]
+  biases = [jnp.asarray(data[f'param/{i}.bias']) for i in convolutions]
+  head = jnp.asarray(data[f'param/{linear}.weight'].T)
+  shift = jnp.asarray(data[f'param/{linear}.bias'])
 
   def logits_fn(x: jax.Array) -> jax.Array:
-    for kernel, bias, stride in zip(kernels, biases, (1, 2, 2, 2), strict=True):
+    for i, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
+      stride = 2 if i else 1
       x = jax.lax.conv_general_dilated(
           x, kernel, (stride, stride), [(1, 1), (1, 1)],
           dimension_numbers=('NHWC', 'HWIO', 'NHWC'))

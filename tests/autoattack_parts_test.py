@@ -14,7 +14,7 @@ import pytest
 from awp_jax import threat as threats
 from awp_jax.attacks import apgd_steps, hyperplanes, square_patterns
 from awp_jax.attacks import model as models
-from awp_jax.attacks.engine import Examples
+from awp_jax.attacks.contract import Examples
 from awp_jax.threat import ThreatModel
 
 DATA = dict(

@@ -14,6 +14,7 @@ from awp_jax import (
   pgd,
   pgd_with_state,
 )
+from awp_jax.attacks.pgd import Attack, run_pgd
 from awp_jax.threat import ThreatModel
 
 NORMS = ('Linf', 'L2')
@@ -75,6 +76,21 @@ def test_stays_in_the_box(norm):
   assert ThreatModel(norm, 0.5).distance(got, x).max() <= 0.5 + 1e-6
   if norm == 'Linf':
     np.testing.assert_allclose(got, [[1, 0, 1, 0.5]], atol=1e-6)
+
+
+def test_default_start_is_a_draw_by_the_key():
+  threat, key = ThreatModel('L2', 0.1), jax.random.key(4)
+  options = {'step_size': 1e-9, 'num_steps': 1}
+  np.testing.assert_allclose(
+      pgd(key, linear_loss, INSIDE, threat, **options),
+      threat.random_start(key, INSIDE), atol=1e-7)
+  starts = jnp.stack([threat.random_start(k, INSIDE)
+                      for k in jax.random.split(key, 3)])
+  best = jnp.argmax(jax.vmap(linear_loss)(starts), axis=0)
+  np.testing.assert_allclose(
+      pgd(key, linear_loss, INSIDE, threat, **options, restarts=3),
+      starts[best, jnp.arange(2)], atol=1e-7)
+  assert Attack(0.1, 2) == (0.1, 2, 'random', 1, None)
 
 
 def test_fgsm_is_one_step_of_epsilon():
@@ -144,14 +160,78 @@ def test_state_moves_once_a_step():
   assert state == 3 * (7 + 1)
 
 
-def test_no_gradient_flows_through_the_attack():
-  def outer(scale):
-    x_adv = pgd(
-        jax.random.key(0), lambda x: scale * linear_loss(x), INSIDE * scale,
-        ThreatModel('L2', 0.1), step_size=0.05, num_steps=3)
-    return jnp.sum(x_adv)
+@pytest.mark.parametrize(
+    'start,restarts', [('gaussian', 1), ('gaussian', 2), ('given', 1)])
+def test_no_gradient_flows_through_the_attack(start, restarts):
+  # x, the start, the loss and its state all depend on the argument, and the
+  # attack stays inside the ball, so that each of them would show.
+  def attacked(scale):
+    x = INSIDE * scale
+    return pgd_with_state(
+        jax.random.key(0),
+        lambda x, state: (scale * linear_loss(x), state * scale), scale, x,
+        ThreatModel('L2', 0.3), step_size=0.05, num_steps=1,
+        start=x + 0.01 * scale if start == 'given' else start,
+        restarts=restarts)
 
-  assert jax.grad(outer)(1.0) == 0
+  def total(outputs):
+    return sum(jnp.sum(output) for output in outputs)
+
+  assert jax.grad(lambda scale: total(attacked(scale)))(1.0) == 0
+  # The same sum, taken by differences, does depend on it.
+  up, down = total(attacked(1.01)), total(attacked(0.99))
+  assert (up - down) / 0.02 > 1
+
+
+@pytest.mark.parametrize('norm', [*NORMS, 'L1'])
+@pytest.mark.parametrize('restarts', [1, 3])
+def test_gradient_entries_that_are_not_finite_count_as_zero(norm, restarts):
+  def without_the_entry(x):
+    return linear_loss(x.at[:, 0].set(0))
+
+  def with_nan(x):
+    # The square root's value is 0 and its derivative 0 * inf.
+    return without_the_entry(x) + jnp.sqrt(0 * x[:, 0])
+
+  def run(loss_fn):
+    return run_pgd(
+        jax.random.key(0), lambda x, state: (loss_fn(x), state), (), INSIDE,
+        ThreatModel(norm, 0.1), step_size=0.03, num_steps=4,
+        start='random' if restarts > 1 else 'zero', restarts=restarts)
+
+  got = run(with_nan)
+  wanted = run(without_the_entry)
+  np.testing.assert_allclose(got.x_adv, wanted.x_adv, atol=1e-6)
+  assert np.abs(got.x_adv - INSIDE).max() > 0.01
+  assert got.nonfinite.tolist() == [True, True]
+  assert wanted.nonfinite.tolist() == [False, False]
+
+
+def test_examples_with_a_gradient_that_is_not_finite_are_named():
+  # Infinite for the second example, in the second step only.
+  def loss_fn(x, step):
+    bad = (jnp.arange(3) == 1) & (step == 1)
+    slope = jnp.where(bad, jnp.inf, 1.0)
+    return jnp.sum(x, axis=1) * slope, step + 1
+
+  x = jnp.full((3, 2), 0.5).at[2, 0].set(jnp.nan)
+  got = run_pgd(
+      jax.random.key(0), loss_fn, jnp.int32(0), x, ThreatModel('Linf', 0.1),
+      step_size=0.01, num_steps=3, start='zero')
+  assert got.nonfinite.tolist() == [False, True, True]
+  np.testing.assert_allclose(
+      got.x_adv[:2], [[0.53, 0.53], [0.52, 0.52]], atol=1e-6)
+
+
+def test_restarts_prefer_a_point_at_which_the_loss_is_nan():
+  def loss_fn(x):
+    return jnp.where(x[:, 0] > 0.55, jnp.nan, x[:, 0])
+
+  x = jnp.full((16, 1), 0.5)
+  got = pgd(
+      jax.random.key(0), loss_fn, x, ThreatModel('Linf', 0.1), step_size=1e-6,
+      num_steps=1, restarts=12)
+  assert np.all(got > 0.55)
 
 
 @pytest.mark.parametrize('norm', NORMS)
@@ -202,6 +282,7 @@ def test_attacks_raise_their_loss(loss):
     ({'restarts': 0}, 'restarts must be a whole number >= 1, got 0'),
     ({'start': 'radnom'}, "Did you mean 'random'"),
     ({'start': 'zero', 'restarts': 2}, 'restarts=2 needs a random start'),
+    ({'start': INSIDE, 'restarts': 2}, 'restarts=2 needs a random start'),
     ({'start': jnp.zeros((1, 4))}, r'shape of x, \(2, 4\), got \(1, 4\)'),
 ])
 def test_bad_arguments(keywords, message):

@@ -8,45 +8,54 @@ import numpy as np
 import pytest
 
 from awp_jax import loops
-from awp_jax.attacks import apgd, engine, streams
+from awp_jax.attacks import apgd, engine, judging, streams
 from awp_jax.attacks.model import make_model
 from awp_jax.threat import ThreatModel
-from tests import autoattack_test
+from tests import attack_oracles
 
 THREAT = ThreatModel('Linf', 0.03)
 
 
 def problem(count=40):
-  logits_fn, images, labels = autoattack_test.problem(count)
+  logits_fn, images, labels = attack_oracles.network(count)
   model = make_model(logits_fn, 5)
   attack = apgd.apgd_spec('apgd-ce', loss='ce', num_steps=12).build(
       model, THREAT)
-  return attack, engine.Group(
+  court = judging.Court(
+      model, THREAT, jax.random.key(1), 8, jax.device_put)
+  job = engine.Job(
+      attack, engine.make_advance(attack, False), jax.random.key(0), (8,),
+      jax.device_put, judging.make_judge(court, 'apgd-ce'))
+  return job, judging.Group(
       np.arange(count), images, labels, np.zeros((count, 1), np.int32))
 
 
-def run(attack, group, number):
-  return streams.attack_group(
-      attack, jax.random.key(0), group, sizes=(8,), place=jax.device_put,
-      streams=number)
+def run(job, group, number):
+  return streams.attack_group(job, group, streams=number)
 
 
-def watched(attack, look):
+def with_step(job, step):
+  attack = job.attack._replace(step=step)
+  return job._replace(
+      attack=attack, advance=engine.make_advance(attack, False))
+
+
+def watched(job, look):
   """The attack, with a look at each step before it is made."""
 
   def step(examples, state):
     look()
-    return attack.step(examples, state)
+    return job.attack.step(examples, state)
 
-  return attack._replace(step=step)
+  return with_step(job, step)
 
 
 def test_outcome_does_not_depend_on_their_number():
-  attack, group = problem()
-  alone = run(attack, group, 1)
+  job, group = problem()
+  alone = run(job, group, 1)
   assert 0 < alone.broken.sum() < 40
   threads = set()
-  look = watched(attack, lambda: threads.add(threading.get_ident()))
+  look = watched(job, lambda: threads.add(threading.get_ident()))
   for number in (2, 3, 5):
     threads.clear()
     outcome = run(look, group, number)
@@ -56,16 +65,16 @@ def test_outcome_does_not_depend_on_their_number():
 
 
 def test_few_examples_need_few_threads():
-  attack, group = problem(15)
+  job, group = problem(15)
   threads = set()
-  run(watched(attack, lambda: threads.add(threading.get_ident())), group, 4)
+  run(watched(job, lambda: threads.add(threading.get_ident())), group, 4)
   assert threads == {threading.get_ident()}
 
 
 def test_settings_of_the_caller_hold_in_every_batch():
-  attack, group = problem()
+  job, group = problem()
   seen = []
-  look = watched(attack, lambda: seen.append(
+  look = watched(job, lambda: seen.append(
       (threading.get_ident(), jax.config.jax_default_matmul_precision)))
   with jax.default_matmul_precision('float32'):
     run(look, group, 2)
@@ -74,7 +83,7 @@ def test_settings_of_the_caller_hold_in_every_batch():
 
 @pytest.mark.parametrize('in_main', [True, False])
 def test_a_failure_ends_all_of_them(in_main):
-  attack, group = problem()
+  job, group = problem()
   main, steps = threading.get_ident(), []
   others_began = threading.Event()
 
@@ -87,11 +96,11 @@ def test_a_failure_ends_all_of_them(in_main):
       others_began.set()
 
   # Without a stop the other batch would go on for ever.
-  endless = attack._replace(step=lambda examples, state: (
+  endless = with_step(job, lambda examples, state: (
       lambda state, report: (
           state._replace(time=state.time * 0),
           report._replace(finished=report.finished & False)))(
-              *attack.step(examples, state)))
+              *job.attack.step(examples, state)))
   with pytest.raises(KeyError, match='no step'):
     run(watched(endless, look), group, 2)
   assert others_began.is_set()

@@ -27,14 +27,15 @@ epsilon to epsilon.
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from awp_jax import checks
-from awp_jax.attacks import apgd_steps, engine, evaluation
+from awp_jax.attacks import apgd_steps, contract, evaluation
 from awp_jax.attacks.apgd_steps import APGDState
-from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
-from awp_jax.attacks.model import Model
+from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
+from awp_jax.attacks.model import LogitsLoss, Model
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -42,7 +43,8 @@ Loss = Literal['ce', 'dlr', 'dlr-targeted', 'margin']
 LOSSES: tuple[Loss, ...] = ('ce', 'dlr', 'dlr-targeted', 'margin')
 
 #: How many classes a loss needs, and what replaces it with fewer.
-_NEEDS = {'dlr': (3, 'margin'), 'dlr-targeted': (4, 'difference')}
+_NEEDS: dict[Any, tuple[int, str]] = {
+    'dlr': (3, 'margin'), 'dlr-targeted': (4, 'difference')}
 
 
 def _target(examples: Examples, restarts: int) -> Array:
@@ -50,25 +52,47 @@ def _target(examples: Examples, restarts: int) -> Array:
   return jnp.take_along_axis(examples.targets, column, axis=1)[:, 0]
 
 
+def _check_loss(loss: Loss | LogitsLoss, num_classes: int) -> None:
+  """Raises ValueError unless a callable loss gives one number per example."""
+  if isinstance(loss, str):
+    return
+  whole = jax.ShapeDtypeStruct((2,), jnp.int32)
+  losses = jax.eval_shape(
+      loss, jax.ShapeDtypeStruct((2, num_classes), jnp.float32), whole, whole)
+  if getattr(losses, 'shape', None) != (2,):
+    raise ValueError(
+        'a loss must map (logits [B, C], labels [B], targets [B]) to losses '
+        f'[B], got {losses} for B = 2.')
+
+
 def apgd_spec(
-    name: str, *, loss: Loss, num_steps: int = 100, restarts: int = 1,
-    num_targets: int = 9, large_start: bool = False) -> AttackSpec:
+    name: str, *, loss: Loss | LogitsLoss, num_steps: int = 100,
+    restarts: int = 1, num_targets: int = 9, targeted: bool | None = None,
+    large_start: bool = False) -> AttackSpec:
   """APGD for a list of attacks; the arguments are those of `apgd`."""
-  checks.one_of('loss', loss, LOSSES)
+  if not callable(loss):
+    checks.one_of('loss', loss, LOSSES)
   checks.count('num_steps', num_steps)
   checks.count('restarts', restarts)
   checks.count('num_targets', num_targets)
-  targeted = loss == 'dlr-targeted'
+  if isinstance(loss, str):
+    if targeted not in (None, loss == 'dlr-targeted'):
+      raise ValueError(
+          f'targeted={targeted!r} does not go with loss={loss!r}: only '
+          "'dlr-targeted' and a callable loss run per target class.")
+    targeted = loss == 'dlr-targeted'
+  fewest, instead = _NEEDS.get(loss, (2, loss))
 
   def build(model: Model, threat: ThreatModel) -> Attack:
-    fewest, instead = _NEEDS.get(loss, (2, loss))
+    _check_loss(loss, model.num_classes)
     ascended = loss if model.num_classes >= fewest else instead
     schedule = apgd_steps.make_schedule(
         threat, num_steps, large_start and threat.norm == 'L1')
 
     def step(examples: Examples, state: APGDState) -> tuple[Any, Report]:
-      keys = engine.step_keys(examples.keys, state.time)
-      target = _target(examples, restarts) if targeted else examples.labels
+      keys = contract.step_keys(examples.keys, state.time)
+      target = (_target(examples, restarts) if targeted
+                else examples.targets[:, 0])
       seen = model.gradients(
           ascended, state.x, examples.labels, target, keys)
       return apgd_steps.advance(
@@ -83,13 +107,14 @@ def apgd_spec(
 
   return AttackSpec(
       name, build, num_targets=num_targets if targeted else 0,
-      min_classes=_NEEDS.get(loss, (2, ''))[0])
+      min_classes=fewest)
 
 
 def apgd(
     key: Array, logits_fn: Any, images: Array | np.ndarray,
-    labels: Array | np.ndarray, threat: ThreatModel, *, loss: Loss = 'ce',
-    num_steps: int = 100, restarts: int = 1, num_targets: int = 9,
+    labels: Array | np.ndarray, threat: ThreatModel, *,
+    loss: Loss | LogitsLoss = 'ce', num_steps: int = 100, restarts: int = 1,
+    num_targets: int = 9, targeted: bool | None = None,
     large_start: bool = False,
     options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
   """Auto-PGD on a loss of the logits.
@@ -102,10 +127,13 @@ def apgd(
     threat: L_inf, L_2 or L_1.
     loss: 'ce', 'dlr' (C >= 3), 'dlr-targeted' (C >= 4) or 'margin'. With fewer
       classes a DLR loss gives way to the difference of logits above its
-      division, with a warning.
+      division, with a warning. Or a function (logits [B, C], labels [B],
+      targets [B]) -> losses [B] that the adversary makes large.
     num_steps: iterations of a run, >= 1.
     restarts: runs from other random starts, per target where targeted.
     num_targets: targeted: the most likely wrong classes, at most C - 1.
+    targeted: whether a callable loss has runs for each of `num_targets`
+      classes; else its `targets` are the most likely wrong ones.
     large_start: L_1: shrink the ball in stages.
     options: how the examples stream through.
 
@@ -120,8 +148,9 @@ def apgd(
     Ensemble of Diverse Parameter-free Attacks, ICML 2020; Mind the Box:
     l1-APGD for Sparse Adversarial Attacks on Image Classifiers, ICML 2021.
   """
+  name = loss if isinstance(loss, str) else 'own'
   spec = apgd_spec(
-      f'apgd-{loss}', loss=loss, num_steps=num_steps, restarts=restarts,
-      num_targets=num_targets, large_start=large_start)
+      f'apgd-{name}', loss=loss, num_steps=num_steps, restarts=restarts,
+      num_targets=num_targets, targeted=targeted, large_start=large_start)
   return evaluation.evaluate(
       key, logits_fn, images, labels, threat, (spec,), options=options)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from awp_jax import threat as threats
-from awp_jax.attacks.engine import Examples, Report
+from awp_jax.attacks.contract import Examples, Report
 from awp_jax.attacks.model import Gradients
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
@@ -279,7 +279,7 @@ def advance(
       seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
   report = Report(
       state.x, seen.broken & counts, time + 1 >= total,
-      no_gradient & (time == 0))
+      no_gradient & (time == 0), seen.nonfinite)
 
   state = _record(state, seen, x, threat, schedule)
   if threat.norm == 'L1':

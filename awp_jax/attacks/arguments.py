@@ -1,11 +1,16 @@
 """Checks of what is handed to an evaluation, before anything compiles."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
+import jax.extend
+import jax.numpy as jnp
 import numpy as np
 
-from awp_jax.attacks.engine import AttackSpec
+from awp_jax import checks
+from awp_jax.attacks import programs
+from awp_jax.attacks.contract import AttackSpec
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -16,7 +21,7 @@ def check_images(images: np.ndarray, threat: ThreatModel) -> None:
     raise ValueError(
         'images need at least one example and rank >= 2, [N, ...], got shape '
         f'{images.shape}.')
-  if not np.issubdtype(images.dtype, np.floating):
+  if not jnp.issubdtype(images.dtype, jnp.floating):
     raise ValueError(
         f'images must be floating point in [{threat.lower}, {threat.upper}], '
         f'got {images.dtype}. Bytes need a division by 255.')
@@ -46,10 +51,24 @@ def check_labels(
         f'{labels.max()}.')
 
 
-def count_classes(
+class Traced(NamedTuple):
+  """A model as one trace shows it.
+
+  Attributes:
+    program: the trace, on two images.
+    num_classes: C.
+    dtype: of the logits.
+  """
+
+  program: jax.extend.core.ClosedJaxpr
+  num_classes: int
+  dtype: np.dtype
+
+
+def trace_model(
     logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool
-) -> int:
-  """C, by tracing the model once; nothing is compiled.
+) -> Traced:
+  """Traces the model once; nothing is compiled.
 
   Args:
     logits_fn: the model.
@@ -57,14 +76,15 @@ def count_classes(
     takes_key: whether the model takes a key as well.
 
   Returns:
-    The number of classes.
+    The trace.
 
   Raises:
     ValueError: unless the model gives logits [B, C], C >= 2.
   """
   spec = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
   keys = (jax.random.key(0),) if takes_key else ()
-  logits = jax.eval_shape(logits_fn, spec, *keys)
+  program, logits = jax.make_jaxpr(
+      programs.unwrap(logits_fn), return_shape=True)(spec, *keys)
   shape: tuple[int, ...] = getattr(logits, 'shape', ())
   if len(shape) != 2 or shape[0] != 2:
     raise ValueError(
@@ -72,18 +92,29 @@ def count_classes(
         f'{logits} for images of shape {spec.shape}.')
   if shape[1] < 2:
     raise ValueError(
-        f'logits_fn must tell at least 2 classes apart, got {shape[1]}.')
-  return int(shape[1])
+        f'logits_fn must give logits of at least 2 classes, got {shape[1]}.')
+  return Traced(program, int(shape[1]), np.dtype(logits.dtype))
 
 
-def check_specs(specs: Sequence[AttackSpec], rank: int) -> None:
-  """Raises ValueError unless names differ and every attack fits the inputs."""
+def check_specs(
+    specs: Sequence[AttackSpec], rank: int, takes_key: bool,
+    num_draws: int | None) -> None:
+  """Raises ValueError unless the attacks fit each other, inputs and model."""
   names = [spec.name for spec in specs]
   if not names or len(set(names)) < len(names):
     raise ValueError(
         f'attacks must be at least one, each of its own name, got {names}.')
+  if num_draws is not None:
+    checks.count('num_draws', num_draws)
   for spec in specs:
     if spec.needs_images and rank != 4:
       raise ValueError(
           f'{spec.name} moves squares over images [N, height, width, channels]'
           f', got inputs of rank {rank}. Leave it out of the attacks.')
+    draws = num_draws or spec.num_draws or 1
+    if draws > 1 and not takes_key:
+      raise ValueError(
+          f'{spec.name} averages gradients over {draws} draws of a randomised '
+          'model, and this model takes no key: every draw would be the same. '
+          'Use a version for deterministic models, or pass logits_fn(images, '
+          'key) and EvalOptions(takes_key=True).')

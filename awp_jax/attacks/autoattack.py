@@ -15,7 +15,6 @@ standing; what survives all of them counts as robust.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 from typing import Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ import numpy as np
 from awp_jax import checks
 from awp_jax.attacks import evaluation
 from awp_jax.attacks.apgd import apgd_spec
-from awp_jax.attacks.engine import AttackSpec
+from awp_jax.attacks.contract import AttackSpec
 from awp_jax.attacks.evaluation import AttackResult, EvalOptions
 from awp_jax.attacks.fab import fab_spec
 from awp_jax.attacks.square import square_spec
@@ -44,7 +43,7 @@ ATTACKS: tuple[str, ...] = (
     'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
 
 #: Draws of a randomised model that 'rand' averages each gradient over.
-_RAND_DRAWS = 20
+RAND_DRAWS = 20
 
 
 def make_specs(
@@ -56,10 +55,15 @@ def make_specs(
     names: of `ATTACKS`.
     norm: L_1 has its own settings in 'standard' and 'fast': five restarts of
       APGD-CE, five targets for APGD-T, and balls that shrink.
-    version: 'plus' restarts APGD-CE, APGD-DLR and FAB five times.
+    version: 'plus' restarts APGD-CE, APGD-DLR and FAB five times; 'rand'
+      averages gradients over 20 draws, and its specs need a model that takes a
+      key.
 
   Returns:
     One spec per name.
+
+  Raises:
+    ValueError: for an unknown name.
   """
   plus = version == 'plus'
   staged = norm == 'L1' and version in ('standard', 'fast')
@@ -79,7 +83,8 @@ def make_specs(
   }
   for name in names:
     checks.one_of('attack', name, make)
-  return tuple(make[name]() for name in names)
+  draws = RAND_DRAWS if version == 'rand' else None
+  return tuple(make[name]()._replace(num_draws=draws) for name in names)
 
 
 def auto_attack(
@@ -106,7 +111,7 @@ def auto_attack(
       * 'plus': APGD-CE, APGD-DLR and FAB with 5 restarts each, Square, APGD-T
         and FAB-T.
       * 'rand', for randomised models: APGD-CE and APGD-DLR on gradients
-        averaged over 20 draws. See `EvalOptions.takes_key`.
+        averaged over 20 draws. It needs `EvalOptions.takes_key`.
       * 'fast': APGD-CE and APGD-T alone. In nine published logs of 'standard'
         these two fix the robust accuracy to within 0.02 percentage points, in
         24 to 33 % of the time. It can be wrong by far more on a model that
@@ -121,8 +126,8 @@ def auto_attack(
 
   Raises:
     ValueError: for an unknown version or attack, images outside the box or
-      with NaN, labels out of range, wrong shapes, or no examples; before
-      anything is compiled.
+      with NaN, labels out of range, wrong shapes, no examples, or 'rand' for
+      a model without a key; before anything is compiled.
 
   References:
     Croce and Hein, Reliable Evaluation of Adversarial Robustness with an
@@ -131,10 +136,17 @@ def auto_attack(
   checks.one_of('version', version, VERSIONS)
   options = EvalOptions() if options is None else options
   chosen = VERSIONS[version] if attacks is None else attacks
-  specs = tuple(
-      make_specs((a,), threat.norm, version)[0] if isinstance(a, str) else a
-      for a in chosen)
-  if version == 'rand' and options.num_draws is None:
-    options = dataclasses.replace(options, num_draws=_RAND_DRAWS)
+  if version == 'rand' and not options.takes_key:
+    raise ValueError(
+        "version='rand' is for randomised models: pass logits_fn(images, key) "
+        "and EvalOptions(takes_key=True), or use version='standard' for a "
+        'deterministic model.')
+  specs = []
+  for attack in chosen:
+    if isinstance(attack, str):
+      attack, = make_specs((attack,), threat.norm, version)
+    elif version == 'rand' and attack.num_draws is None:
+      attack = attack._replace(num_draws=RAND_DRAWS)
+    specs.append(attack)
   return evaluation.evaluate(
       key, logits_fn, images, labels, threat, specs, options=options)

@@ -8,8 +8,9 @@ import warnings
 import jax
 import numpy as np
 
-from awp_jax.attacks.engine import AttackSpec
+from awp_jax.attacks.contract import AttackSpec
 from awp_jax.attacks.results import (
+    Anomalies,
     AttackWarning,
     RobustnessWarning,
     WarningKind,
@@ -105,18 +106,30 @@ def check_logits(logits: np.ndarray) -> tuple[int, bool]:
   return int(np.sum(~finite)), probable
 
 
-def about_logits(not_finite: int, probable: bool) -> list[AttackWarning]:
-  """Warns of what `check_logits` saw."""
+def about_logits(
+    nonfinite: int, probable: bool, dtype: np.dtype) -> list[AttackWarning]:
+  """Warns of what the natural logits show.
+
+  Args:
+    nonfinite: of how many images they are not finite.
+    probable: whether they look like probabilities.
+    dtype: of the logits.
+  """
   found = []
-  if not_finite:
+  if nonfinite:
     found.append(warn(
-        'non-finite', f'the logits of {not_finite} images are not finite. '
-        'Those count as misclassified, and no attack can count on such logits.',
-        num_examples=not_finite))
+        'non-finite', f'the logits of {nonfinite} natural images are not '
+        'finite. Those images count as misclassified.',
+        num_examples=nonfinite))
   if probable:
     found.append(warn(
         'probabilities', 'the outputs are probabilities, not logits: their '
         'gradients vanish where the model is sure. Leave out the softmax.'))
+  if dtype.itemsize < 4:
+    found.append(warn(
+        'half-precision', f'the model returns {dtype} logits, whose largest '
+        'entries often tie. Robust accuracy is comparable in float32 only: '
+        'build the model with dtype=float32 and the same weights.'))
   return found
 
 
@@ -142,22 +155,33 @@ def check_classes(
 
 
 def after_attack(
-    spec: AttackSpec, flat: int, gain: float, any_white_box: bool
+    spec: AttackSpec, anomalies: Anomalies, gain: float, any_white_box: bool
 ) -> list[AttackWarning]:
-  """Warns of what an attack's course says.
+  """Warns of what an attack met.
 
   Args:
     spec: the attack.
-    flat: examples that gave it an all-zero gradient.
+    anomalies: what was odd, and on how many examples.
     gain: the accuracy that it took.
     any_white_box: whether an attack by gradients went before.
   """
-  found = []
-  if flat:
-    found.append(warn(
-        'zero-gradients', f'{spec.name}: {flat} examples have a gradient of '
-        'zero in every entry. Attacks by gradients are unreliable here.',
-        spec.name, flat))
+  told: list[tuple[WarningKind, int, str]] = [
+      ('zero-gradients', anomalies.flat,
+       'have a gradient of zero in every entry. Attacks by gradients are '
+       'unreliable here.'),
+      ('non-finite-gradient', anomalies.nonfinite_gradient,
+       'have a gradient with entries that are not finite. The attack took them '
+       'for 0 and is weaker for it: mend the gradient (sqrt or a norm at 0, a '
+       'division by 0 behind `where`).'),
+      ('non-finite', anomalies.nonfinite_logits,
+       'have an adversarial example whose logits are not finite. They count as '
+       'misclassified.'),
+      ('outside', anomalies.outside,
+       'were given points outside of the ball or the box, or with NaN, which '
+       'were rejected. The attack needs a projection.')]
+  found = [
+      warn(kind, f'{spec.name}: {count} examples {text}', spec.name, count)
+      for kind, count, text in told if count]
   if spec.name == 'square' and any_white_box and gain > _SQUARE_GAIN:
     found.append(warn(
         'square-stronger', f'Square took {gain:.2%} off the robust accuracy '

@@ -5,126 +5,38 @@ moves it on by one iteration and reports which examples it broke. The engine
 owns the loop. Its work is a queue of tasks (example, run), where a run is a
 restart or a target class, ordered by run, and a batch of B places:
 
-  step all places;  where an example broke or a run ended, take it out;
+  step all places;  where a run ended or broke its example, judge the candidate;
   drop what is queued for broken examples;  fill the free places from the queue.
 
 Places run at their own iteration each, so no time goes to broken examples and
-no shape changes. When the queue is empty the batch shrinks, to one of a few
-sizes. An example is broken as soon as one iterate is misclassified, so
-leaving early changes no verdict.
+no shape changes. A run of a deterministic model ends at its first misclassified
+iterate. A run of a randomised model goes to its end, and its last misclassified
+iterate is judged: the first was misclassified under one draw of many. Where the
+judge refuses a candidate the example still stands: the run goes on if it is not
+over, and the example's remaining runs stay in the queue.
 
 Randomness belongs to (attack, example, run), never to a place in the batch.
 Which of several runs gets the credit for an example can depend on the batch
 size; whether one of them does can not, but for rounding.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, Protocol
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from awp_jax import loops
-from awp_jax.attacks.model import Model
-from awp_jax.threat import ThreatModel
+from awp_jax.attacks import places as places_lib
+from awp_jax.attacks import programs
+from awp_jax.attacks.contract import Attack, Examples, Report, run_keys
+from awp_jax.attacks.judging import Group, Judge
+from awp_jax.attacks.model import either
+from awp_jax.attacks.places import Filled, Places
 from awp_jax.types import Array
-
-
-class Examples(NamedTuple):
-  """What an attack knows of the examples in its batch.
-
-  Attributes:
-    images: natural images [B, ...].
-    labels: [B].
-    targets: the wrong classes in falling order of their natural logits, [B, T].
-    keys: a PRNG key per example and run, [B].
-    runs: which restart or target this is, [B], from 0.
-  """
-
-  images: Array
-  labels: Array
-  targets: Array
-  keys: Array
-  runs: Array
-
-
-class Report(NamedTuple):
-  """What one step says of each example.
-
-  Attributes:
-    candidates: the inputs that were judged, [B, ...], inside ball and box where
-      `broken`.
-    broken: whether the candidate is misclassified, [B].
-    finished: whether the run is over, [B].
-    flat: whether the gradient was zero in every entry at the start, [B].
-  """
-
-  candidates: Array
-  broken: Array
-  finished: Array
-  flat: Array
-
-
-class Attack(NamedTuple):
-  """An attack on batches.
-
-  Attributes:
-    num_runs: restarts times targets, >= 1.
-    init: examples -> state, any pytree of arrays with a leading batch axis.
-    step: (examples, state) -> (state, report). Entry i of everything depends on
-      example i alone.
-  """
-
-  num_runs: int
-  init: Callable[[Examples], Any]
-  step: Callable[[Examples, Any], tuple[Any, Report]]
-
-
-class BuildAttack(Protocol):
-  """Makes an attack on a model within a threat model."""
-
-  def __call__(self, model: Model, threat: ThreatModel, /) -> Attack:
-    """Makes the attack; compiles nothing yet."""
-    ...
-
-
-class AttackSpec(NamedTuple):
-  """An attack by name, before it knows its model.
-
-  Attributes:
-    name: unique within an evaluation; randomness derives from it.
-    build: makes the attack.
-    white_box: whether it uses gradients.
-    num_targets: how many target classes it wants, 0 if it is untargeted.
-    min_classes: fewest classes for which its own loss is defined; below, it
-      ascends a plain difference of logits.
-    needs_images: whether inputs must be [B, H, W, C].
-  """
-
-  name: str
-  build: BuildAttack
-  white_box: bool = True
-  num_targets: int = 0
-  min_classes: int = 2
-  needs_images: bool = False
-
-
-class Group(NamedTuple):
-  """Examples on the host that are attacked together.
-
-  Attributes:
-    indices: their places in the whole data set, [n].
-    images: [n, ...].
-    labels: [n].
-    targets: [n, T].
-  """
-
-  indices: np.ndarray
-  images: np.ndarray
-  labels: np.ndarray
-  targets: np.ndarray
 
 
 class Outcome(NamedTuple):
@@ -133,45 +45,71 @@ class Outcome(NamedTuple):
   Attributes:
     broken: [n].
     adversarial: [n, ...]; the natural image where not broken.
+    distances: of those from the natural images, [n].
     flat: examples with an all-zero gradient at a start, [n].
+    nonfinite_gradient: with entries of a gradient that are not finite, [n].
+    nonfinite_logits: broken by logits that are not finite, [n].
+    outside: with a candidate that is NaN or outside of ball or box, [n].
+    refused: with a candidate inside that the judge classified correctly, [n].
   """
 
   broken: np.ndarray
   adversarial: np.ndarray
+  distances: np.ndarray
   flat: np.ndarray
+  nonfinite_gradient: np.ndarray
+  nonfinite_logits: np.ndarray
+  outside: np.ndarray
+  refused: np.ndarray
 
 
-class _Carry(NamedTuple):
+def no_outcome(group: Group) -> Outcome:
+  """The outcome before anything happened."""
+  count = group.labels.size
+  return Outcome(
+      np.zeros(count, bool), group.images.copy(), np.zeros(count, np.float32),
+      *(np.zeros(count, bool) for _ in range(5)))
+
+
+class Carry(NamedTuple):
+  """A batch on the device: examples, the attack's state, what it found."""
+
   examples: Examples
   state: Any
   found: Report
 
 
-class _Places(NamedTuple):
-  """Which task sits in which place: example -1 where it is idle."""
+#: (carry, busy places [B], patience) -> (carry, runs that are over [B], number
+#: of iterations made).
+Advance = Callable[
+    [Carry, np.ndarray, int], tuple[Carry, np.ndarray, int]]
 
-  example: np.ndarray
-  run: np.ndarray
+
+class Job(NamedTuple):
+  """An attack with all that stays the same over its groups.
+
+  Attributes:
+    attack: the attack.
+    advance: runs it until enough places are free.
+    key: a PRNG key; example i, run r draw from fold_in(fold_in(key, i), r).
+    sizes: batch sizes as `places.batch_sizes` gives them.
+    place: puts arrays with a leading batch axis onto the devices.
+    judge: decides which candidates count.
+  """
+
+  attack: Attack
+  advance: Advance
+  key: Array
+  sizes: tuple[int, ...]
+  place: Callable[[Any], Any]
+  judge: Judge
 
 
 #: Iterations at one batch size before another is worth compiling.
 _SHRINK_AFTER = 64
 
-
-def batch_sizes(batch_size: int, num_devices: int) -> tuple[int, ...]:
-  """The full batch and the smaller ones that the end of a queue shrinks to.
-
-  On the CPU idle places cost as much as busy ones, so the sizes lie close; an
-  accelerator hardly notices them, and compiles for longer.
-  """
-  if loops.unrolls():
-    parts = (batch_size >> k for k in range(8))
-    sizes = sorted({s for p in parts for s in (p, p * 3 // 4)}, reverse=True)
-  else:
-    sizes = [batch_size, batch_size // 4, batch_size // 16]
-  return tuple(
-      s for s in sizes
-      if s == batch_size or (s >= 8 and s % num_devices == 0))
+#: Iterations after which the host looks at the device, at the latest.
+_LONGEST_CALL = 100
 
 
 def _rows(mask: Array, new: Array, old: Array) -> Array:
@@ -179,107 +117,139 @@ def _rows(mask: Array, new: Array, old: Array) -> Array:
 
 
 @jax.jit
-def _merge(fresh: Array, new: _Carry, old: _Carry) -> _Carry:
+def _merge(fresh: Array, new: Carry, old: Carry) -> Carry:
   return jax.tree.map(lambda a, b: _rows(fresh, a, b), new, old)
 
 
 @jax.jit
-def _take(carry: _Carry, rows: Array) -> _Carry:
+def _take(carry: Carry, rows: Array) -> Carry:
   return jax.tree.map(lambda leaf: leaf[rows], carry)
 
 
-@jax.jit
-def _note(found: Report, report: Report) -> tuple[Report, Array]:
-  """Adds a report to what was found so far; the first success is kept."""
-  news = report.broken & ~found.broken & ~found.finished
+@functools.partial(jax.jit, static_argnames=('to_end',))
+def _note(
+    found: Report, report: Report, to_end: bool) -> tuple[Report, Array]:
+  """Adds a report to what was found; keeps the first success, or the last."""
+  active = ~found.finished
+  if not to_end:
+    active &= ~found.broken
+  news = report.broken & active
+  nonfinite = found.nonfinite
+  if report.nonfinite is not None:
+    nonfinite = either(nonfinite, report.nonfinite & active)
   total = Report(
       _rows(news, report.candidates, found.candidates),
       found.broken | news, found.finished | report.finished,
-      found.flat | report.flat)
-  return total, total.broken | total.finished
+      found.flat | report.flat, nonfinite)
+  return total, total.finished if to_end else total.broken | total.finished
 
 
 @jax.jit
-def step_keys(keys: Array, time: Array) -> Array:
-  """A key per example for its iteration `time`, [B]."""
-  return jax.vmap(jax.random.fold_in)(keys, time)
+def _forget(carry: Carry, refused: Array) -> Carry:
+  """Takes back the successes of runs that go on."""
+  found = carry.found
+  return carry._replace(
+      found=found._replace(broken=found.broken & ~refused))
 
 
-@jax.jit
-def _keys(key: Array, indices: Array, runs: Array) -> Array:
-  def one(index: Array, run: Array) -> Array:
-    return jax.random.fold_in(jax.random.fold_in(key, index), run)
-  return jax.vmap(one)(indices, runs)
+def make_advance(attack: Attack, to_end: bool) -> Advance:
+  """Builds the loop of an attack, once for all of its groups.
 
-
-def _load(
-    attack: Attack, key: Array, group: Group, places: _Places,
-    place: Callable[[Any], Any]) -> _Carry:
-  rows = np.maximum(places.example, 0)
-  images, labels, targets, indices, runs = place((
-      group.images[rows], group.labels[rows], group.targets[rows],
-      group.indices[rows].astype(np.int32), places.run.astype(np.int32)))
-  examples = Examples(images, labels, targets, _keys(key, indices, runs), runs)
-  no = jnp.zeros_like(labels, dtype=bool)
-  return _Carry(examples, attack.init(examples), Report(images, no, no, no))
-
-
-def _tasks(
-    count: int, num_runs: int, broken: np.ndarray
-) -> Iterator[tuple[int, int]]:
-  """The queue; reads `broken` as it stands when a task is taken."""
-  for run in range(num_runs):
-    for example in range(count):
-      if not broken[example]:
-        yield example, run
-
-
-def _fill(
-    places: _Places, tasks: Iterator[tuple[int, int]], sizes: tuple[int, ...],
-    may_shrink: bool) -> tuple[_Places, np.ndarray, np.ndarray]:
-  """Puts tasks into idle places; shrinks the batch when the queue runs dry.
+  On the CPU it makes one iteration per call, from pieces that are compiled
+  already. Elsewhere one compiled loop runs until as many places are free as the
+  host is patient for, since each look of the host at the device costs more than
+  an iteration.
 
   Args:
-    places: what sits where.
-    tasks: the queue.
-    sizes: the batch sizes allowed, largest first.
-    may_shrink: whether the size may change now.
+    attack: the attack.
+    to_end: whether runs go on behind a misclassified iterate.
 
   Returns:
-    The next places, the old row of each, and which of them are fresh.
+    The loop.
   """
-  example, run = places.example.copy(), places.run.copy()
-  fresh = np.zeros(example.size, bool)
-  dry = False
-  for row in np.flatnonzero(example < 0):
-    task = next(tasks, None)
-    if task is None:
-      dry = True
-      break
-    example[row], run[row] = task
-    fresh[row] = True
-  rows = np.arange(example.size)
-  occupied = int(np.sum(example >= 0))
-  size = min((s for s in sizes if s >= occupied), default=example.size)
-  if dry and may_shrink and size < example.size:
-    # Idle places last, in their old order otherwise.
-    rows = np.argsort(example < 0, kind='stable')[:size]
-  return _Places(example[rows], run[rows]), rows, fresh[rows]
+
+  def iterate(carry: Carry) -> tuple[Carry, Array]:
+    state, report = attack.step(carry.examples, carry.state)
+    found, over = _note(carry.found, report, to_end)
+    return Carry(carry.examples, state, found), over
+
+  if loops.unrolls():
+    def once(
+        carry: Carry, busy: np.ndarray, patience: int
+    ) -> tuple[Carry, np.ndarray, int]:
+      del busy, patience
+      carry, over = iterate(carry)
+      return carry, np.asarray(over), 1
+    return once
+
+  def loop(carry: Carry, busy: Array, patience: Array) -> Any:
+    return jax.lax.while_loop(
+        lambda c: (c[2] < _LONGEST_CALL) & (jnp.sum(c[1] & busy) < patience),
+        lambda c: (*iterate(c[0]), c[2] + 1),
+        (carry, jnp.zeros_like(busy), jnp.int32(0)))
+
+  program = programs.constants_as_arguments(loop)
+
+  def many(
+      carry: Carry, busy: np.ndarray, patience: int
+  ) -> tuple[Carry, np.ndarray, int]:
+    carry, over, made = program(carry, busy, np.int32(patience))
+    return carry, np.asarray(over), int(made)
+
+  return many
+
+
+def _load(job: Job, group: Group, places: Places) -> Carry:
+  rows = np.maximum(places.example, 0)
+  images, labels, targets, indices, runs = job.place((
+      group.images[rows], group.labels[rows], group.targets[rows],
+      group.indices[rows].astype(np.int32), places.run.astype(np.int32)))
+  examples = Examples(
+      images, labels, targets, run_keys(job.key, indices, runs), runs)
+  no = jnp.zeros_like(labels, dtype=bool)
+  return Carry(
+      examples, job.attack.init(examples), Report(images, no, no, no, no))
 
 
 def _refill(
-    attack: Attack, key: Array, group: Group, carry: _Carry | None,
-    filled: tuple[_Places, np.ndarray, np.ndarray],
-    place: Callable[[Any], Any]) -> _Carry:
-  places, rows, fresh = filled
+    job: Job, group: Group, carry: Carry | None, filled: Filled) -> Carry:
   if carry is None:
-    return _load(attack, key, group, places, place)
-  if rows.size < carry.examples.labels.size:
-    carry = place(_take(carry, rows))
-  if fresh.any():
-    new = _load(attack, key, group, places, place)
-    carry = _merge(place(fresh), new, carry)
+    return _load(job, group, filled.places)
+  if filled.rows.size < carry.examples.labels.size:
+    carry = job.place(_take(carry, filled.rows))
+  if filled.fresh.any():
+    new = _load(job, group, filled.places)
+    carry = _merge(job.place(filled.fresh), new, carry)
   return carry
+
+
+def _collect(
+    job: Job, group: Group, places: Places, rows: np.ndarray, found: Report,
+    outcome: Outcome) -> None:
+  """Has candidates judged and writes down what counts.
+
+  Args:
+    job: the attack.
+    group: its examples.
+    places: what sits where.
+    rows: the places that hold a candidate.
+    found: what their runs found.
+    outcome: of the group so far; written into.
+  """
+  examples = places.example[rows]
+  candidates = np.asarray(found.candidates)[rows]
+  part = Group(*(leaf[examples] for leaf in group))
+  verdicts = job.judge(part, places.run[rows], candidates)
+  outcome.outside[examples[verdicts.outside]] = True
+  outcome.refused[examples[~verdicts.broken & ~verdicts.outside]] = True
+  # Of two runs of one example, the earlier gets the credit.
+  for row in np.argsort(-places.run[rows], kind='stable'):
+    if verdicts.broken[row]:
+      example = examples[row]
+      outcome.broken[example] = True
+      outcome.adversarial[example] = candidates[row]
+      outcome.distances[example] = verdicts.distances[row]
+      outcome.nonfinite_logits[example] = verdicts.nonfinite[row]
 
 
 def _nothing_around(batch_size: int) -> AbstractContextManager[None]:
@@ -288,65 +258,52 @@ def _nothing_around(batch_size: int) -> AbstractContextManager[None]:
 
 
 def attack_group(
-    attack: Attack, key: Array, group: Group, *, sizes: tuple[int, ...],
-    place: Callable[[Any], Any],
+    job: Job, group: Group, *,
     around: Callable[[int], AbstractContextManager[None]] = _nothing_around
 ) -> Outcome:
   """Runs an attack on a group until every example is broken or out of runs.
 
   Args:
-    attack: the attack.
-    key: a PRNG key; example i, run r draw from fold_in(fold_in(key, i), r).
+    job: the attack.
     group: the examples, all of them standing; memory on the device depends on
       the batch size, not on their number.
-    sizes: batch sizes as `batch_sizes` gives them.
-    place: puts arrays with a leading batch axis onto the devices.
     around: makes the context, given the batch size, of each call of the device.
 
   Returns:
     The outcome.
   """
-
-  def iterate(
-      carry: tuple[_Carry, Array]) -> tuple[_Carry, Array]:
-    (examples, state, found), _ = carry
-    state, report = attack.step(examples, state)
-    found, over = _note(found, report)
-    return _Carry(examples, state, found), over
-
-  advance = loops.chunked(iterate)
-  count = group.labels.size
-  broken, flat = np.zeros(count, bool), np.zeros(count, bool)
-  adversarial = group.images.copy()
-  tasks = _tasks(count, attack.num_runs, broken)
-  width = min((s for s in sizes if s >= count), default=sizes[0])
-  places = _Places(np.full(width, -1), np.zeros(width, int))
-  carry: _Carry | None = None
+  count, outcome = group.labels.size, no_outcome(group)
+  queue = places_lib.tasks(count, job.attack.num_runs, outcome.broken)
+  width = min((s for s in job.sizes if s >= count), default=job.sizes[0])
+  places = Places(np.full(width, -1), np.zeros(width, int))
+  carry: Carry | None = None
   steps = 0
   while True:
-    filled = _fill(places, tasks, sizes, steps >= _SHRINK_AFTER)
-    steps = steps if filled[0].run.size == places.run.size else 0
-    places = filled[0]
-    occupied = places.example >= 0
-    if not occupied.any():
-      return Outcome(broken, adversarial, flat)
-    carry = _refill(attack, key, group, carry, filled, place)
-    over = np.zeros(occupied.size, bool)
-    patience = min(int(occupied.sum()), max(1, occupied.size // 8))
-    pair = (carry, place(over))
-    while np.sum(over & occupied) < patience:
-      with around(occupied.size):
-        pair = advance(pair)
-      steps += loops.chunk_size()
-      over = np.asarray(pair[1])
-    carry = pair[0]
-    won = occupied & np.asarray(carry.found.broken)
-    seen = occupied & np.asarray(carry.found.flat)
-    flat[places.example[seen]] = True
-    if won.any():
-      broken[places.example[won]] = True
-      adversarial[places.example[won]] = np.asarray(
-          carry.found.candidates)[won]
+    filled = places_lib.fill(places, queue, job.sizes, steps >= _SHRINK_AFTER)
+    steps = steps if filled.rows.size == places.run.size else 0
+    places = filled.places
+    busy = places.example >= 0
+    if not busy.any():
+      return outcome
+    carry = _refill(job, group, carry, filled)
+    over = np.zeros_like(busy)
+    patience = min(int(busy.sum()), max(1, busy.size // 8))
+    while np.sum(over & busy) < patience:
+      with around(busy.size):
+        carry, over, made = job.advance(carry, busy, patience)
+      steps += made
+    found = carry.found
+    finished = np.asarray(found.finished)
+    for seen, field in ((found.flat, outcome.flat),
+                        (found.nonfinite, outcome.nonfinite_gradient)):
+      field[places.example[busy & np.asarray(seen)]] = True
+    claimed = busy & over & np.asarray(found.broken)
+    if claimed.any():
+      _collect(job, group, places, np.flatnonzero(claimed), found, outcome)
+    broken = outcome.broken[np.maximum(places.example, 0)]
+    refused = claimed & ~broken & ~finished
+    if refused.any():
+      carry = _forget(carry, job.place(refused))
     # Another run of an example that has just been broken leaves as well.
-    gone = occupied & (over | broken[np.maximum(places.example, 0)])
-    places = _Places(np.where(gone, -1, places.example), places.run)
+    gone = busy & (finished | broken)
+    places = Places(np.where(gone, -1, places.example), places.run)

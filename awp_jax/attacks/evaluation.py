@@ -3,14 +3,15 @@
 The examples lie on the host and stream through the device in batches of one
 fixed size. After each group of examples `EvalOptions.progress` hears what
 happened; handed back as `EvalOptions.done`, those records resume an evaluation
-where it was interrupted, with the same result.
+where it was interrupted, with the same result. Verdicts are made in float32 at
+matrix precision 'float32' (see `judging`), whatever the attacks compute with.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 import zlib
 
 import jax
@@ -18,9 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax import checks, loops, placement
-from awp_jax.attacks import arguments, diagnostics, engine, results, streams
-from awp_jax.attacks.engine import AttackSpec
-from awp_jax.attacks.model import Model, make_model, misclassified
+from awp_jax.attacks import (
+    arguments,
+    diagnostics,
+    engine,
+    identity,
+    judging,
+    places,
+    results,
+    streams,
+)
+from awp_jax.attacks.contract import AttackSpec
+from awp_jax.attacks.engine import Job
+from awp_jax.attacks.model import Model, average_gradients, make_model
 from awp_jax.attacks.results import AttackResult, AttackWarning, BatchResult
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
@@ -28,8 +39,13 @@ from awp_jax.types import Array
 #: Batches are this much larger where no gradient is taken, off the CPU.
 _FORWARD_BATCH = 4
 
-#: Groups hold this many batches unless told otherwise.
+#: Batches per group on the CPU; elsewhere batches are large and groups hold
+#: fewer, so that progress is reported and saved as often.
 _BATCHES_PER_GROUP = 8
+_FEWER_BATCHES_PER_GROUP = 2
+
+#: What `jax.default_matmul_precision` is set to where verdicts are made.
+JUDGING_PRECISION = 'float32'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +65,12 @@ class EvalOptions:
     keep_images: whether the result holds the adversarial examples.
     takes_key: whether the model is randomised: `logits_fn(images, key)`.
     num_draws: over how many draws of a randomised model a gradient is averaged;
-      None means 20 for version 'rand' and 1 otherwise.
+      None means 20 for the attacks of version 'rand' and 1 otherwise.
     check_model: whether to look for signs of an unreliable evaluation first.
+    attack_precision: of matrix products and convolutions inside the attacks, as
+      `jax.default_matmul_precision` takes it; None leaves the caller's setting.
+      Verdicts are always made at 'float32'. A lower precision makes attacks
+      faster and somewhat weaker on accelerators.
   """
 
   batch_size: int | None = None
@@ -62,172 +82,121 @@ class EvalOptions:
   takes_key: bool = False
   num_draws: int | None = None
   check_model: bool = True
+  attack_precision: str | None = 'float32'
 
 
 class _Setting(NamedTuple):
-  """Everything that stays the same through an evaluation."""
+  """Everything that stays the same through an evaluation.
+
+  Attributes:
+    key: a PRNG key.
+    model: the model as attacks see it.
+    court: what verdicts are made with.
+    images: [N, ...], on the host.
+    labels: [N].
+    sizes: batch sizes of attacks by gradients.
+    forward_sizes: of the others.
+    group_size: examples per record.
+    num_streams: batches side by side.
+    identity: of the evaluation; '' where no record is taken or given.
+  """
 
   key: Array
   model: Model
-  threat: ThreatModel
+  court: judging.Court
   images: np.ndarray
   labels: np.ndarray
   sizes: tuple[int, ...]
   forward_sizes: tuple[int, ...]
   group_size: int
   num_streams: int
-  place: Callable[[Any], Any]
-
-
-class _Natural(NamedTuple):
-  """What the model says of the natural images: [N], [N, T], and oddities."""
-
-  correct: np.ndarray
-  targets: np.ndarray
-  not_finite: int
-  probable: bool
-
-
-def _blocks(count: int, size: int) -> Iterator[np.ndarray]:
-  """Rows of one batch after the other; the last repeats its last row."""
-  for begin in range(0, count, size):
-    yield np.minimum(np.arange(begin, begin + size), count - 1)
-
-
-def _logits(model: Model, keys: Array, images: Array) -> Array:
-  return model.logits(images, keys)
-
-
-def _keys(key: Array, count: int) -> Array:
-  return jax.random.split(key, count)
-
-
-def _natural(setting: _Setting, num_targets: int) -> _Natural:
-  """One pass over the natural images; of each, the likeliest wrong classes."""
-  count, size = len(setting.labels), setting.sizes[0]
-  wanted = max(1, min(num_targets, setting.model.num_classes - 1))
-  correct = np.zeros(count, bool)
-  targets = np.zeros((count, wanted), np.int32)
-  not_finite, probable = 0, True
-  key = jax.random.fold_in(setting.key, zlib.crc32(b'natural'))
-  for turn, rows in enumerate(_blocks(count, size)):
-    keys = _keys(jax.random.fold_in(key, turn), size)
-    logits = np.asarray(setting.model.logits(
-        setting.place(setting.images[rows]), setting.place(keys)), np.float32)
-    labels = setting.labels[rows]
-    strange, alike = diagnostics.check_logits(logits[:count - rows[0]])
-    not_finite, probable = not_finite + strange, probable and alike
-    correct[rows] = (
-        np.isfinite(logits).all(axis=-1) & (logits.argmax(axis=-1) == labels))
-    others = logits.copy()
-    others[np.arange(size), labels] = -np.inf
-    targets[rows] = np.argsort(-others, axis=-1, kind='stable')[:, :wanted]
-  return _Natural(correct, targets, not_finite, probable)
+  identity: str
 
 
 def _check_model(
-    setting: _Setting, logits_fn: Callable[..., Array], natural: _Natural,
-    specs: Sequence[AttackSpec], takes_key: bool) -> list[AttackWarning]:
-  rows = next(_blocks(len(setting.labels), setting.sizes[0]))
-  keys = setting.place(_keys(setting.key, rows.size))
-  found = diagnostics.about_logits(natural.not_finite, natural.probable)
-  if not takes_key:
-    batch = setting.images[rows]
-    logits = functools.partial(_logits, setting.model, keys)
-    found += diagnostics.check_randomized(
-        logits_fn, logits, setting.place(batch))
-    if rows.size > 1:
-      found += diagnostics.check_batch_dependence(logits, batch, setting.place)
-  return found + diagnostics.check_classes(specs, setting.model.num_classes)
+    setting: _Setting, logits_fn: Callable[..., Array]) -> list[AttackWarning]:
+  """Warns of a deterministic model's logits that are no function of images."""
+  rows = next(judging.blocks(len(setting.labels), setting.court.size))
+  place = setting.court.place
+  keys = place(jax.random.split(setting.key, rows.size))
+  batch = setting.images[rows]
+
+  def logits(images: Array) -> Array:
+    return setting.court.model.logits(images, keys)
+
+  found = diagnostics.check_randomized(logits_fn, logits, place(batch))
+  if rows.size > 1:
+    found += diagnostics.check_batch_dependence(logits, batch, place)
+  return found
 
 
-@functools.partial(jax.jit, static_argnames=('threat',))
-def _judge(
-    logits: Array, x_adv: Array, labels: Array, images: Array,
-    threat: ThreatModel) -> tuple[Array, Array]:
-  return misclassified(logits, labels), threat.distance(x_adv, images)
-
-
-def _confirm(
-    setting: _Setting, attack_key: Array, group: engine.Group,
-    outcome: engine.Outcome) -> tuple[np.ndarray, np.ndarray]:
-  """Judges what an attack found once more, by the plain forward pass.
-
-  The step of an attack is compiled with its gradient, and may round otherwise.
-
-  Args:
-    setting: the evaluation.
-    attack_key: of the attack.
-    group: the examples.
-    outcome: what the attack did to them.
-
-  Returns:
-    Which examples are broken, [n], and their distances, [n].
-  """
-  broken = np.zeros(outcome.broken.size, bool)
-  distances = np.zeros(outcome.broken.size, np.float32)
-  candidates = np.flatnonzero(outcome.broken)
-  size = setting.sizes[0]
-  for block in _blocks(candidates.size, size):
-    rows = candidates[block]
-    x_adv = setting.place(outcome.adversarial[rows])
-    keys = setting.place(_keys(attack_key, size))
-    wrong, far = _judge(
-        setting.model.logits(x_adv, keys), x_adv,
-        setting.place(group.labels[rows]), setting.place(group.images[rows]),
-        setting.threat)
-    broken[rows] = np.asarray(wrong)
-    distances[rows] = np.asarray(far)
-  return broken, distances
+def _make_job(setting: _Setting, spec: AttackSpec, num_draws: int) -> Job:
+  model = average_gradients(setting.model, num_draws)
+  attack = spec.build(model, setting.court.threat)
+  return Job(
+      attack, engine.make_advance(attack, model.takes_key),
+      jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode())),
+      setting.sizes if spec.white_box else setting.forward_sizes,
+      setting.court.place, judging.make_judge(setting.court, spec.name))
 
 
 def _attack_group(
-    setting: _Setting, spec: AttackSpec, attack: engine.Attack,
-    indices: np.ndarray, targets: np.ndarray) -> BatchResult:
+    setting: _Setting, name: str, job: Job, indices: np.ndarray,
+    targets: np.ndarray) -> BatchResult:
   begin = time.perf_counter()
-  group = engine.Group(
+  group = judging.Group(
       indices, np.asarray(setting.images[indices]), setting.labels[indices],
       targets[indices])
-  key = jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode()))
-  sizes = setting.sizes if spec.white_box else setting.forward_sizes
-  outcome = streams.attack_group(
-      attack, key, group, sizes=sizes, place=setting.place,
-      streams=setting.num_streams)
-  broken, distances = _confirm(setting, key, group, outcome)
+  outcome = streams.attack_group(job, group, streams=setting.num_streams)
+  broken = outcome.broken
+  anomalies = results.Anomalies(*(
+      int(np.sum(getattr(outcome, field)))
+      for field in results.Anomalies._fields))
   return BatchResult(
-      spec.name, indices, broken, outcome.adversarial[broken],
-      distances[broken], int(outcome.flat.sum()), time.perf_counter() - begin)
+      name, indices, broken, outcome.adversarial[broken],
+      outcome.distances[broken], anomalies, time.perf_counter() - begin,
+      setting.identity)
 
 
 def _taken_over(
-    record: BatchResult, spec: AttackSpec, indices: np.ndarray) -> BatchResult:
-  if record.attack != spec.name or not np.array_equal(record.indices, indices):
+    record: BatchResult, name: str, indices: np.ndarray, identity: str
+) -> BatchResult:
+  if record.attack != name or not np.array_equal(record.indices, indices):
     raise ValueError(
         'EvalOptions.done belongs to another evaluation: it holds '
-        f'{record.attack} on {len(record.indices)} examples where '
-        f'{spec.name} on {len(indices)} is due. The arguments, batch and group '
-        'sizes must be those of the interrupted run.')
+        f'{record.attack} on {len(record.indices)} examples where {name} on '
+        f'{len(indices)} is due. The arguments, batch and group sizes must be '
+        'those of the interrupted run.')
+  if record.identity != identity:
+    raise ValueError(
+        'EvalOptions.done belongs to another evaluation: key, model, weights, '
+        'images, labels, threat model, attacks, settings or versions differ '
+        f'(identity {record.identity[:12]!r} where {identity[:12]!r} is due).')
   return record
 
 
 def _run(
-    setting: _Setting, natural: _Natural, specs: Sequence[AttackSpec],
-    options: EvalOptions, found: list[AttackWarning]) -> AttackResult:
+    setting: _Setting, natural: judging.Natural, specs: Sequence[AttackSpec],
+    options: EvalOptions, found: list[AttackWarning],
+    judged: results.Judgement) -> AttackResult:
   robust = natural.correct.copy()
   adversarial = setting.images.copy() if options.keep_images else None
   done = iter(options.done)
   reports: list[results.AttackReport] = []
   for number, spec in enumerate(specs):
-    attack = spec.build(setting.model, setting.threat)
+    job = _make_job(
+        setting, spec, options.num_draws or spec.num_draws or 1)
     standing = np.flatnonzero(robust)
-    seconds, flat, broken, far = 0.0, 0, [standing[:0]], 0.0
+    seconds, broken, far = 0.0, [standing[:0]], 0.0
+    anomalies = results.Anomalies()
     for begin in range(0, standing.size, setting.group_size):
       indices = standing[begin:begin + setting.group_size]
       record = next(done, None)
       if record is not None:
-        record = _taken_over(record, spec, indices)
+        record = _taken_over(record, spec.name, indices, setting.identity)
       else:
-        record = _attack_group(setting, spec, attack, indices, natural.targets)
+        record = _attack_group(
+            setting, spec.name, job, indices, natural.targets)
         if options.progress is not None:
           options.progress(record)
       fallen = indices[record.broken]
@@ -235,17 +204,69 @@ def _run(
       if adversarial is not None:
         adversarial[fallen] = record.adversarial
       broken.append(fallen)
-      seconds, flat = seconds + record.seconds, flat + record.flat
+      seconds += record.seconds
+      anomalies = anomalies.plus(record.anomalies)
       far = max([far, *map(float, record.distances)])
     fallen = np.concatenate(broken)
     found += diagnostics.after_attack(
-        spec, flat, fallen.size / robust.size,
+        spec, anomalies, fallen.size / robust.size,
         any(before.white_box for before in specs[:number]))
     reports.append(results.AttackReport(
-        spec.name, seconds, float(robust.mean()), fallen, far))
+        spec.name, seconds, float(robust.mean()), fallen, far, anomalies))
   return AttackResult(
       adversarial, robust, natural.correct, float(natural.correct.mean()),
-      float(robust.mean()), tuple(reports), tuple(found))
+      float(robust.mean()), tuple(reports), tuple(found), judged)
+
+
+def _make_setting(
+    key: Array, logits_fn: Callable[..., Array], traced: arguments.Traced,
+    images: np.ndarray, labels: np.ndarray, threat: ThreatModel,
+    specs: Sequence[AttackSpec], options: EvalOptions) -> _Setting:
+  """Checks what streams how, and makes the pieces of an evaluation."""
+  batch_size = options.batch_size
+  if batch_size is None:
+    batch_size = 64 if loops.unrolls() else 512
+  checks.count('batch_size', batch_size)
+  num_devices = len(options.devices) if options.devices else 1
+  if batch_size % num_devices:
+    raise ValueError(
+        f'batch_size must be a multiple of the {num_devices} devices, got '
+        f'{batch_size}.')
+  group_size = options.group_size
+  if group_size is None:
+    group_size = batch_size * (
+        _BATCHES_PER_GROUP if loops.unrolls() else _FEWER_BATCHES_PER_GROUP)
+  checks.count('group_size', group_size)
+
+  def make(precision: str | None) -> Model:
+    return make_model(
+        logits_fn, traced.num_classes, takes_key=options.takes_key,
+        precision=precision, devices=options.devices)
+
+  model = judge = make(JUDGING_PRECISION)
+  if options.attack_precision != JUDGING_PRECISION:
+    model = make(options.attack_precision)
+  # Threefry, whatever the caller's kind: others draw for a whole batch at once,
+  # and an example's draws must not depend on its neighbours.
+  seed = jax.random.bits(key, (2,), jnp.uint32)
+  key = jax.random.wrap_key_data(seed, impl='threefry2x32')
+  side_by_side = 1 if options.devices else streams.num_streams(batch_size)
+  forward = 1 if loops.unrolls() else _FORWARD_BATCH
+  sizes, forward_sizes = (
+      places.batch_sizes(size // side_by_side, num_devices)
+      for size in (batch_size, forward * batch_size))
+  name = ''
+  if options.progress is not None or options.done:
+    name = identity.identify(
+        key, traced.program, images, labels, threat, specs,
+        {'num_draws': options.num_draws, 'batch_size': batch_size,
+         'attack_precision': options.attack_precision})
+  court = judging.Court(
+      judge, threat, key, sizes[0],
+      functools.partial(placement.cut, devices=options.devices))
+  return _Setting(
+      key, model, court, images, labels, sizes, forward_sizes, group_size,
+      side_by_side, name)
 
 
 def evaluate(
@@ -273,44 +294,30 @@ def evaluate(
     ValueError: for arguments that are not as above, before anything compiles.
   """
   options = EvalOptions() if options is None else options
-  # Arrays in a file mapped into memory stay there.
+  # `asanyarray` keeps memory maps unloaded.
   images = np.asanyarray(images)
   labels = np.asarray(labels)
   arguments.check_images(images, threat)
   if images.dtype != np.float32 and images.dtype != np.float64:
     images = images.astype(np.float32)
-  num_classes = arguments.count_classes(logits_fn, images, options.takes_key)
-  arguments.check_labels(labels, len(images), num_classes)
-  arguments.check_specs(specs, images.ndim)
-  batch_size = options.batch_size
-  if batch_size is None:
-    batch_size = 64 if loops.unrolls() else 512
-  checks.count('batch_size', batch_size)
-  num_devices = len(options.devices) if options.devices else 1
-  if batch_size % num_devices:
-    raise ValueError(
-        f'batch_size must be a multiple of the {num_devices} devices, got '
-        f'{batch_size}.')
-  group_size = options.group_size or _BATCHES_PER_GROUP * batch_size
-  checks.count('group_size', group_size)
-  model = make_model(
-      logits_fn, num_classes, takes_key=options.takes_key,
-      num_draws=options.num_draws or 1)
-  # Threefry, whatever the caller's kind: others draw for a whole batch at once,
-  # and an example's draws must not depend on its neighbours.
-  seed = jax.random.bits(key, (2,), jnp.uint32)
-  side_by_side = 1 if options.devices else streams.num_streams(batch_size)
-  forward = 1 if loops.unrolls() else _FORWARD_BATCH
-  setting = _Setting(
-      jax.random.wrap_key_data(seed, impl='threefry2x32'), model, threat,
-      images, labels.astype(np.int32),
-      engine.batch_sizes(batch_size // side_by_side, num_devices),
-      engine.batch_sizes(forward * batch_size // side_by_side, num_devices),
-      group_size, side_by_side,
-      functools.partial(placement.cut, devices=options.devices))
-  natural = _natural(setting, max(spec.num_targets for spec in specs))
-  found: list[AttackWarning] = []
+  traced = arguments.trace_model(logits_fn, images, options.takes_key)
+  arguments.check_labels(labels, len(images), traced.num_classes)
+  arguments.check_specs(
+      specs, images.ndim, options.takes_key, options.num_draws)
+  setting = _make_setting(
+      key, logits_fn, traced, images, labels.astype(np.int32), threat, specs,
+      options)
+  natural = judging.judge_natural(
+      setting.court, images, setting.labels,
+      max(spec.num_targets for spec in specs))
+  found = diagnostics.about_logits(
+      natural.nonfinite, natural.probable and options.check_model, traced.dtype)
   if options.check_model:
-    found = _check_model(
-        setting, logits_fn, natural, specs, options.takes_key)
-  return _run(setting, natural, specs, options, found)
+    if not options.takes_key:
+      found += _check_model(setting, logits_fn)
+    found += diagnostics.check_classes(specs, traced.num_classes)
+  judged = results.Judgement(
+      natural.dtype, str(traced.dtype), JUDGING_PRECISION,
+      tuple(device.device_kind for device in natural.devices),
+      identity.versions())
+  return _run(setting, natural, specs, options, found, judged)

@@ -11,6 +11,7 @@ minimises the distance; here an example is broken, and leaves, as soon as a
 misclassified point lies inside the ball.
 """
 
+from collections.abc import Callable
 import functools
 from typing import Any, NamedTuple
 
@@ -20,9 +21,15 @@ import numpy as np
 
 from awp_jax import checks, loops
 from awp_jax import threat as threats
-from awp_jax.attacks import engine, evaluation, hyperplanes
-from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
-from awp_jax.attacks.model import Gradients, Model, misclassified
+from awp_jax.attacks import contract, evaluation, hyperplanes
+from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
+from awp_jax.attacks.model import (
+    Gradients,
+    Model,
+    difference,
+    either,
+    misclassified,
+)
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -44,11 +51,23 @@ class FABState(NamedTuple):
 
 
 class _Boundary(NamedTuple):
-  """A linearised boundary: z_k - z_y, its gradient, the distance to it."""
+  """A linearised boundary.
+
+  Attributes:
+    value: z_k - z_y, [B].
+    gradient: its gradient, [B, ...], with 0 for entries that are not finite.
+    distance: from the point to the boundary, [B].
+    nonfinite: whether entries of a gradient were not finite, [B].
+  """
 
   value: Array
   gradient: Array
   distance: Array
+  nonfinite: Array | None = None
+
+
+def _column(values: Array, like: Array) -> Array:
+  return values.reshape((-1,) + (1,) * (like.ndim - 1))
 
 
 def _norm(x: Array, threat: ThreatModel) -> Array:
@@ -83,34 +102,84 @@ def _boundary(seen: Gradients, threat: ThreatModel) -> _Boundary:
     slope = threats.l2_norms(g).reshape(-1)
   else:
     slope = jnp.max(jnp.abs(g).reshape(g.shape[0], -1), axis=-1)
-  return _Boundary(seen.losses, g, jnp.abs(seen.losses) / (1e-12 + slope))
+  # A value that is not finite is infinitely far: no step leads there.
+  finite = jnp.isfinite(seen.losses)
+  return _Boundary(
+      jnp.where(finite, seen.losses, 0), g * _column(finite, g),
+      jnp.where(finite, jnp.abs(seen.losses) / (1e-12 + slope), jnp.inf),
+      seen.nonfinite)
 
 
 @jax.jit
 def _nearer(best: _Boundary, new: _Boundary, is_label: Array) -> _Boundary:
+  nonfinite = best.nonfinite
+  if new.nonfinite is not None:
+    nonfinite = either(nonfinite, new.nonfinite & ~is_label)
   closer = (new.distance < best.distance) & ~is_label
-  rows = closer.reshape((-1,) + (1,) * (new.gradient.ndim - 1))
+  rows = _column(closer, new.gradient)
   return _Boundary(
       jnp.where(closer, new.value, best.value),
       jnp.where(rows, new.gradient, best.gradient),
-      jnp.where(closer, new.distance, best.distance))
+      jnp.where(closer, new.distance, best.distance), nonfinite)
+
+
+@jax.jit
+def _cotangent(logits: Array, labels: Array, targets: Array) -> Array:
+  """The gradient of z_t - z_y with respect to the logits."""
+  classes, dtype = logits.shape[-1], logits.dtype
+  return (jax.nn.one_hot(targets, classes, dtype=dtype)
+          - jax.nn.one_hot(labels, classes, dtype=dtype))
+
+
+@jax.jit
+def _seen(
+    gradient: Array, logits: Array, labels: Array, targets: Array) -> Gradients:
+  """What `Model.gradients` returns for the loss z_t - z_y."""
+  finite = jnp.isfinite(gradient)
+  losses = difference(logits, labels, targets)
+  return Gradients(
+      jnp.where(finite, gradient, 0),
+      jnp.where(jnp.isnan(losses), -jnp.inf, losses),
+      misclassified(logits, labels),
+      ~jnp.all(finite, axis=tuple(range(1, gradient.ndim))))
+
+
+def _class_gradients(
+    model: Model, x: Array, labels: Array, keys: Array
+) -> Callable[[Array], Gradients]:
+  """A function from targets [B] to z_t - z_y at x and its gradient.
+
+  One forward pass serves all targets of a deterministic model. The gradients of
+  a randomised one may be averages over draws, which `model` takes.
+  """
+  if model.takes_key:
+    return lambda targets: model.gradients(
+        'difference', x, labels, targets, keys)
+  logits, pullback = jax.vjp(lambda x: model.logits(x, keys), x)
+
+  def at(targets: Array) -> Gradients:
+    gradient, = pullback(_cotangent(logits, labels, targets))
+    return _seen(gradient, logits, labels, targets)
+
+  return at
 
 
 def _nearest_boundary(
     model: Model, state: FABState, examples: Examples, keys: Array,
     threat: ThreatModel) -> _Boundary:
   """The nearest of all boundaries, a class at a time to spare memory."""
+  gradients = _class_gradients(model, state.x, examples.labels, keys)
 
   def look(carry: tuple[Array, _Boundary]) -> tuple[Array, _Boundary]:
     other, best = carry
     targets = jnp.zeros_like(examples.labels) + other
-    seen = model.gradients(
-        'difference', state.x, examples.labels, targets, keys)
-    new = _boundary(seen, threat)
+    new = _boundary(gradients(targets), threat)
     return other + 1, _nearer(best, new, examples.labels == other)
 
   far = jnp.full(state.time.shape, jnp.inf, jnp.float32)
-  none = _Boundary(jnp.zeros_like(far), jnp.zeros_like(state.x), far)
+  none = _Boundary(
+      jnp.zeros_like(far), jnp.zeros_like(state.x), far,
+      jnp.zeros(far.shape, bool))
   return loops.repeat_pieces(model.num_classes, look, (jnp.int32(0), none))[1]
 
 
@@ -158,7 +227,8 @@ def judge(
   flat = jnp.all(
       boundary.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
   report = Report(
-      x, broken, state.time + 1 >= num_steps, flat & (state.time == 0))
+      x, broken, state.time + 1 >= num_steps, flat & (state.time == 0),
+      boundary.nonfinite)
   return FABState(jnp.where(rows, back, x), state.time + 1), report
 
 
@@ -182,7 +252,7 @@ def fab_spec(
           'difference', state.x, examples.labels, target, keys), threat)
 
     def step(examples: Examples, state: FABState) -> tuple[Any, Report]:
-      keys = engine.step_keys(examples.keys, state.time)
+      keys = contract.step_keys(examples.keys, state.time)
       near = boundary(examples, state, keys)
       x = approach(
           state.x, examples.images, near.value, near.gradient, threat)
@@ -212,7 +282,8 @@ def fab(
     labels: integers [N] in [0, C).
     threat: L_inf, L_2 or L_1.
     targeted: towards one class per run, the likeliest wrong ones in turn (one
-      gradient an iteration), or towards the nearest of all (C gradients).
+      gradient an iteration), or towards the nearest of all (C gradients, of one
+      forward pass where the model is deterministic).
     num_steps: iterations of a run, >= 1.
     restarts: runs, per target where targeted; the first begins at the image.
     num_targets: targeted: how many classes, at most C - 1.

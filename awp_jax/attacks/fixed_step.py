@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax import checks
-from awp_jax.attacks import engine, evaluation
-from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
+from awp_jax.attacks import contract, evaluation
+from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
 from awp_jax.attacks.model import Gradients, Model, make_model
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, LogitsFn
@@ -51,7 +51,8 @@ def _advance(
   last = state.time >= num_steps
   flat = jnp.all(seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
   report = Report(
-      state.x, last & (seen.broken | unjudged), last, flat & (state.time == 0))
+      state.x, last & (seen.broken | unjudged), last, flat & (state.time == 0),
+      seen.nonfinite)
   onwards = threat.project(state.x + step.astype(x.dtype), x)
   return _State(onwards, state.time + 1), report
 
@@ -90,10 +91,12 @@ def pgd_spec(
   def build(model: Model, threat: ThreatModel) -> Attack:
     source = model
     if source_fn is not None:
-      source = make_model(source_fn, model.num_classes)
+      source = make_model(
+          source_fn, model.num_classes, precision=model.precision,
+          devices=model.devices)
 
     def step(examples: Examples, state: _State) -> tuple[Any, Report]:
-      keys = engine.step_keys(examples.keys, state.time)
+      keys = contract.step_keys(examples.keys, state.time)
       seen = source.gradients(
           loss, state.x, examples.labels, examples.labels, keys)
       return _advance(

@@ -1,17 +1,19 @@
 """A classifier as the attacks see it: logits, and gradients of losses of them.
 
 Both are compiled once per batch shape and shared by all attacks of an
-evaluation: the loss is picked inside, by number. Its part of the gradient is
+evaluation: the loss is selected inside, by number. Its part of the gradient is
 with respect to the logits only, hence next to nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import contextlib
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from awp_jax import loops, objectives
+from awp_jax import loops, numerics, objectives
+from awp_jax.attacks import programs
 from awp_jax.types import Array
 
 
@@ -23,18 +25,34 @@ class RandomLogitsFn(Protocol):
     ...
 
 
+class LogitsLoss(Protocol):
+  """A loss of logits: (logits [B, C], labels [B], targets [B]) -> losses [B].
+
+  Larger is better for the adversary. `targets` holds a wrong class per example.
+  """
+
+  def __call__(
+      self, logits: Array, labels: Array, targets: Array, /) -> Array:
+    """Returns the losses, one per example."""
+    ...
+
+
 class Gradients(NamedTuple):
   """A loss and its gradient at a batch of inputs.
 
   Attributes:
-    gradient: of the summed losses with respect to the inputs, [B, ...].
-    losses: [B].
-    broken: whether the inputs are misclassified, by finite logits, [B].
+    gradient: of the summed losses with respect to the inputs, [B, ...], with 0
+      for entries that are not finite.
+    losses: [B], with -inf for NaN.
+    broken: whether the inputs are misclassified, [B].
+    nonfinite: whether an entry of the gradient was not finite, [B]; None means
+      nowhere.
   """
 
   gradient: Array
   losses: Array
   broken: Array
+  nonfinite: Array | None = None
 
 
 class Model(NamedTuple):
@@ -43,18 +61,27 @@ class Model(NamedTuple):
   Attributes:
     logits: (images, keys) -> logits [B, C].
     gradients: (loss, images, labels, targets, keys) -> `Gradients`; `loss` is a
-      name of `LOSSES`, `targets` [B] is read by targeted losses only.
+      name of `LOSSES` or a `LogitsLoss`, `targets` [B] is read by targeted
+      losses only.
     num_classes: C.
+    takes_key: whether the classifier is randomised.
+    precision: of matrix products, as `jax.default_matmul_precision` takes it;
+      None leaves the caller's setting.
+    devices: where the batches lie; None means the default device.
   """
 
   logits: Callable[[Array, Array], Array]
-  gradients: Callable[[str, Array, Array, Array, Array], Gradients]
+  gradients: Callable[
+      [str | LogitsLoss, Array, Array, Array, Array], Gradients]
   num_classes: int
+  takes_key: bool = False
+  precision: str | None = None
+  devices: tuple[jax.Device, ...] | None = None
 
 
 def _sorted_and_picked(
     logits: Array, labels: Array, targets: Array) -> tuple[Array, Array, Array]:
-  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  wide = numerics.wide(logits)
   ranked = jnp.sort(wide, axis=-1)
   true = jnp.take_along_axis(wide, labels[:, None], axis=-1)[:, 0]
   target = jnp.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
@@ -140,70 +167,131 @@ def _branches(num_classes: int) -> list[Callable[..., Array]]:
 
 
 def misclassified(logits: Array, labels: Array) -> Array:
-  """Whether finite logits put another class first, [B].
-
-  Logits that are not finite are a failure of the model, not of its robustness.
-  """
+  """Whether another class comes first, or logits are not finite, [B]."""
   finite = jnp.all(jnp.isfinite(logits), axis=-1)
-  return finite & (jnp.argmax(logits, axis=-1) != labels)
+  return ~finite | (jnp.argmax(logits, axis=-1) != labels)
+
+
+def either(one: Array | None, other: Array | None) -> Array | None:
+  """Whether one of two flags is set; None means nowhere."""
+  if one is None or other is None:
+    return other if one is None else one
+  return one | other
+
+
+def _differentiate(
+    apply: Callable[[Array, Array], Array],
+    branches: Sequence[Callable[..., Array]], number: Array, images: Array,
+    labels: Array, targets: Array, keys: Array) -> Gradients:
+  logits, pullback = jax.vjp(lambda x: apply(x, keys), images)
+
+  def total(z: Array) -> tuple[Array, Array]:
+    losses = jax.lax.switch(number, branches, z, labels, targets)
+    return jnp.sum(losses), losses
+
+  cotangent, losses = jax.grad(total, has_aux=True)(logits)
+  gradient, = pullback(cotangent)
+  # One NaN would stay in the iterate for the rest of the run.
+  finite = jnp.isfinite(gradient)
+  return Gradients(
+      jnp.where(finite, gradient, 0),
+      jnp.where(jnp.isnan(losses), -jnp.inf, losses),
+      misclassified(logits, labels),
+      ~jnp.all(finite, axis=tuple(range(1, images.ndim))))
 
 
 def make_model(
     logits_fn: Callable[..., Array], num_classes: int, *,
-    takes_key: bool = False, num_draws: int = 1) -> Model:
+    takes_key: bool = False, precision: str | None = None,
+    devices: Sequence[jax.Device] | None = None) -> Model:
   """Compiles the pieces of a classifier.
 
   Args:
     logits_fn: images [B, ...] -> logits [B, C]; with `takes_key` it takes a key
-      as well, and is called with one per example.
+      as well, and is called with one per example. Arrays that it closes over
+      become arguments of the compiled programs.
     num_classes: C.
     takes_key: whether the classifier is randomised.
-    num_draws: over how many draws a gradient is averaged (expectation over
-      transformations).
+    precision: of matrix products; None leaves the caller's setting.
+    devices: where the batches lie; None means the default device.
 
   Returns:
     The pieces; nothing is compiled before they are called.
   """
-  branches = _branches(num_classes)
+  logits_fn = programs.unwrap(logits_fn)
+
+  # Inside of the traced functions, since other threads call them too.
+  def exactly() -> contextlib.AbstractContextManager[Any]:
+    if precision is None:
+      return contextlib.nullcontext()
+    return jax.default_matmul_precision(precision)
 
   def apply(images: Array, keys: Array) -> Array:
-    if not takes_key:
-      return logits_fn(images)
-    one = jax.vmap(lambda image, key: logits_fn(image[None], key)[0])
-    return one(images, keys)
+    with exactly():
+      if not takes_key:
+        return logits_fn(images)
+      one = jax.vmap(lambda image, key: logits_fn(image[None], key)[0])
+      return one(images, keys)
 
-  @jax.jit
-  def once(
-      number: Array, images: Array, labels: Array, targets: Array, keys: Array
-  ) -> Gradients:
-    logits, pullback = jax.vjp(lambda x: apply(x, keys), images)
+  def program(branches: Sequence[Callable[..., Array]]) -> Callable[..., Any]:
+    def run(*arguments: Array) -> Gradients:
+      with exactly():
+        return _differentiate(apply, branches, *arguments)
+    return programs.constants_as_arguments(run, devices)
 
-    def total(z: Array) -> tuple[Array, Array]:
-      losses = jax.lax.switch(number, branches, z, labels, targets)
-      return jnp.sum(losses), losses
-
-    cotangent, losses = jax.grad(total, has_aux=True)(logits)
-    gradient, = pullback(cotangent)
-    return Gradients(gradient, losses, misclassified(logits, labels))
+  named = program(_branches(num_classes))
+  own: dict[LogitsLoss, Callable[..., Any]] = {}
 
   def gradients(
-      loss: str, images: Array, labels: Array, targets: Array, keys: Array
-  ) -> Gradients:
-    number = jnp.int32(LOSSES.index(loss))
-    if num_draws == 1:
-      return once(number, images, labels, targets, keys)
+      loss: str | LogitsLoss, images: Array, labels: Array, targets: Array,
+      keys: Array) -> Gradients:
+    batch = images, labels, targets, keys
+    if isinstance(loss, str):
+      return named(jnp.int32(LOSSES.index(loss)), *batch)
+    if loss not in own:
+      own[loss] = program([loss])
+    return own[loss](jnp.int32(0), *batch)
+
+  return Model(
+      programs.constants_as_arguments(apply, devices), gradients, num_classes,
+      takes_key, precision, tuple(devices) if devices else None)
+
+
+def average_gradients(model: Model, num_draws: int) -> Model:
+  """The model with gradients averaged over draws of its randomness.
+
+    g = 1/n sum_i grad loss(f(x; fold_in(key, i)), y)
+
+  Args:
+    model: a randomised model.
+    num_draws: n >= 1; 1 leaves the model as it is.
+
+  Returns:
+    The model; losses and verdicts of its gradients are those of the last draw.
+
+  References:
+    Athalye et al., Synthesizing Robust Adversarial Examples, ICML 2018.
+  """
+  if num_draws == 1:
+    return model
+
+  def gradients(
+      loss: str | LogitsLoss, images: Array, labels: Array, targets: Array,
+      keys: Array) -> Gradients:
 
     def draw(carry: tuple[Array, Gradients]) -> tuple[Array, Any]:
       turn, total = carry
       fresh = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
-      new = once(number, images, labels, targets, fresh)
-      # The mean of the gradients; loss and verdict of the last draw.
-      mean = total.gradient + new.gradient / num_draws
-      return turn + 1, Gradients(mean, new.losses, new.broken)
+      new = model.gradients(loss, images, labels, targets, fresh)
+      return turn + 1, Gradients(
+          total.gradient + new.gradient / num_draws,
+          new.losses.astype(jnp.float32), new.broken,
+          either(total.nonfinite, new.nonfinite))
 
-    zeros = Gradients(
-        jnp.zeros_like(images), jnp.zeros(labels.shape, jnp.float32),
-        jnp.zeros(labels.shape, bool))
-    return loops.repeat_pieces(num_draws, draw, (jnp.int32(0), zeros))[1]
+    none = jnp.zeros(labels.shape, bool)
+    begin = Gradients(
+        jnp.zeros_like(images), jnp.zeros(labels.shape, jnp.float32), none,
+        none)
+    return loops.repeat_pieces(num_draws, draw, (jnp.int32(0), begin))[1]
 
-  return Model(jax.jit(apply), gradients, num_classes)
+  return model._replace(gradients=gradients)

@@ -5,8 +5,10 @@ From a start x'_0 in the ball around x, an attack of K steps of size eta makes
   x'_{k+1} = project( x'_k + eta * steepest_ascent( grad_x' loss(x'_k) ) ),
 
 with the three operations of the threat model: sign gradients and clipping for
-L_inf, unit gradients and scaling for L_2. FGSM is the single step of size
-epsilon from x; CW_inf is PGD on `awp_jax.objectives.cw_margin`.
+L_inf, unit gradients and scaling for L_2. Entries of the gradient that are not
+finite count as 0: one NaN would otherwise spread over x' and end the attack.
+FGSM is the single step of size epsilon from x; CW_inf is PGD on
+`awp_jax.objectives.cw_margin`.
 
   >>> import jax, jax.numpy as jnp
   >>> from awp_jax.threat import ThreatModel
@@ -18,7 +20,7 @@ epsilon from x; CW_inf is PGD on `awp_jax.objectives.cw_margin`.
   [[0.75 0.25]]
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,40 @@ STARTS: tuple[Start, ...] = ('random', 'gaussian', 'zero')
 
 #: Standard deviation of the 'gaussian' start of TRADES and MART.
 GAUSSIAN_START_STD = 0.001
+
+
+class Attack(NamedTuple):
+  """How `train_step` and `eval_step` attack inputs; see `pgd`.
+
+  Attributes:
+    step_size: eta > 0, in pixels of [0, 1].
+    num_steps: K1 >= 1.
+    start: 'random', 'gaussian', 'zero', or inputs to start from.
+    restarts: random restarts >= 1.
+    mode: whether the attacked model runs with batch statistics ('train') or
+      running ones ('eval'); None means as the objective's published code.
+  """
+
+  step_size: float
+  num_steps: int
+  start: Start | Array = 'random'
+  restarts: int = 1
+  mode: Literal['train', 'eval'] | None = None
+
+
+class PGDOutput(NamedTuple):
+  """What an attack leaves behind.
+
+  Attributes:
+    x_adv: x', like x.
+    state: the last state of the loss.
+    nonfinite: [B], whether the start or any gradient of the example had an
+      entry that is not finite.
+  """
+
+  x_adv: Array
+  state: Any
+  nonfinite: Array
 
 
 def _start_point(
@@ -64,6 +100,70 @@ def _check(
         'every other start makes the same attack again.')
 
 
+def _any_nonfinite(x: Array) -> Array:
+  """Whether any entry of each example is not finite, [B]."""
+  return ~jnp.all(jnp.isfinite(x), axis=tuple(range(1, x.ndim)))
+
+
+def run_pgd(
+    key: Array, loss_fn: StatefulInputLossFn, state: Any, x: Array,
+    threat: ThreatModel, *, step_size: float, num_steps: int,
+    start: Start | Array = 'random', restarts: int = 1,
+    gradient_floor: float = 0.0) -> PGDOutput:
+  """`pgd_with_state`, which also returns where gradients were not finite.
+
+  Args:
+    key: a PRNG key.
+    loss_fn: (x', state) -> (losses [B], next state).
+    state: any pytree of arrays.
+    x: natural inputs [B, ...].
+    threat: the ball and the box.
+    step_size: as in `pgd`.
+    num_steps: as in `pgd`.
+    start: as in `pgd`.
+    restarts: as in `pgd`.
+    gradient_floor: added to |g|_2 where an L_2 step divides by it.
+
+  Returns:
+    A `PGDOutput`.
+  """
+  _check(x, start, step_size, num_steps, restarts)
+
+  def summed(x_adv: Array, state: Any) -> tuple[Array, Any]:
+    losses, state = loss_fn(x_adv, state)
+    return jnp.sum(losses), state
+
+  def ascend(carry: PGDOutput) -> PGDOutput:
+    gradient, state = jax.grad(summed, has_aux=True)(carry.x_adv, carry.state)
+    nonfinite = carry.nonfinite | _any_nonfinite(gradient)
+    gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
+    step = step_size * threat.steepest_ascent(gradient, gradient_floor)
+    moved = carry.x_adv + step.astype(carry.x_adv.dtype)
+    return PGDOutput(threat.project(moved, x), state, nonfinite)
+
+  def attack(key: Array, state: Any) -> PGDOutput:
+    first = _start_point(key, x, threat, start)
+    return loops.repeat(
+        num_steps, ascend, PGDOutput(first, state, _any_nonfinite(first)))
+
+  if restarts == 1:
+    return jax.lax.stop_gradient(attack(key, state))
+
+  best, best_losses = x, jnp.full(x.shape[0], -jnp.inf)
+  nonfinite = _any_nonfinite(x)
+  for restart_key in jax.random.split(key, restarts):
+    out = attack(restart_key, state)
+    losses, state = loss_fn(out.x_adv, out.state)
+    # No loss is above a NaN: there the model has failed.
+    losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+    better = losses > best_losses
+    best_losses = jnp.where(better, losses, best_losses)
+    best = jnp.where(
+        better.reshape((-1,) + (1,) * (x.ndim - 1)), out.x_adv, best)
+    nonfinite |= out.nonfinite
+  return jax.lax.stop_gradient(PGDOutput(best, state, nonfinite))
+
+
 def pgd_with_state(
     key: Array, loss_fn: StatefulInputLossFn, state: Any, x: Array,
     threat: ThreatModel, *, step_size: float, num_steps: int,
@@ -90,35 +190,11 @@ def pgd_with_state(
   Returns:
     The adversarial inputs and the last state.
   """
-  _check(x, start, step_size, num_steps, restarts)
-
-  def summed(x_adv: Array, state: Any) -> tuple[Array, Any]:
-    losses, state = loss_fn(x_adv, state)
-    return jnp.sum(losses), jax.lax.stop_gradient(state)
-
-  def ascend(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-    x_adv, state = carry
-    gradient, state = jax.grad(summed, has_aux=True)(x_adv, state)
-    step = step_size * threat.steepest_ascent(gradient, gradient_floor)
-    return threat.project(x_adv + step.astype(x_adv.dtype), x), state
-
-  def attack(key: Array, state: Any) -> tuple[Array, Any]:
-    first = jax.lax.stop_gradient(_start_point(key, x, threat, start))
-    return loops.repeat(num_steps, ascend, (first, state))
-
-  x = jax.lax.stop_gradient(x)
-  if restarts == 1:
-    x_adv, state = attack(key, state)
-    return jax.lax.stop_gradient((x_adv, state))
-
-  best, best_losses = x, jnp.full(x.shape[0], -jnp.inf)
-  for restart_key in jax.random.split(key, restarts):
-    x_adv, state = attack(restart_key, state)
-    losses, state = loss_fn(x_adv, state)
-    better = losses > best_losses
-    best_losses = jnp.where(better, losses, best_losses)
-    best = jnp.where(better.reshape((-1,) + (1,) * (x.ndim - 1)), x_adv, best)
-  return jax.lax.stop_gradient((best, state))
+  out = run_pgd(
+      key, loss_fn, state, x, threat, step_size=step_size,
+      num_steps=num_steps, start=start, restarts=restarts,
+      gradient_floor=gradient_floor)
+  return out.x_adv, out.state
 
 
 def pgd(

@@ -5,9 +5,10 @@
 [0.158, 0.257]
 """
 
+from collections.abc import Mapping
 import math
 import statistics
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from awp_jax import checks
 
 WarningKind = Literal[
     'randomized', 'probabilities', 'zero-gradients', 'square-stronger',
-    'few-classes', 'non-finite', 'batch-dependent']
+    'few-classes', 'non-finite', 'batch-dependent', 'non-finite-gradient',
+    'outside', 'half-precision']
 
 
 class RobustnessWarning(UserWarning):
@@ -38,6 +40,32 @@ class AttackWarning(NamedTuple):
   num_examples: int
 
 
+class Anomalies(NamedTuple):
+  """On how many examples an attack met something that should not be.
+
+  Attributes:
+    flat: an all-zero gradient at a start.
+    nonfinite_gradient: a gradient with entries that are not finite, taken for
+      0 by the attack.
+    nonfinite_logits: logits that are not finite at an adversarial example,
+      which count as misclassified.
+    outside: a candidate with NaN, or outside of ball or box, which was
+      rejected.
+    refused: a candidate that the judging forward pass classifies correctly,
+      which was rejected: by rounding, or by another draw of a randomised model.
+  """
+
+  flat: int = 0
+  nonfinite_gradient: int = 0
+  nonfinite_logits: int = 0
+  outside: int = 0
+  refused: int = 0
+
+  def plus(self, other: 'Anomalies') -> 'Anomalies':
+    """The sums, field by field."""
+    return Anomalies(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 class BatchResult(NamedTuple):
   """What one attack did to one group of examples; the unit of resuming.
 
@@ -47,8 +75,9 @@ class BatchResult(NamedTuple):
     broken: which of them broke, [n].
     adversarial: the adversarial examples of those, [k, ...].
     distances: how far those lie from the natural images, [k].
-    flat: how many of the n had an all-zero gradient.
+    anomalies: on how many of the n something was odd.
     seconds: wall-clock time, compiling included.
+    identity: a hash of all that the record depends on.
   """
 
   attack: str
@@ -56,8 +85,22 @@ class BatchResult(NamedTuple):
   broken: np.ndarray
   adversarial: np.ndarray
   distances: np.ndarray
-  flat: int
+  anomalies: Anomalies
   seconds: float
+  identity: str
+
+  def to_arrays(self) -> dict[str, Any]:
+    """The fields as arrays, as `np.savez` takes them."""
+    return {name: np.asarray(v) for name, v in self._asdict().items()}
+
+  @classmethod
+  def from_arrays(cls, arrays: Mapping[str, Any]) -> 'BatchResult':
+    """The inverse of `to_arrays`."""
+    fields = {name: arrays[name] for name in cls._fields}
+    return cls(**fields)._replace(
+        attack=str(fields['attack']), seconds=float(fields['seconds']),
+        anomalies=Anomalies(*map(int, fields['anomalies'])),
+        identity=str(fields['identity']))
 
 
 class AttackReport(NamedTuple):
@@ -69,6 +112,7 @@ class AttackReport(NamedTuple):
     robust_accuracy: the fraction of all examples that stand after it.
     broken: the examples it broke, as rising indices.
     largest_distance: of those from the natural images; 0 if there are none.
+    anomalies: on how many examples something was odd.
   """
 
   name: str
@@ -76,6 +120,26 @@ class AttackReport(NamedTuple):
   robust_accuracy: float
   broken: np.ndarray
   largest_distance: float
+  anomalies: Anomalies
+
+
+class Judgement(NamedTuple):
+  """What the verdicts were made with.
+
+  Attributes:
+    dtype: of the images that the model was given.
+    logits_dtype: of the logits that it returned.
+    matmul_precision: of matrix products and convolutions, as
+      `jax.default_matmul_precision` takes it.
+    devices: the kind of each device.
+    versions: of jax, jaxlib and awp_jax.
+  """
+
+  dtype: str
+  logits_dtype: str
+  matmul_precision: str
+  devices: tuple[str, ...]
+  versions: dict[str, str]
 
 
 class AttackResult(NamedTuple):
@@ -90,6 +154,7 @@ class AttackResult(NamedTuple):
     robust_accuracy: the fraction that stands.
     attacks: a report per attack, in the order in which they ran.
     warnings: reasons to doubt the robust accuracy.
+    judged: precision, devices and versions behind the verdicts.
   """
 
   adversarial: np.ndarray | None
@@ -99,6 +164,7 @@ class AttackResult(NamedTuple):
   robust_accuracy: float
   attacks: tuple[AttackReport, ...]
   warnings: tuple[AttackWarning, ...]
+  judged: Judgement
 
 
 def confidence_interval(

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax import checks, loops, objectives
-from awp_jax.attacks import engine, evaluation
-from awp_jax.attacks.engine import Attack, AttackSpec, Examples, Report
+from awp_jax.attacks import contract, evaluation
+from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
 from awp_jax.attacks.model import Model, misclassified
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
@@ -55,14 +55,25 @@ def _both_sides(x: Array, signs: Array, radius: Array) -> tuple[Array, Array]:
   return x + radius * signs, x - radius * signs
 
 
+class _Guess(NamedTuple):
+  """A sum of guesses [B, ...]; whether a difference was not finite, [B]."""
+
+  total: Array
+  nonfinite: Array
+
+
 @jax.jit
 def _add(
-    total: Array, signs: Array, above: Array, below: Array, labels: Array,
-    weight: Array) -> Array:
+    guess: _Guess, signs: Array, above: Array, below: Array, labels: Array,
+    weight: Array) -> _Guess:
   gain = (objectives.cw_margin(above, labels)
           - objectives.cw_margin(below, labels))
+  finite = jnp.isfinite(gain)
+  gain = jnp.where(finite, gain, 0)
   rows = (gain * weight).reshape((-1,) + (1,) * (signs.ndim - 1))
-  return total + rows.astype(signs.dtype) * signs
+  return _Guess(
+      guess.total + rows.astype(signs.dtype) * signs,
+      guess.nonfinite | ~finite)
 
 
 @functools.partial(jax.jit, static_argnames=('threat',))
@@ -82,11 +93,13 @@ def _climb(
 
 
 @functools.partial(jax.jit, static_argnames=('num_steps',))
-def _judge(
-    state: SPSAState, logits: Array, labels: Array, num_steps: int) -> Report:
+def _report(
+    state: SPSAState, logits: Array, labels: Array, nonfinite: Array,
+    num_steps: int) -> Report:
   broken = misclassified(logits, labels)
   return Report(
-      state.x, broken, state.time >= num_steps, jnp.zeros_like(broken))
+      state.x, broken, state.time >= num_steps, jnp.zeros_like(broken),
+      nonfinite)
 
 
 @jax.jit
@@ -108,27 +121,29 @@ def spsa_spec(
 
   def build(model: Model, threat: ThreatModel) -> Attack:
 
-    def guess(examples: Examples, state: SPSAState, keys: Array) -> Array:
+    def guess(examples: Examples, state: SPSAState, keys: Array) -> _Guess:
 
-      def sample(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        turn, total = carry
+      def sample(carry: tuple[Array, _Guess]) -> tuple[Array, _Guess]:
+        turn, so_far = carry
         signs = _signs(keys, turn, state.x)
         above, below = _both_sides(state.x, signs, jnp.float32(radius))
-        total = _add(
-            total, signs, model.logits(above, keys), model.logits(below, keys),
+        so_far = _add(
+            so_far, signs, model.logits(above, keys), model.logits(below, keys),
             examples.labels, jnp.float32(1 / (2 * radius * pairs)))
-        return turn + 1, total
+        return turn + 1, so_far
 
-      begin = (jnp.int32(0), jnp.zeros_like(state.x))
-      return loops.repeat_pieces(pairs, sample, begin)[1]
+      none = _Guess(
+          jnp.zeros_like(state.x), jnp.zeros(state.time.shape, bool))
+      return loops.repeat_pieces(pairs, sample, (jnp.int32(0), none))[1]
 
     def step(examples: Examples, state: SPSAState) -> tuple[Any, Report]:
-      keys = engine.step_keys(examples.keys, state.time)
-      report = _judge(
-          state, model.logits(state.x, keys), examples.labels, num_steps)
+      keys = contract.step_keys(examples.keys, state.time)
+      logits = model.logits(state.x, keys)
       gradient = guess(examples, state, keys)
+      report = _report(
+          state, logits, examples.labels, gradient.nonfinite, num_steps)
       return _climb(
-          state, gradient, examples.images, jnp.float32(step_size),
+          state, gradient.total, examples.images, jnp.float32(step_size),
           threat), report
 
     return Attack(1, _start, step)

@@ -7,7 +7,7 @@ of PreActResNet-18 (`docs/results/autoattack_speed.md`). Each thread has its
 share of the examples; verdicts do not depend on who has which.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent import futures
 import contextlib
 import os
@@ -19,8 +19,8 @@ import numpy as np
 
 from awp_jax import loops
 from awp_jax.attacks import engine
-from awp_jax.attacks.engine import Attack, Group, Outcome
-from awp_jax.types import Array
+from awp_jax.attacks.engine import Job, Outcome
+from awp_jax.attacks.judging import Group
 
 #: With more batches at a time than this, each of them is too small.
 _MOST_STREAMS = 4
@@ -75,17 +75,12 @@ def _settings() -> dict[str, Any]:
   return {n: getattr(jax.config, n, None) for n in jax.config.values}
 
 
-def attack_group(
-    attack: Attack, key: Array, group: Group, *, sizes: tuple[int, ...],
-    place: Callable[[Any], Any], streams: int) -> Outcome:
+def attack_group(job: Job, group: Group, *, streams: int) -> Outcome:
   """`engine.attack_group`, with several batches at a time.
 
   Args:
-    attack: the attack.
-    key: a PRNG key.
+    job: the attack; its sizes are those of each of the batches.
     group: the examples.
-    sizes: sizes of each of the batches.
-    place: puts arrays onto the device.
     streams: how many batches, at most.
 
   Returns:
@@ -95,12 +90,11 @@ def attack_group(
   def run(rows: np.ndarray) -> Outcome | None:
     part = Group(*(leaf[rows] for leaf in group))
     try:
-      return engine.attack_group(
-          attack, key, part, sizes=sizes, place=place, around=shared.around)
+      return engine.attack_group(job, part, around=shared.around)
     except _Stopped:
       return None
     except BaseException:
-      # Who waits for another batch hears of this one only behind it.
+      # Workers are joined in order, so signal the failure now.
       shared.stop.set()
       raise
 
@@ -117,8 +111,7 @@ def attack_group(
     except BaseException:
       shared.stop.set()
       raise
-  whole = Outcome(
-      np.zeros(count, bool), np.empty_like(group.images), np.zeros(count, bool))
+  whole = engine.no_outcome(group)
   for rows, outcome in zip(shares, outcomes, strict=True):
     assert outcome is not None, 'whoever stopped the others has raised'
     for leaf, values in zip(whole, outcome, strict=True):

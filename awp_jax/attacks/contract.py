@@ -1,0 +1,113 @@
+"""What an attack is: pure functions on a batch, and the records they exchange.
+
+An attack of one's own is an `AttackSpec` whose `build` returns an `Attack`.
+`awp_jax.evaluate` and `awp_jax.auto_attack(attacks=...)` run it beside others.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from awp_jax.attacks.model import Model
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array
+
+
+class Examples(NamedTuple):
+  """What an attack knows of the examples in its batch.
+
+  Attributes:
+    images: natural images [B, ...].
+    labels: [B].
+    targets: the wrong classes in falling order of their natural logits, [B, T].
+    keys: a PRNG key per example and run, [B].
+    runs: which restart or target this is, [B], from 0.
+  """
+
+  images: Array
+  labels: Array
+  targets: Array
+  keys: Array
+  runs: Array
+
+
+class Report(NamedTuple):
+  """What one step says of each example.
+
+  Attributes:
+    candidates: the inputs that were judged, [B, ...], inside ball and box where
+      `broken`.
+    broken: whether the candidate is misclassified, [B].
+    finished: whether the run is over, [B].
+    flat: whether the gradient was zero in every entry at the start, [B].
+    nonfinite: whether the gradient had entries that are not finite, [B]; None
+      means nowhere.
+  """
+
+  candidates: Array
+  broken: Array
+  finished: Array
+  flat: Array
+  nonfinite: Array | None = None
+
+
+class Attack(NamedTuple):
+  """An attack on batches.
+
+  Attributes:
+    num_runs: restarts times targets, >= 1.
+    init: examples -> state, any pytree of arrays with a leading batch axis.
+    step: (examples, state) -> (state, report). Entry i of everything depends on
+      example i alone.
+  """
+
+  num_runs: int
+  init: Callable[[Examples], Any]
+  step: Callable[[Examples, Any], tuple[Any, Report]]
+
+
+class BuildAttack(Protocol):
+  """Makes an attack on a model within a threat model."""
+
+  def __call__(self, model: Model, threat: ThreatModel, /) -> Attack:
+    """Makes the attack; compiles nothing yet."""
+    ...
+
+
+class AttackSpec(NamedTuple):
+  """An attack by name, before it knows its model.
+
+  Attributes:
+    name: unique within an evaluation; randomness derives from it.
+    build: makes the attack.
+    white_box: whether it uses gradients.
+    num_targets: how many target classes it wants, 0 if it is untargeted.
+    min_classes: fewest classes for which its own loss is defined; below, it
+      ascends a plain difference of logits.
+    needs_images: whether inputs must be [B, H, W, C].
+    num_draws: over how many draws of a randomised model its gradients are
+      averaged, unless the evaluation says; more than 1 needs such a model.
+  """
+
+  name: str
+  build: BuildAttack
+  white_box: bool = True
+  num_targets: int = 0
+  min_classes: int = 2
+  needs_images: bool = False
+  num_draws: int | None = None
+
+
+@jax.jit
+def step_keys(keys: Array, time: Array) -> Array:
+  """A key per example for its iteration `time`, [B]."""
+  return jax.vmap(jax.random.fold_in)(keys, time)
+
+
+@jax.jit
+def run_keys(key: Array, indices: Array, runs: Array) -> Array:
+  """A key per example and run, whatever batch they are in: [B], [B] -> [B]."""
+  def one(index: Array, run: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(key, index), run)
+  return jax.vmap(one)(indices, runs)
