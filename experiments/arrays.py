@@ -13,11 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.errors import UserError
+
 _CHUNK = 1024  # images at a time, where a float64 copy is needed
 _CONSTANT = 1e-6  # a smaller standard deviation is that of rounding errors
 
 
-class DataError(ValueError):
+class DataError(UserError):
   """Data that cannot be found, fetched or used; the message stands alone."""
 
 

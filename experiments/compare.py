@@ -47,7 +47,8 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
   return {
       'name': workdir.name,
       'summary': json.loads(path.read_text()),
-      'config': json.loads((workdir / 'config.json').read_text()),
+      'config': workdirs.with_defaults(
+          json.loads((workdir / 'config.json').read_text())),
       'evaluation': report.read_json(workdir / 'evaluation.json'),
       'landscape': report.read_json(workdir / 'landscape.json'),
       'lines': results.read_metrics(workdir)}
@@ -148,7 +149,7 @@ def write_page(
       'training': panels.training(
           folder, {name: run['lines'] for name, run in first.items()}),
       'landscape': panels.landscapes(folder, landscape) if landscape else [],
-      'landscape_note': report.LANDSCAPE_NOTE,
+      'landscape_note': report.landscape_note(landscape),
       'landscape_table': report_tables.flatness(landscape),
       'attacks': [panels.attacks(folder, evaluation)] if evaluation else [],
       'attacks_table': report_tables.attacks(evaluation),

@@ -22,6 +22,7 @@ from awp_jax import checks
 from experiments import archives, downloads, prepared
 from experiments import arrays as arrays_lib
 from experiments.arrays import Arrays, DataError, one_line
+from experiments.errors import user_errors
 
 __all__ = [
     'NAMES', 'DataError', 'Dataset', 'describe', 'load', 'split_validation']
@@ -104,12 +105,13 @@ def load(
     different parts agree on their inputs.
 
   Raises:
-    ValueError: for an unknown name, or numbers out of range.
-    DataError: (a ValueError) when the data cannot be had or cannot be used;
+    UserError: for an unknown name, or numbers out of range.
+    DataError: (a UserError) when the data cannot be had or cannot be used;
       see `arrays.checked` for what is asked of the images.
   """
-  checks.one_of('data set', name, NAMES)
-  checks.count('seed', seed, minimum=0)
+  with user_errors():
+    checks.one_of('data set', name, NAMES)
+    checks.count('seed', seed, minimum=0)
   if name == 'npz' and not npz_path:
     raise DataError(
         "data set 'npz' needs npz_path, a file with x_train, y_train, x_test "
@@ -142,10 +144,11 @@ def split_validation(
     (the data set without these training images, the images, their labels).
 
   Raises:
-    ValueError: when `num_validation` is out of range.
+    UserError: when `num_validation` is out of range.
   """
-  checks.count('num_validation', num_validation, minimum=0)
-  checks.count('seed', seed, minimum=0)
+  with user_errors():
+    checks.count('num_validation', num_validation, minimum=0)
+    checks.count('seed', seed, minimum=0)
   total = len(dataset.y_train)
   if num_validation >= total:
     raise DataError(
@@ -182,7 +185,8 @@ def _part(
   labels = getattr(dataset, f'y_{part}')
   if num is None:
     return {}
-  checks.count(f'num_{part}', num)
+  with user_errors():
+    checks.count(f'num_{part}', num)
   if num > len(labels):
     raise DataError(
         f'num_{part} must be at most {len(labels)}, all {part} images of '

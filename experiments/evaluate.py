@@ -8,53 +8,52 @@ moment and started again goes on behind the last finished group of examples,
 with the same result.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import hashlib
-import json
+from collections.abc import Sequence
 import pathlib
 import re
-import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import tqdm
 
 import awp_jax
-from awp_jax import checks
+from awp_jax import checks, loops
 from awp_jax.attacks import autoattack, fixed_step, spsa
 from awp_jax.attacks import evaluation as evaluation_lib
-from awp_jax.attacks.engine import AttackSpec
-from awp_jax.models import torch_exchange
-from experiments import checkpoints, data, pipeline, results, runs, steps
+from awp_jax.attacks import identity as identity_lib
+from awp_jax.attacks.contract import AttackSpec
+from experiments import (
+    atomic,
+    data,
+    identity,
+    judging,
+    pipeline,
+    results,
+    runs,
+)
+from experiments import evaluation_records as records_lib
+from experiments import subjects as subjects_lib
+from experiments.errors import user_errors
 
 #: Prefix of the versions of AutoAttack in a config's list.
 _AUTO = 'aa-'
+
+#: Groups of examples on disk hold this many batches.
+_BATCHES_PER_GROUP = 8
+
 _STEPPED = re.compile(r'(pgd|cw)-([1-9][0-9]*)')
-
-
-class Subject(NamedTuple):
-  """A model under evaluation.
-
-  Attributes:
-    name: 'best', 'last', or the stem of a PyTorch file.
-    origin: which checkpoint it is, as plain values.
-    logits_fn: images [B, ...] -> logits [B, C].
-  """
-
-  name: str
-  origin: dict[str, Any]
-  logits_fn: Callable[[Any], Any]
 
 
 def allowed_names() -> list[str]:
   """What a config's list of evaluations may hold; N stands for a number."""
   return ['fgsm', 'pgd-N', 'cw-N', 'spsa', *autoattack.ATTACKS,
-          *(_AUTO + version for version in autoattack.VERSIONS)]
+          *(_AUTO + version for version in autoattack.VERSIONS
+            if version != 'rand')]
 
 
+@user_errors()
 def check_names(names: Sequence[str]) -> None:
   """Raises ValueError for an empty list or a name that is not allowed."""
   if not names:
@@ -64,6 +63,11 @@ def check_names(names: Sequence[str]) -> None:
   if len(set(names)) != len(names):
     raise ValueError(f'evaluation.attacks names one twice: {tuple(names)}.')
   for name in names:
+    if name == f'{_AUTO}rand':
+      raise ValueError(
+          f'evaluation.attacks: {name!r} is for randomised models; this one '
+          'gives the same logits for the same image. Use '
+          f'{_AUTO + "standard"!r}.')
     if not _STEPPED.fullmatch(name):
       checks.one_of('evaluation.attacks', name, allowed_names())
     if name.endswith('-N'):
@@ -72,6 +76,7 @@ def check_names(names: Sequence[str]) -> None:
           f'{name[:-1] + "20"!r}.')
 
 
+@user_errors()
 def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Raises ValueError for what cannot be evaluated, before data are read."""
   settings = config.evaluation
@@ -110,115 +115,20 @@ def make_specs(
       loss='margin' if kind == 'cw' else 'ce'),)
 
 
-def _variables_fn(
-    model: Any, variables: Any) -> Callable[[Any], Any]:
-  return lambda images: model.apply(variables, images, train=False)
+def _facts(
+    run: runs.Run, subject: subjects_lib.Subject, name: str,
+    test_set: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+  """All that the records of an evaluation depend on.
 
-
-def load_subjects(run: runs.Run) -> Iterator[Subject]:
-  """The models to evaluate, each loaded when its turn comes.
-
-  Raises:
-    ValueError: if a checkpoint is not there, or cannot be read.
+  Contents, not places: a data folder that moves changes nothing. The library
+  refuses records of other batch sizes and versions, so they have their own.
   """
-  settings = run.config.evaluation
-  if settings.torch_checkpoint:
-    yield _torch_subject(run, pathlib.Path(settings.torch_checkpoint))
-    return
-  for kind, step, variables in load_variables(run):
-    yield Subject(
-        kind, {'checkpoint': kind, 'step': step},
-        _variables_fn(run.model, variables))
-
-
-def load_variables(
-    run: runs.Run, kinds: Sequence[str] = checkpoints.KINDS
-) -> Iterator[tuple[str, int | None, dict[str, Any]]]:
-  """The kind, the step and the judged variables of a run's checkpoints.
-
-  Raises:
-    ValueError: if a checkpoint is not there, or cannot be read.
-  """
-
-  def initial() -> tuple[awp_jax.TrainState, Any]:
-    state = runs.initial_state(run)
-    return state, steps.to_tree(state, steps.zero_sums())
-
-  # Shapes suffice: initialising a network to be overwritten takes seconds.
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  state, like = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=place), jax.eval_shape(initial))
-  for kind in kinds:
-    store = checkpoints.Checkpoints(run.workdir, kind)
-    try:
-      tree, _ = store.load(like)
-      step = store.step()
-    finally:
-      store.close()
-    judged = steps.evaluated(steps.from_tree(state, tree)[0])
-    yield kind, step, {
-        'params': judged.params, 'batch_stats': judged.batch_stats}
-
-
-def _torch_subject(run: runs.Run, path: pathlib.Path) -> Subject:
-  state_dict = torch_exchange.read_state_dict(path)
-  mean, std = torch_exchange.normalisation(state_dict) or (
-      tuple(run.dataset.mean), tuple(run.dataset.std))
-  model = torch_exchange.model_from_torch(state_dict, mean=mean, std=std)
-  classes = getattr(model, 'num_classes', None)
-  if classes != run.dataset.num_classes:
-    raise ValueError(
-        f'{path} classifies into {classes} classes, {run.dataset.name} has '
-        f'{run.dataset.num_classes}.')
-  digest = hashlib.sha256(path.read_bytes()).hexdigest()
-  return Subject(
-      path.stem, {'torch_checkpoint': path.name, 'sha256': digest},
-      _variables_fn(model, torch_exchange.from_torch(state_dict, model)))
-
-
-class _Records:
-  """Finished groups of one evaluation on disk, in their order."""
-
-  def __init__(self, folder: pathlib.Path) -> None:
-    self._folder = folder
-    folder.mkdir(parents=True, exist_ok=True)
-    self.done = [self._read(path) for path in self._paths()]
-
-  def _paths(self) -> Iterator[pathlib.Path]:
-    number = 0
-    while (path := self._folder / f'{number:05d}.npz').exists():
-      yield path
-      number += 1
-
-  def _read(self, path: pathlib.Path) -> awp_jax.BatchResult:
-    with np.load(path, allow_pickle=False) as archive:
-      fields = {name: archive[name] for name in archive.files}
-    return awp_jax.BatchResult(
-        str(fields['attack']), fields['indices'], fields['broken'],
-        fields['adversarial'], fields['distances'], int(fields['flat']),
-        float(fields['seconds']))
-
-  def append(self, record: awp_jax.BatchResult) -> None:
-    """Writes a record whole or not at all."""
-    path = self._folder / f'{len(self.done):05d}.npz'
-    temporary = path.with_suffix('.tmp.npz')
-    np.savez(temporary, **record._asdict())
-    temporary.replace(path)
-    self.done.append(record)
-
-
-def _identity(
-    run: runs.Run, subject: Subject, name: str, num_examples: int
-) -> dict[str, Any]:
-  """All that the records of an evaluation depend on."""
-  return {
-      'subject': subject.origin, 'evaluation': name,
-      'threat': run.config.threat.to_dict(),
+  return subject.facts | {
+      'evaluation': name, 'threat': run.config.threat.to_dict(),
       'step_size': run.config.eval.step_size, 'seed': run.config.seed,
-      'dataset': data.describe(run.dataset),
-      'num_examples': num_examples,
-      'batch_size': run.config.evaluation.batch_size}
+      'test_set': identity.of_arrays(test_set),
+      'precision': judging.PRECISION, 'batch_size': _batch_size(run),
+      'versions': identity_lib.versions()}
 
 
 def _test_set(run: runs.Run) -> tuple[np.ndarray, np.ndarray]:
@@ -228,77 +138,67 @@ def _test_set(run: runs.Run) -> tuple[np.ndarray, np.ndarray]:
   return np.asarray(pixels), run.dataset.y_test[:count]
 
 
-class _Teller:
-  """A bar in a terminal, a line a group elsewhere."""
-
-  def __init__(self, label: str, total: int, correct: int) -> None:
-    self._label, self._total, self._robust = label, total, correct
-    self._seconds = 0.0
-    self._bar = tqdm.tqdm(
-        total=None, unit='example', desc=label,
-        disable=not sys.stderr.isatty())
-
-  def heard(self, record: awp_jax.BatchResult) -> None:
-    self._robust -= int(record.broken.sum())
-    self._seconds += record.seconds
-    text = (f'{record.attack}: {self._robust} of {self._total} stand '
-            f'({100 * self._robust / self._total:.2f} %), '
-            f'{self._seconds:.0f} s')
-    self._bar.update(len(record.indices))
-    self._bar.set_postfix_str(text)
-    if self._bar.disable:
-      print(f'{self._label}  {text}', flush=True)
-
-  def close(self) -> None:
-    self._bar.close()
+def _batch_size(run: runs.Run) -> int:
+  """Examples on the devices at a time."""
+  if run.config.evaluation.batch_size:
+    return run.config.evaluation.batch_size
+  size = 64 if loops.unrolls() else 512
+  return -(-size // run.num_devices) * run.num_devices
 
 
 def _evaluate_one(
-    run: runs.Run, subject: Subject, name: str,
+    run: runs.Run, subject: subjects_lib.Subject, name: str,
     test_set: tuple[np.ndarray, np.ndarray], correct: int
-) -> awp_jax.AttackResult:
+) -> tuple[awp_jax.AttackResult, list[dict[str, Any]]]:
   """One evaluation of one model, from its records if there are any.
 
-  `correct` of the test set's images are classified right without an attack.
+  Args:
+    run: the run.
+    subject: the model.
+    name: of the evaluation.
+    test_set: images in [0, 1] and labels.
+    correct: how many images are classified right without an attack.
+
+  Returns:
+    The result, and the precisions, devices and versions that judged.
   """
   images, labels = test_set
-  settings = run.config.evaluation
-  identity = json.dumps(
-      _identity(run, subject, name, len(labels)), sort_keys=True)
-  digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
-  records = _Records(
-      run.workdir / 'evaluation' / f'{subject.name}-{name}-{digest}')
-  teller = _Teller(f'{subject.name} {name}', len(labels), correct)
+  batch_size = _batch_size(run)
+  records = records_lib.Records(
+      run.workdir / 'evaluation', name, _facts(run, subject, name, test_set))
+  shown = records_lib.Progress(f'{subject.name} {name}', len(labels), correct)
   done = tuple(records.done)
   for record in done:
-    teller.heard(record)
+    shown.add(record)
 
   def progress(record: awp_jax.BatchResult) -> None:
     records.append(record)
-    teller.heard(record)
+    shown.add(record)
 
-  devices = jax.devices() if jax.device_count() > 1 else None
   options = evaluation_lib.EvalOptions(
-      batch_size=settings.batch_size or None, devices=devices,
+      batch_size=batch_size, group_size=_BATCHES_PER_GROUP * batch_size,
+      devices=jax.devices() if jax.device_count() > 1 else None,
       progress=progress, done=done)
   try:
-    return evaluation_lib.evaluate(
+    result = evaluation_lib.evaluate(
         jax.random.key(run.config.seed), subject.logits_fn, images, labels,
         run.setup.threat, make_specs(name, run.config), options=options)
   finally:
-    teller.close()
+    shown.close()
+  return result, records.judged_by or [judging.judged_by()]
 
 
 def _count_correct(
-    subject: Subject, images: np.ndarray, labels: np.ndarray,
+    subject: subjects_lib.Subject, images: np.ndarray, labels: np.ndarray,
     size: int = 256) -> int:
   logits_fn, correct = jax.jit(subject.logits_fn), 0
   for begin in range(0, len(labels), size):
     part = images[begin:begin + size]
     padded = np.pad(
         part, [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1))
-    predicted = np.asarray(logits_fn(padded)).argmax(axis=-1)[:len(part)]
-    correct += int(np.sum(predicted == labels[begin:begin + size]))
+    logits = np.asarray(logits_fn(padded))[:len(part)]
+    is_right = logits.argmax(axis=-1) == labels[begin:begin + size]
+    correct += int(np.sum(is_right & np.isfinite(logits).all(axis=-1)))
   return correct
 
 
@@ -317,7 +217,8 @@ def report(result: awp_jax.AttackResult) -> dict[str, Any]:
           {'name': attack.name, 'seconds': attack.seconds,
            'robust_accuracy_after': attack.robust_accuracy,
            'largest_distance': attack.largest_distance,
-           'broken': attack.broken.tolist()}
+           'broken': attack.broken.tolist(),
+           'anomalies': attack.anomalies._asdict()}
           for attack in result.attacks],
       'warnings': [warning._asdict() for warning in result.warnings]}
 
@@ -340,13 +241,15 @@ def evaluate(run: runs.Run) -> dict[str, Any]:
   """Evaluates the models of a run and writes `evaluation.json`.
 
   Args:
-    run: of `runs.prepare`, whose workdir holds checkpoints unless the config
-      names a PyTorch checkpoint.
+    run: of `runs.reopen`, whose workdir holds checkpoints unless the config
+      names a PyTorch checkpoint. It may be training.
 
   Returns:
     The contents of `evaluation.json`: per model its natural accuracy and per
     evaluation the robust accuracy (fractions, with 95 % Wilson intervals),
-    seconds, who broke which example, the largest distance and warnings.
+    seconds, who broke which example, the largest distance, warnings, and the
+    precision, devices and versions that judged. Where the best and the last
+    checkpoint have the same weights they are attacked once.
 
   Raises:
     ValueError: for a checkpoint that cannot be read.
@@ -354,27 +257,47 @@ def evaluate(run: runs.Run) -> dict[str, Any]:
   config = run.config
   test_set = _test_set(run)
   subjects: dict[str, Any] = {}
-  for subject in load_subjects(run):
-    correct = _count_correct(subject, *test_set)
-    entry: dict[str, Any] = {'origin': subject.origin, 'evaluations': {}}
-    for name in config.evaluation.attacks:
-      result = _evaluate_one(run, subject, name, test_set, correct)
-      entry['natural'] = _accuracy(result.natural)
-      entry['evaluations'][name] = report(result)
-      if result.adversarial is not None and config.evaluation.save_examples:
-        np.savez_compressed(
-            run.workdir / 'evaluation' / f'{subject.name}-{name}.npz',
-            adversarial=result.adversarial, robust=result.robust,
-            natural=result.natural)
-    subjects[subject.name] = entry
+  names: dict[str, str] = {}
+  for subject in subjects_lib.load_subjects(run):
+    weights = subject.facts['weights']
+    if weights in names:
+      # The best is the last: one evaluation, stated for both.
+      same = names[weights]
+      subjects[subject.name] = subjects[same] | {
+          'origin': subject.origin, 'same_weights_as': same}
+      continue
+    names[weights] = subject.name
+    subjects[subject.name] = _evaluate_subject(run, subject, test_set)
   num_examples = len(test_set[1])
   values = {
       'threat': config.threat.to_dict(), 'num_examples': num_examples,
       'dataset': data.describe(run.dataset), 'seed': config.seed,
-      'subjects': subjects, 'devices': results.devices(),
-      'versions': results.versions()}
+      'subjects': subjects}
   results.write_json(run.workdir / 'evaluation.json', values)
   print(f'\n{run.dataset.name}, {config.threat.norm}, epsilon '
-        f'{config.threat.epsilon:.4f}, {num_examples} test images\n')
+        f'{config.threat.epsilon:.4f}, {num_examples} test images, judged in '
+        f'{judging.PRECISION}\n')
   print(_table(subjects))
   return values
+
+
+def _evaluate_subject(
+    run: runs.Run, subject: subjects_lib.Subject,
+    test_set: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+  """A model's entry in `evaluation.json`."""
+  correct = _count_correct(subject, *test_set)
+  entry: dict[str, Any] = {'origin': subject.origin, 'evaluations': {}}
+  for name in run.config.evaluation.attacks:
+    result, judged_by = _evaluate_one(run, subject, name, test_set, correct)
+    entry['natural'] = _accuracy(result.natural) | {
+        'judged_by': [judging.judged_by()]}
+    entry['evaluations'][name] = report(result) | {'judged_by': judged_by}
+    if result.adversarial is not None and run.config.evaluation.save_examples:
+      path = run.workdir / 'evaluation' / f'{subject.name}-{name}.npz'
+      with atomic.replacing(path) as file:
+        np.savez_compressed(
+            file, adversarial=result.adversarial, robust=result.robust,
+            natural=result.natural)
+      entry['evaluations'][name]['examples'] = str(
+          path.relative_to(run.workdir))
+  return entry

@@ -57,7 +57,7 @@ def load(
     The images and labels, in memory once.
 
   Raises:
-    DataError: (a ValueError) for a file that cannot be read, a pickle that
+    DataError: (a UserError) for a file that cannot be read, a pickle that
       needs more than arrays, and images or labels that do not fit.
   """
   place = pathlib.Path(path).expanduser()

@@ -102,6 +102,8 @@ def draw(
   names = CLASS_NAMES.get(dataset, ())
 
   def name(number: int) -> str:
+    if number < 0:
+      return 'none'
     return names[number] if number < len(names) else str(number)
 
   shown, factor = magnified(look, threat)

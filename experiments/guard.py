@@ -60,7 +60,7 @@ def chance(labels: np.ndarray, num_classes: int) -> Chance:
   shares = np.bincount(labels, minlength=num_classes) / len(labels)
   present = shares[shares > 0]
   return Chance(
-      float(shares.max()), float(-np.sum(present * np.log(present))),
+      float(np.max(shares)), float(-np.sum(present * np.log(present))),
       math.log(num_classes))
 
 
@@ -142,6 +142,10 @@ class Watch:
   def is_well(self) -> bool:
     """Whether the last look was better than chance, or too early to judge."""
     return self._since is None
+
+  def suspect(self, step: int) -> None:
+    """Puts the network under suspicion since `step`."""
+    self._since = step
 
   def see(self, step: int, look: Look) -> None:
     """Takes note of a look.

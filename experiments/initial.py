@@ -13,11 +13,13 @@ import jax.numpy as jnp
 
 from awp_jax.models import torch_exchange
 from experiments import checkpoints
+from experiments.errors import user_errors
 
 #: The modules whose shape depends on the number of classes.
 CLASSIFIERS = ('fc', 'linear')
 
 
+@user_errors()
 def check(path: str) -> None:
   """Raises ValueError unless there is something to start from."""
   place = pathlib.Path(path).expanduser()
@@ -31,6 +33,7 @@ def check(path: str) -> None:
         f'init_from={path!r}: there is no such file or folder.')
 
 
+@user_errors()
 def read(path: str) -> dict[str, Any]:
   """The 'params' and 'batch_stats' of a PyTorch file or of a workdir.
 
@@ -40,13 +43,7 @@ def read(path: str) -> dict[str, Any]:
   check(path)
   place = pathlib.Path(path).expanduser()
   if place.is_dir():
-    store = checkpoints.Checkpoints(place, 'best')
-    try:
-      tree = store.read()
-    finally:
-      store.close()
-    network = tree.get('average') or tree
-    return {name: network[name] for name in ('params', 'batch_stats')}
+    return checkpoints.read_variables(place, 'best').tree
   state_dict = torch_exchange.read_state_dict(place)
   # What normalises pixels is the run's own business, not the file's.
   model = torch_exchange.model_from_torch(
@@ -61,6 +58,7 @@ def _by_path(tree: Any) -> dict[str, Any]:
       for path, leaf in leaves}
 
 
+@user_errors()
 def graft(variables: Any, found: Any, source: str) -> tuple[Any, list[str]]:
   """`found` in the place of `variables`, but for a classifier that differs.
 

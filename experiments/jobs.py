@@ -8,6 +8,8 @@ import pathlib
 import re
 from typing import NamedTuple
 
+from experiments.errors import UserError
+
 _NAME = re.compile(
     r'(?P<stem>[^+]+)(?:\+(?P<argument>[^+]+))?-seed(?P<seed>0|[1-9][0-9]*)')
 _CONFIG = re.compile(
@@ -36,11 +38,11 @@ def label_of(config: str) -> str:
   """`cifar10_awp:L2` for `some/folder/cifar10_awp.py:L2`.
 
   Raises:
-    ValueError: for what is no path of a config.
+    UserError: for what is no path of a config.
   """
   match = _CONFIG.fullmatch(config)
   if match is None:
-    raise ValueError(
+    raise UserError(
         f'{config!r} is no config: it must be the path of a .py file, with an '
         "argument behind a colon if it takes one, and no '+' in either.")
   return ':'.join(filter(None, match.groups()))
@@ -64,7 +66,7 @@ def parse_configs(text: str) -> list[str]:
     The configs; each file exists.
 
   Raises:
-    ValueError: for what is no config, and for two of the same name.
+    UserError: for what is no config, and for two of the same name.
   """
   configs: list[str] = []
   for part in text.split(','):
@@ -75,9 +77,9 @@ def parse_configs(text: str) -> list[str]:
   labels = [label_of(config) for config in configs]
   for config, label in zip(configs, labels, strict=True):
     if not pathlib.Path(config.partition(':')[0]).is_file():
-      raise ValueError(f'--configs: there is no file {config!r}.')
+      raise UserError(f'--configs: there is no file {config!r}.')
     if labels.count(label) > 1:
-      raise ValueError(f'--configs names {label!r} more than once.')
+      raise UserError(f'--configs names {label!r} more than once.')
   return configs
 
 
@@ -86,6 +88,6 @@ def parse_seeds(text: str) -> list[int]:
   parts = text.split(',')
   if not all(re.fullmatch('0|[1-9][0-9]*', part) for part in parts) or (
       len(set(parts)) < len(parts)):
-    raise ValueError(
+    raise UserError(
         f"--seeds must be different whole numbers like '0,1,2', got {text!r}.")
   return [int(part) for part in parts]

@@ -10,8 +10,6 @@ directions measures the new ones only.
 
 from collections.abc import Callable, Sequence
 import functools
-import hashlib
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -25,7 +23,8 @@ import awp_jax
 from awp_jax import checks, landscape, loops
 from experiments import (
   data,
-  evaluate,
+  identity,
+  judging,
   panels,
   pipeline,
   probe,
@@ -36,8 +35,11 @@ from experiments import (
   workdirs,
 )
 from experiments import landscape_records as records_lib
+from experiments import subjects as subjects_lib
+from experiments.errors import UserError, user_errors
 
 
+@user_errors()
 def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Raises ValueError for what cannot be measured, before data are read."""
   settings = config.landscape
@@ -68,10 +70,10 @@ def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
 def _measure(
     model: Any, threat: awp_jax.ThreatModel, step_size: float,
     num_steps: int) -> landscape.Measure:
-  """One object for equal models, so that AT and AT-AWP compile once."""
+  """One object for equal networks, so that AT and AT-AWP compile once."""
   measure = landscape.robust_measure(
-      lambda variables, x: model.apply(variables, x, train=False), threat,
-      step_size=step_size, num_steps=num_steps)
+      functools.partial(judging.logits, model), threat, step_size=step_size,
+      num_steps=num_steps)
 
   def of_pixels(variables: Any, batch: Any, key: Any) -> dict[str, Any]:
     images, labels = batch
@@ -107,7 +109,8 @@ class _Subject(NamedTuple):
   def _adversarial(self) -> Any:
     config = self.run.config
     gradient = probe.robust_gradient(
-        self.key, self.run.model, self.variables, *self.images['train'],
+        self.key, judging.network(self.run.model), self.variables,
+        *self.images['train'],
         self.run.setup.threat, step_size=config.attack.step_size,
         num_steps=config.landscape.num_steps, batch_size=self.batch_size)
     return landscape.normalised(
@@ -119,8 +122,8 @@ class _Subject(NamedTuple):
     """Measures points of a series."""
     config = self.run.config
     measure = _measure(
-        self.run.model, self.run.setup.threat, config.attack.step_size,
-        config.landscape.num_steps)
+        judging.network(self.run.model), self.run.setup.threat,
+        config.attack.step_size, config.landscape.num_steps)
     devices = jax.devices() if jax.device_count() > 1 else None
     landscape.evaluate_points(
         self.key, measure, self.variables, self.directions(series.name),
@@ -148,17 +151,19 @@ def _batch_size(run: runs.Run, largest: int) -> int:
   return -(-size // run.num_devices) * run.num_devices
 
 
-def _identity(
-    run: runs.Run, step: int | None, images: Any, batch_size: int
+def _facts(
+    run: runs.Run, variables: Any, images: Any, batch_size: int
 ) -> dict[str, Any]:
   """All that the records of a checkpoint depend on beside the points."""
-  return {
-      'step': step, 'threat': run.config.threat.to_dict(),
+  return subjects_lib.network_facts(run) | {
+      'weights': identity.of_arrays(variables),
+      'threat': run.config.threat.to_dict(),
       'step_size': run.config.attack.step_size,
       'num_steps': run.config.landscape.num_steps,
       'seed': run.config.landscape.seed, 'batch_size': batch_size,
-      'dataset': data.describe(run.dataset),
-      'images': {split: len(y) for split, (_, y) in images.items()}}
+      'images': {
+          split: identity.of_arrays(part) for split, part in images.items()},
+      'precision': judging.PRECISION, 'awp_jax': awp_jax.__version__}
 
 
 def _measure_subject(
@@ -248,14 +253,15 @@ def measure(run: runs.Run) -> dict[str, Any]:
   """Measures the landscape of a run's checkpoints; writes `landscape.json`.
 
   Args:
-    run: of `runs.prepare`, whose workdir holds checkpoints.
+    run: of `runs.reopen`, whose workdir holds checkpoints. It may be training.
 
   Returns:
     The contents of `landscape.json`: per checkpoint, for 'random' (mean,
     standard deviation and the single directions) and 'adversarial', the metrics
     on training and test images at `alphas`, `mean_rise` of the robust loss (see
-    `awp_jax.mean_rise`), and the 'plane' as rows of the first direction's
-    coordinate. Numbers that are not finite are null.
+    `awp_jax.mean_rise`), the 'plane' as rows of the first direction's
+    coordinate, and the precision, devices and versions that judged. Numbers
+    that are not finite are null.
 
   Raises:
     ValueError: for a checkpoint that cannot be read.
@@ -264,29 +270,27 @@ def measure(run: runs.Run) -> dict[str, Any]:
   counts = {split: len(labels) for split, (_, labels) in images.items()}
   batch_size = _batch_size(run, max(counts.values()))
   subjects: dict[str, Any] = {}
-  for kind, step, variables in evaluate.load_variables(run):
-    identity = json.dumps(
-        _identity(run, step, images, batch_size), sort_keys=True)
-    digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
+  for kind, step, variables in subjects_lib.load_variables(run):
+    digest = identity.of_values(_facts(run, variables, images, batch_size))
     records = records_lib.Records(
         run.workdir / 'landscape' / f'step-{step}-{digest}.jsonl')
     subject = _Subject(
         run, variables, images, batch_size, jax.random.key(settings.seed))
     found = _measure_subject(subject, records, f'{run.workdir.name} {kind}')
-    subjects[kind] = {'step': step} | _entry(found, settings)
+    subjects[kind] = {'step': step} | _entry(found, settings) | {
+        'judged_by': records.judged_by}
   values = {
       'threat': run.config.threat.to_dict(),
       'attack': {'step_size': run.config.attack.step_size,
                  'num_steps': settings.num_steps},
       'images': counts, 'settings': settings.to_dict(),
-      'dataset': data.describe(run.dataset), 'subjects': subjects,
-      'devices': results.devices(), 'versions': results.versions()}
+      'dataset': data.describe(run.dataset), 'subjects': subjects}
   results.write_json(run.workdir / 'landscape.json', values)
   return values
 
 
 def run_all(
-    config: ml_collections.ConfigDict, workdir: str,
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path,
     compare_to: Sequence[str]) -> None:
   """Measures the landscapes of a run and of others, and tells the numbers.
 
@@ -300,7 +304,7 @@ def run_all(
   """
   folders = [pathlib.Path(workdir), *map(pathlib.Path, compare_to)]
   if len({folder.resolve() for folder in folders}) < len(folders):
-    raise ValueError('--compare_to names a workdir twice.')
+    raise UserError('--compare_to names a workdir twice.')
   configs = [config]
   for folder in folders:
     check(config, folder)
@@ -308,7 +312,7 @@ def run_all(
     configs.append(workdirs.stored_config(folder, config))
   landscapes = {}
   for folder, its_config in zip(folders, configs, strict=True):
-    run = runs.prepare(its_config, folder)
+    run = runs.reopen(its_config, folder)
     name = folder.name if folder.name not in landscapes else str(folder)
     landscapes[name] = measure(run)
     report.write_or_say_why(run, 'landscape')

@@ -4,10 +4,12 @@ import json
 import pathlib
 import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 import tqdm
+
+from experiments import atomic, judging
 
 #: What is measured at each point.
 METRICS = (
@@ -53,23 +55,42 @@ def make_series(settings: ml_collections.ConfigDict) -> list[Series]:
 
 
 class Records:
-  """Measured points of one checkpoint on disk, a line each."""
+  """Measured points of one checkpoint on disk, a line each.
+
+  Attributes:
+    judged_by: the different precisions, devices and versions that judged.
+  """
 
   def __init__(self, path: pathlib.Path) -> None:
     """Reads what is there; a line that was cut off is dropped."""
     self._path = path
     path.parent.mkdir(parents=True, exist_ok=True)
     self._known: dict[tuple[str, str, tuple[float, ...]], dict[str, float]] = {}
+    self.judged_by: list[dict[str, Any]] = []
+    self._judge: dict[str, Any] = {}
+    text = path.read_text() if path.exists() else ''
     good = ''
-    for text in path.read_text().splitlines() if path.exists() else ():
+    for one in text.splitlines(keepends=True):
       try:
-        line = json.loads(text)
+        line = json.loads(one)
       except json.JSONDecodeError:
         break
+      if not one.endswith('\n'):
+        break
+      self._take(line)
+      good += one
+    if good != text:
+      atomic.write_text(path, good)
+
+  def _take(self, line: dict[str, Any]) -> None:
+    """Adds a line: who judges the points behind it, or a point."""
+    if 'judged_by' in line:
+      self._judge = line['judged_by']
+      if self._judge not in self.judged_by:
+        self.judged_by.append(self._judge)
+    else:
       self._known[line['series'], line['split'], tuple(line['point'])] = {
           name: line[name] for name in METRICS}
-      good += text + '\n'
-    path.write_text(good)
 
   def find(self, series: Series, point: list[float]) -> dict[str, float] | None:
     """The values at a point, if they were measured."""
@@ -79,10 +100,15 @@ class Records:
       self, series: Series, point: list[float], means: dict[str, float]
   ) -> None:
     """Adds a point, on disk before this returns."""
-    self._known[series.name, series.split, tuple(point)] = means
-    line = {'series': series.name, 'split': series.split, 'point': point}
+    judge = judging.judged_by()
+    lines: list[dict[str, Any]] = [] if judge == self._judge else [
+        {'judged_by': judge}]
+    lines.append({
+        'series': series.name, 'split': series.split, 'point': point} | means)
+    for line in lines:
+      self._take(line)
     with self._path.open('a') as file:
-      file.write(json.dumps(line | means) + '\n')
+      file.write(''.join(json.dumps(line) + '\n' for line in lines))
 
 
 class Teller:

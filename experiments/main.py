@@ -1,11 +1,14 @@
 """Runs an experiment: flags, and one call.
 
   python experiments/main.py --config=experiments/configs/cifar10_awp.py
+
+`--help` lists the flags and every field of the config.
 """
 
 import argparse
 import pathlib
 import sys
+import traceback
 from typing import NoReturn
 
 # So that the command above finds the packages beside this folder as well.
@@ -13,6 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from absl import app, flags, logging
+import ml_collections
 from ml_collections import config_flags
 
 CONFIGS = ROOT / 'experiments' / 'configs'
@@ -28,10 +32,21 @@ _COMPARE_TO = flags.DEFINE_list(
     'compare_to', [],
     'With --mode=landscape: folders of other finished runs, separated by '
     'commas; theirs is measured too, and drawn into the same figure.')
+_DEBUG = flags.DEFINE_bool(
+    'debug', False, 'Shows the traceback of every error.')
+_CACHE = flags.DEFINE_string(
+    'compilation_cache', None,
+    'Folder in which compiled programs are kept for later runs; by default '
+    '$JAX_COMPILATION_CACHE_DIR, if that is set.')
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:
-  """Leaves with one line on stderr."""
+  """Leaves with one line on stderr; with --debug behind the traceback."""
+  # Before the flags are parsed, their values are not to be had.
+  is_debug = _DEBUG.value if flags.FLAGS.is_parsed() else (
+      '--debug' in sys.argv)
+  if is_debug and sys.exc_info()[0]:
+    traceback.print_exc()
   print('error:', ' '.join(str(error).split()), file=sys.stderr)
   sys.exit(code)
 
@@ -40,6 +55,8 @@ def parse(argv: list[str]) -> list[str]:
   """Parses the flags; leaves with one line for a wrong one."""
   # ml_collections looks in sys.argv for --config.NAME, behind --config only.
   sys.argv[:] = argv = _config_first(argv)
+  if {'--help', '-help', '-h', '--helpshort', '--helpfull'} & set(argv):
+    _help()
   try:
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, LookupError, OSError, TypeError,
@@ -53,6 +70,17 @@ def parse(argv: list[str]) -> list[str]:
     flags.FLAGS['verbosity'].value = logging.WARNING
     flags.FLAGS['verbosity'].using_default_value = False
   return rest
+
+
+def _help() -> NoReturn:
+  """Prints the flags and the fields of the config, and leaves."""
+  from experiments import config_help
+
+  print(__doc__)
+  print(flags.FLAGS.module_help(sys.modules[__name__]))
+  print('\nFields of the config, with the defaults of configs/base.py:\n')
+  print(config_help.text())
+  sys.exit(0)
 
 
 def _config_first(argv: list[str]) -> list[str]:
@@ -74,7 +102,7 @@ def _check_names(argv: list[str]) -> None:
   from experiments import setup
   from experiments.configs import base
 
-  known = dict(setup.flatten(base.get_config()))
+  known = setup.flatten(base.get_config())
   for argument in argv[1:]:
     flag, _, name = argument.partition('=')[0].lstrip('-').partition('.')
     if flag == 'config' and name and not any(
@@ -89,43 +117,65 @@ def _run_name() -> str:
   return '+'.join(filter(None, (pathlib.Path(path).stem, argument)))
 
 
+def _of_run(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ml_collections.ConfigDict:
+  """The config to read the run in `workdir` with."""
+  from experiments import workdirs
+
+  flag = flags.FLAGS['config']
+  is_default = config_flags.get_config_filename(flag) == str(DEFAULT)
+  return workdirs.reader_config(
+      workdir, config,
+      config_flags.get_override_values(flag) if is_default else None)
+
+
 def main(argv: list[str]) -> None:
   """Trains, evaluates or measures the landscape, as the flags say."""
   del argv
+  import jax
+
   from experiments import (
-    checkpoints,
     evaluate,
     landscape,
     report,
     runs,
     setup,
     train,
+    workdirs,
   )
   from experiments.configs import base
+  from experiments.errors import UserError
 
+  if _CACHE.value:
+    jax.config.update('jax_compilation_cache_dir', _CACHE.value)
   config = _CONFIG.value
   try:
     setup.check_fields(config, base.get_config())
-    workdir = _WORKDIR.value or f'runs/{_run_name()}'
+    workdir = pathlib.Path(
+        _WORKDIR.value or f'runs/{_run_name()}').expanduser()
     if _COMPARE_TO.value and _MODE.value != 'landscape':
-      raise ValueError('--compare_to goes with --mode=landscape.')
+      raise UserError('--compare_to goes with --mode=landscape.')
     if _MODE.value == 'landscape':
-      landscape.run_all(config, workdir, _COMPARE_TO.value)
+      landscape.run_all(_of_run(config, workdir), workdir, _COMPARE_TO.value)
       return
     if _MODE.value == 'evaluate':
-      evaluate.check(config, pathlib.Path(workdir))
-    run = runs.prepare(config, workdir)
-    if _MODE.value == 'evaluate':
+      config = _of_run(config, workdir)
+      evaluate.check(config, workdir)
+      run = runs.reopen(config, workdir)
+      if not (workdir / 'config.json').exists():  # of a PyTorch file alone
+        workdirs.claim(workdirs.open_workdir(workdir, config), config)
       evaluate.evaluate(run)
       report.write_or_say_why(run, 'evaluate')
       print(f'\neverything is in {run.workdir / "evaluation.json"}, and in '
             'report.html beside it')
       return
-  except (ValueError, OSError) as error:
+    run = runs.prepare(config, workdir)
+  except (UserError, OSError) as error:
     _fail(error)
   try:
     summary = train.train(run)
-  except checkpoints.CheckpointError as error:
+  except UserError as error:
     _fail(error)
   except train.Diverged as error:
     _fail(error, code=1)

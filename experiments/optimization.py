@@ -10,9 +10,10 @@ import optax
 
 import awp_jax
 from awp_jax import checks
+from experiments.errors import UserError, user_errors
 
 OPTIMIZERS = ('sgd', 'adamw')
-SCHEDULES = ('steps', 'cosine', 'one_cycle')
+SCHEDULES = ('steps', 'epochs', 'cosine', 'one_cycle')
 DECAYED = ('all', 'weights')
 
 # Those of PyTorch's OneCycleLR: it starts at 1/25 of the largest rate and ends
@@ -20,8 +21,9 @@ DECAYED = ('all', 'weights')
 _ONE_CYCLE_START, _ONE_CYCLE_END = 25.0, 1e4
 
 
+@user_errors()
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError for values of `config.optimizer` that cannot work."""
+  """Raises UserError for values of `config.optimizer` that cannot work."""
   optimizer = config.optimizer
   checks.one_of('optimizer.name', optimizer.name, OPTIMIZERS)
   checks.one_of('optimizer.schedule', optimizer.schedule, SCHEDULES)
@@ -32,41 +34,43 @@ def check(config: ml_collections.ConfigDict) -> None:
     checks.not_negative(f'optimizer.{name}', optimizer[name])
   for name in ('momentum', 'b2'):
     if not 0 <= optimizer[name] < 1:
-      raise ValueError(
+      raise UserError(
           f'optimizer.{name} must be in [0, 1), got {optimizer[name]!r}.')
   if optimizer.nesterov and not optimizer.momentum:
-    raise ValueError(
+    raise UserError(
         'optimizer.nesterov needs optimizer.momentum > 0, got '
         f'{optimizer.momentum!r}.')
   if optimizer.warmup_epochs >= config.epochs:
-    raise ValueError(
+    raise UserError(
         'optimizer.warmup_epochs must leave epochs to train: below '
         f'{config.epochs}, got {optimizer.warmup_epochs!r}.')
   if optimizer.schedule == 'one_cycle' and not optimizer.warmup_epochs:
-    raise ValueError(
+    raise UserError(
         "optimizer.schedule='one_cycle' rises for optimizer.warmup_epochs "
         f'> 0, got {optimizer.warmup_epochs!r}.')
   fractions = optimizer.decay_at
   if not all(isinstance(f, int | float) and 0 < f <= 1 for f in fractions) or (
       list(fractions) != sorted(fractions)):
-    raise ValueError(
+    raise UserError(
         'optimizer.decay_at must be rising fractions of the run in (0, 1], got '
         f'{fractions!r}.')
 
 
-def _steps(config: ml_collections.ConfigDict, total: int) -> optax.Schedule:
+def _steps(
+    config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
   optimizer = config.optimizer
   # Whole numbers, so that 0.55 * 100 = 55.00000000000001 is still step 55.
-  drops = [math.ceil(round(f * total, 6)) for f in optimizer.decay_at]
-  rates = [
-      optimizer.learning_rate * optimizer.decay_factor ** passed
-      for passed in range(len(drops) + 1)]
-
-  def schedule(count: Any) -> Any:
-    passed = sum(jnp.asarray(count + 1 >= drop, jnp.int32) for drop in drops)
-    return jnp.asarray(rates)[passed]
-
-  return schedule
+  if optimizer.schedule == 'epochs':
+    drops = [
+        math.ceil(round(f * config.epochs, 6)) * steps_per_epoch
+        for f in optimizer.decay_at]
+  else:
+    total = config.epochs * steps_per_epoch
+    drops = [math.ceil(round(f * total, 6)) - 1 for f in optimizer.decay_at]
+  return optax.join_schedules([
+      optax.constant_schedule(
+          optimizer.learning_rate * optimizer.decay_factor ** passed)
+      for passed in range(len(drops) + 1)], drops)
 
 
 def build_schedule(
@@ -75,8 +79,10 @@ def build_schedule(
 
   'steps': as in the paper's code, step k has the rate of time (k + 1) / n: it
   drops by `decay_factor` as soon as that reaches each fraction of the run.
-  'cosine': rate / 2 * (1 + cos(pi k / n)). Both rise linearly over the u steps
-  of the warm-up: times (k + 1) / u; the cosine begins behind it.
+  'epochs': as in the code of TRADES and MART, it drops before the first step of
+  the epoch behind each fraction.
+  'cosine': rate / 2 * (1 + cos(pi k / n)). All three rise linearly over the u
+  steps of the warm-up: times (k + 1) / u; the cosine begins behind it.
   'one_cycle': the rate rises along a cosine from 1/25 over the warm-up, and
   falls along another to nothing.
 
@@ -97,11 +103,12 @@ def build_schedule(
         _cosine(rate / _ONE_CYCLE_START, rate, rise),
         _cosine(rate, rate / _ONE_CYCLE_START / _ONE_CYCLE_END, total - rise),
     ], [rise])
-  schedule = _steps(config, total)
+  schedule = _steps(config, steps_per_epoch)
   if optimizer.schedule == 'cosine':
     falling = _cosine(rate, 0.0, total - rise)
     # Behind the rise; during it the cosine stands at its top.
-    schedule = optax.join_schedules([lambda _: rate, falling], [rise])
+    schedule = optax.join_schedules(
+        [optax.constant_schedule(rate), falling], [rise])
   if not rise:
     return schedule
   return lambda count: schedule(count) * jnp.minimum(1.0, (count + 1) / rise)
@@ -109,12 +116,7 @@ def build_schedule(
 
 def _cosine(first: float, last: float, steps: int) -> optax.Schedule:
   """Half a cosine from `first` at 0 to `last` at `steps` and behind."""
-
-  def schedule(count: Any) -> Any:
-    done = jnp.clip(count / max(steps, 1), 0.0, 1.0)
-    return last + (first - last) * (1 + jnp.cos(jnp.pi * done)) / 2
-
-  return schedule
+  return optax.cosine_decay_schedule(first, max(steps, 1), alpha=last / first)
 
 
 def _add_signs(l1: float) -> optax.GradientTransformation:
@@ -133,7 +135,7 @@ def build_optimizer(
 
   Clipping sees the gradient of the loss; then come l1 sign(w) on weights and,
   for SGD, wd w. AdamW decays aside from the gradient, by rate * wd w. Both act
-  at the parameters that `awp.decay_at` names.
+  at the parameters that `awp.update_at` names.
 
   Args:
     config: with the fields of `experiments/configs/base.py`.

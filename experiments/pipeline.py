@@ -22,26 +22,36 @@ def to_pixels(images: Array, dtype: jnp.dtype) -> Array:
   return images.astype(dtype)
 
 
-def batch_indices(
-    key: Array, num_examples: int, batch_size: int, step: Array,
-    steps_per_epoch: int, size: int) -> Array:
-  """Which examples step `step` of the run takes.
+def permutation(key: Array, number: Array, num_examples: int) -> Array:
+  """The order [n] of the examples in an epoch, or in another pass over them.
 
-  Every epoch is a permutation of all examples, cut into batches.
+  Sorting the 50,000 images of CIFAR takes longer than a short step: do it once
+  an epoch.
 
   Args:
     key: the run's key for the order.
+    number: of the epoch, from 0.
     num_examples: n.
+
+  Returns:
+    A permutation of 0..n - 1.
+  """
+  return jax.random.permutation(jax.random.fold_in(key, number), num_examples)
+
+
+def batch_indices(
+    order: Array, position: Array, batch_size: int, size: int) -> Array:
+  """Which examples a batch takes: every epoch is a permutation, cut up.
+
+  Args:
+    order: the epoch's permutation [n].
+    position: of the batch in the epoch, from 0.
     batch_size: of a full batch; the last may be smaller.
-    step: counted from 0 over the whole run.
-    steps_per_epoch: batches in an epoch.
     size: of this batch.
 
   Returns:
     Indices [size].
   """
-  epoch, position = step // steps_per_epoch, step % steps_per_epoch
-  order = jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
   return jax.lax.dynamic_slice(order, (position * batch_size,), (size,))
 
 
@@ -62,8 +72,13 @@ def extra_rows(size: int, fraction: float) -> np.ndarray:
   return np.diff(steps).astype(bool)
 
 
+def batches_of_pass(num_examples: int, num_labelled: int) -> int:
+  """How many mixed batches a pass over the labelled examples takes."""
+  return -(-num_examples // num_labelled)
+
+
 def mixed_batch_indices(
-    key: Array, num_examples: int, num_extra: int, step: Array,
+    key: Array, order: Array, num_extra: int, step: Array,
     num_labelled: int, num_drawn: int) -> tuple[Array, Array]:
   """Which labelled and which extra examples step `step` of the run takes.
 
@@ -74,7 +89,8 @@ def mixed_batch_indices(
 
   Args:
     key: the run's key for the order.
-    num_examples: n, labelled.
+    order: the permutation [n] of the labelled examples in the pass that the
+      step belongs to, number `step // batches_of_pass(n, num_labelled)`.
     num_extra: m.
     step: counted from 0 over the whole run.
     num_labelled: of the batch, at least 1.
@@ -83,9 +99,8 @@ def mixed_batch_indices(
   Returns:
     Indices [num_labelled] below n and [num_drawn] below m.
   """
-  per_pass = -(-num_examples // num_labelled)
-  order = jax.random.permutation(
-      jax.random.fold_in(key, step // per_pass), num_examples)
+  num_examples = order.shape[0]
+  per_pass = batches_of_pass(num_examples, num_labelled)
   taken = (step % per_pass * num_labelled + jnp.arange(num_labelled))
   drawn = jax.random.randint(
       jax.random.fold_in(jax.random.fold_in(key, step), 1), (num_drawn,), 0,

@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import awp_jax
-from awp_jax import weights
+from awp_jax.perturbation import engine
+from awp_jax.perturbation import leaves as leaf_utils
 from awp_jax.types import Array
-from experiments import checkpoints, evaluate, pipeline, runs
+from experiments import (
+    atomic,
+    checkpoints,
+    judging,
+    pipeline,
+    runs,
+    subjects,
+)
 
 #: Test images in the gallery.
 GALLERY = 12
@@ -47,7 +55,7 @@ def _pass(
   """All that is asked of a network, so that one function compiles."""
 
   def loss(params: Any, images: Array) -> tuple[Array, Array]:
-    logits = model.apply({**variables, 'params': params}, images, train=False)
+    logits = judging.logits(model, {**variables, 'params': params}, images)
     losses = awp_jax.cross_entropy(logits, labels)
     return jnp.sum(jnp.where(valid, losses, 0)), logits
 
@@ -69,15 +77,6 @@ def _step(
   """The step of PGD."""
   step = step_size * threat.steepest_ascent(gradient)
   return threat.project(x_adv + step, images)
-
-
-def _free(tree: Any) -> Any:
-  """The arrays, tied to no device.
-
-  Those of a checkpoint are tied to one; mixed with others that are not they
-  would make every function compile twice.
-  """
-  return jax.tree.map(jnp.asarray, jax.device_get(tree))
 
 
 def pixels(images: np.ndarray) -> Array:
@@ -115,8 +114,8 @@ def robust_gradient(
 
   Args:
     key: a PRNG key; each batch folds in its number.
-    model: the network.
-    variables: its parameters and running statistics.
+    model: the network, of `judging.network`.
+    variables: its parameters and running statistics, in float32.
     images: [N, ...] of a data set, N >= 1.
     labels: [N].
     threat: the ball and the box.
@@ -127,7 +126,7 @@ def robust_gradient(
   Returns:
     A pytree like the parameters.
   """
-  total, variables = None, _free(variables)
+  total = None
   for number, begin in enumerate(range(0, len(labels), batch_size)):
     rows = np.arange(begin, begin + batch_size)
     kept = np.minimum(rows, len(labels) - 1)
@@ -152,7 +151,8 @@ class Look(NamedTuple):
     images: test images [G, H, W, C], float32 in [0, 1].
     adversarial: the same, attacked.
     labels: [G].
-    before: the classes that the model sees in the images, [G].
+    before: the classes that the model sees in the images, [G]; -1 where its
+      logits are not finite.
     after: in the adversarial images, [G].
     layers: names of the weights, [L].
     gamma: of the weight adversary that is looked at.
@@ -188,20 +188,17 @@ def look(run: runs.Run) -> Look:
   Raises:
     ValueError: if there is no best checkpoint, or it cannot be read.
   """
-  store = checkpoints.Checkpoints(run.workdir, 'best')
-  step = store.step()
-  store.close()
+  step = checkpoints.Reader(run.workdir, 'best').step()
   path = run.workdir / 'figures' / 'probe.npz'
   if path.exists():
     with np.load(path, allow_pickle=False) as archive:
       if archive['step'] == step:
         return Look(*(archive[name][()] for name in Look._fields))
-  ((_, _, variables),) = evaluate.load_variables(run, ('best',))
-  found = _look(run, step or 0, _free(variables))
+  ((_, step, variables),) = subjects.load_variables(run, ('best',))
+  found = _look(run, step, variables)
   path.parent.mkdir(exist_ok=True)
-  temporary = path.with_suffix('.tmp.npz')
-  np.savez_compressed(temporary, **found._asdict())
-  temporary.replace(path)
+  with atomic.replacing(path) as file:
+    np.savez_compressed(file, **found._asdict())
   return found
 
 
@@ -212,17 +209,17 @@ def _look(run: runs.Run, step: int, variables: Any) -> Look:
   shown = _first_of_each_class(run.dataset.y_test, GALLERY)
   rows = np.resize(shown, size)  # repeated, so that one shape compiles
   images, labels = pixels(run.dataset.x_test[rows]), run.dataset.y_test[rows]
+  model = judging.network(run.model)
   network = _Network(
-      run.model, variables, jnp.asarray(labels), jnp.ones(size, bool))
+      model, variables, jnp.asarray(labels), jnp.ones(size, bool))
   x_adv = network.attack(
       key, images, threat, settings.step_size, settings.num_steps)
   before, after = (
-      np.asarray(network.see(x).logits).argmax(axis=-1)
-      for x in (images, x_adv))
+      _classes(np.asarray(network.see(x).logits)) for x in (images, x_adv))
   part = slice(0, len(shown))
   train = np.linspace(0, len(run.dataset.y_train) - 1, size).astype(int)
   gradient = robust_gradient(
-      key, run.model, variables, run.dataset.x_train[train],
+      key, model, variables, run.dataset.x_train[train],
       run.dataset.y_train[train], threat, step_size=settings.step_size,
       num_steps=settings.num_steps, batch_size=size)
   gamma = run.config.awp.gamma or DEFAULT_GAMMA
@@ -231,6 +228,12 @@ def _look(run: runs.Run, step: int, variables: Any) -> Look:
       np.asarray(images)[part], np.asarray(x_adv)[part], labels[part],
       before[part], after[part],
       *_layers(variables['params'], gradient, gamma))
+
+
+def _classes(logits: np.ndarray) -> np.ndarray:
+  """The classes of logits [N, C]; -1, which is none, if not finite."""
+  finite = np.isfinite(logits).all(axis=-1)
+  return np.where(finite, logits.argmax(axis=-1), -1)
 
 
 def _first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
@@ -242,7 +245,11 @@ def _first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
 
 @jax.jit
 def _ascend(gradient: Any, params: Any, gamma: float) -> Any:
-  return weights.ascend(None, gradient, params, gamma=gamma, step=gamma)
+  method = awp_jax.methods.awp(gamma)
+  ascent = engine.move(
+      method, engine.Ascent(),
+      leaf_utils.select(gradient, method.chosen(params)), params, jnp.int32(0))
+  return leaf_utils.restore(ascent.perturbation, params)
 
 
 def _layers(
@@ -251,7 +258,7 @@ def _layers(
   """Names, gamma, |v| / |w| and <g, v> of the perturbed leaves."""
   v, params = jax.device_get(
       (_ascend(gradient, params, gamma), params))
-  mask = jax.tree.leaves(weights.weight_mask(params))
+  mask = jax.tree.leaves(awp_jax.weight_mask(params))
   leaves = jax.tree_util.tree_flatten_with_path(params)[0]
   names, ratios, rises = [], [], []
   for is_moved, (path, w), g, dv in zip(

@@ -22,22 +22,25 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 import tqdm
 
 from awp_jax import checks
 from experiments import (
+    atomic,
     checkpoints,
     command,
     evaluate,
     extra_data,
+    judging,
     pipeline,
     results,
     runs,
     setup,
+    subjects,
+    workdirs,
 )
-from experiments.configs import cifar10_awp
+from experiments.errors import UserError, user_errors
 
 
 class Labelled(NamedTuple):
@@ -66,9 +69,10 @@ def predict(
     A label and its probability for each image.
 
   Raises:
-    ValueError: if the batch size does not divide, or logits are not finite.
+    UserError: if the batch size does not divide, or logits are not finite.
   """
-  checks.count('batch_size', batch_size)
+  with user_errors():
+    checks.count('batch_size', batch_size)
   num_devices = jax.device_count()
   setup.check_devices(batch_size, num_devices, 'batch_size')
 
@@ -95,18 +99,19 @@ def predict(
           np.asarray(array).reshape(-1)[:len(part)] for array in found)
       bar.update(len(part))
   if not np.isfinite(confidence).all():
-    raise ValueError(
+    raise UserError(
         'the network gives logits that are not finite, first for image '
         f'{int(np.flatnonzero(~np.isfinite(confidence))[0])}.')
   return Labelled(labels, confidence)
 
 
 def check_selection(min_confidence: float, per_class: int) -> None:
-  """Raises ValueError for numbers that `select` does not take."""
+  """Raises UserError for numbers that `select` does not take."""
   if not 0 <= min_confidence <= 1:
-    raise ValueError(
+    raise UserError(
         f'min_confidence must be in [0, 1], got {min_confidence!r}.')
-  checks.count('per_class', per_class, minimum=0)
+  with user_errors():
+    checks.count('per_class', per_class, minimum=0)
 
 
 def select(
@@ -125,23 +130,23 @@ def select(
     Their positions in ascending order.
 
   Raises:
-    ValueError: for numbers out of range, if nothing is left, or if a class has
+    UserError: for numbers out of range, if nothing is left, or if a class has
       fewer than `per_class` images.
   """
   check_selection(min_confidence, per_class)
   positions = np.flatnonzero(labelled.confidence >= min_confidence)
   if not len(positions):
-    raise ValueError(
+    raise UserError(
         f'min_confidence={min_confidence} leaves no image; the highest '
-        f'confidence is {labelled.confidence.max():.4f}.')
+        f'confidence is {np.max(labelled.confidence):.4f}.')
   if not per_class:
     return positions
   labels = labelled.labels[positions]
   counts = np.bincount(labels, minlength=num_classes)
-  if counts.min() < per_class:
-    raise ValueError(
-        f'per_class={per_class}: only {counts.min()} images are labelled '
-        f'{counts.argmin()} with a confidence of {min_confidence} or more.')
+  if np.min(counts) < per_class:
+    raise UserError(
+        f'per_class={per_class}: only {np.min(counts)} images are labelled '
+        f'{np.argmin(counts)} with a confidence of {min_confidence} or more.')
   order = np.lexsort((-labelled.confidence[positions], labels))
   starts = np.cumsum(counts) - counts
   chosen = order[(starts[:, None] + np.arange(per_class)).reshape(-1)]
@@ -160,42 +165,17 @@ def prepare(
     The run; nothing in its folder is changed.
 
   Raises:
-    ValueError: if there is no run, or nothing to take a network from.
+    UserError: if there is no run, or nothing to take a network from.
   """
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise ValueError(
-        f'{str(workdir)!r} holds no config.json: it is no folder of a run.')
-  try:
-    config = _nested(dict(json.loads(path.read_text())))
-    setup.check_fields(config, cifar10_awp.get_config())
-  except (ValueError, TypeError, AttributeError) as error:
-    raise ValueError(
-        f'{path} is not the config of a run of this version: {error}'
-    ) from None
+  config = workdirs.stored_config(workdir)
   config.evaluation.torch_checkpoint = str(torch_checkpoint or '')
   evaluate.check(config, workdir)
-  return runs.prepare(config, workdir)
+  return runs.reopen(config, workdir)
 
 
-def _nested(fields: dict[str, Any]) -> ml_collections.ConfigDict:
-  """A config of its fields by their dotted names."""
-  tree: dict[str, Any] = {}
-  for name, value in fields.items():
-    *groups, last = name.split('.')
-    place = tree
-    for group in groups:
-      place = place.setdefault(group, {})
-    place[last] = tuple(value) if isinstance(value, list) else value
-  return ml_collections.ConfigDict(tree)
-
-
-def load_subject(run: runs.Run, kind: str) -> evaluate.Subject:
+def load_subject(run: runs.Run, kind: str) -> subjects.Subject:
   """The network that labels: the run's checkpoint, or the PyTorch file."""
-  subjects = evaluate.load_subjects(run)
-  if run.config.evaluation.torch_checkpoint:
-    return next(subjects)
-  return next(subject for subject in subjects if subject.name == kind)
+  return next(subjects.load_subjects(run, (kind,)))
 
 
 def save(
@@ -210,16 +190,12 @@ def save(
     origin: plain values that tell where the labels are from.
     compress: whether to; it takes longer than labelling may have.
   """
-  temporary = path.with_name(f'.{path.stem}.tmp.npz')
   write = np.savez_compressed if compress else np.savez
-  try:
+  with atomic.replacing(path) as file:
     write(
-        temporary, image=images, label=labelled.labels,
+        file, image=images, label=labelled.labels,
         confidence=labelled.confidence,
         origin=np.array(json.dumps(origin)))
-    temporary.replace(path)
-  finally:
-    temporary.unlink(missing_ok=True)
 
 
 def counts_table(labelled: Labelled, num_classes: int) -> str:
@@ -236,16 +212,16 @@ def run_all(options: Any) -> None:
   """Labels, chooses and writes, as the command's options say."""
   check_selection(options.min_confidence, options.per_class)
   if options.output.suffix != '.npz':
-    raise ValueError(f'--output={options.output} must end in .npz.')
+    raise UserError(f'--output={options.output} must end in .npz.')
   folder = options.output.parent
   if not folder.is_dir():
-    raise ValueError(f'--output: there is no folder {str(folder)!r}.')
+    raise UserError(f'--output: there is no folder {str(folder)!r}.')
   run = prepare(options.workdir, options.torch_checkpoint)
   num_classes = run.dataset.num_classes
   images = extra_data.load_images(
       options.images, image_shape=run.dataset.x_train.shape[1:])
   if options.per_class * num_classes > len(images):
-    raise ValueError(
+    raise UserError(
         f'per_class={options.per_class} of {num_classes} classes are more than '
         f'the {len(images)} images in {options.images}.')
   subject = load_subject(run, options.checkpoint)
@@ -258,8 +234,9 @@ def run_all(options: Any) -> None:
     images = images[chosen]
     labelled = Labelled(*(values[chosen] for values in labelled))
   origin = {
-      **subject.origin, 'workdir': str(options.workdir),
-      'images': str(options.images), 'min_confidence': options.min_confidence,
+      **subject.origin, 'judged_by': judging.judged_by(),
+      'workdir': str(options.workdir), 'images': str(options.images),
+      'min_confidence': options.min_confidence,
       'per_class': options.per_class}
   save(options.output, images, labelled, origin, compress=options.compress)
   print(counts_table(labelled, num_classes))
@@ -292,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       '--compress', action='store_true', help='a smaller file, slowly')
   try:
     run_all(parser.parse_args(argv))
-  except (ValueError, OSError) as error:
+  except (UserError, OSError) as error:
     command.complain(error)
     return 2
   return 0

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 import importlib
 import json
 import math
+import numbers
 import pathlib
 import statistics
 from typing import Any, NamedTuple
 
 from experiments import compare, jobs, results, setup, sweep, workdirs
+from experiments.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent / 'configs'
 
@@ -46,12 +48,14 @@ def read(workdir: pathlib.Path, name: str) -> Record:
     A `Record`.
 
   Raises:
-    ValueError: if the name is none of a run.
+    UserError: if the name is none of a run.
   """
   parsed = jobs.parse_name(name)
   if parsed is None:
-    raise ValueError(f'{name!r} is not the name of a run like "x_at-seed0".')
+    raise UserError(f'{name!r} is not the name of a run like "x_at-seed0".')
   config = sweep.read_config(workdir / name)
+  if config:
+    config = workdirs.with_defaults(config)
   lines = results.read_metrics(workdir / name)
   return Record(
       name, *parsed, sweep.state_of(workdir, name), config, lines,
@@ -120,7 +124,7 @@ def changed(label: str, config: dict[str, Any]) -> dict[str, Any]:
     wanted = module.get_config(*filter(None, [argument]))
   except (TypeError, ValueError):  # it knows no such argument
     return {}
-  fields = json.loads(json.dumps(dict(setup.flatten(wanted))))
+  fields = json.loads(json.dumps(setup.flatten(wanted)))
   return {
       name: value for name, value in _numbers_only(config).items()
       if name in fields and value != fields[name]}
@@ -161,5 +165,6 @@ def mean_lines(runs: Sequence[Record]) -> list[dict[str, Any]]:
     shared = set.intersection(*map(set, lines))
     means.append({
         key: statistics.mean(line[key] for line in lines)
-        for key in lines[0] if key in shared})
+        for key in lines[0] if key in shared
+        and isinstance(lines[0][key], numbers.Real)})
   return means

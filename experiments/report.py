@@ -16,6 +16,8 @@ from typing import Any
 import jinja2
 
 from experiments import (
+  atomic,
+  checkpoints,
   figures,
   gallery,
   panels,
@@ -55,7 +57,7 @@ def write(run: runs.Run, mode: str = '') -> pathlib.Path:
   """Writes `report.html` and its figures.
 
   Args:
-    run: of `runs.prepare`.
+    run: of `runs.prepare` or `runs.reopen`.
     mode: what has just been done, whose command is this process's: 'train',
       'evaluate', 'landscape', or '' for none.
 
@@ -63,9 +65,7 @@ def write(run: runs.Run, mode: str = '') -> pathlib.Path:
     The path of the page.
   """
   path = run.workdir / 'report.html'
-  temporary = path.with_suffix('.html.tmp')
-  temporary.write_text(render('report.html.j2', _context(run, mode)))
-  temporary.replace(path)
+  atomic.write_text(path, render('report.html.j2', _context(run, mode)))
   return path
 
 
@@ -86,7 +86,7 @@ def _context(run: runs.Run, mode: str) -> dict[str, Any]:
   summary, evaluation, landscape = (
       read_json(run.workdir / f'{part}.json')
       for part in ('summary', 'evaluation', 'landscape'))
-  has_best = (run.workdir / 'checkpoints' / 'best').is_dir()
+  has_best = checkpoints.Reader(run.workdir, 'best').step() is not None
   look = probe.look(run) if has_best else None
   cards, magnification = (
       gallery.draw(folder, look, run.setup.threat, run.dataset.name)
@@ -110,14 +110,15 @@ def _context(run: runs.Run, mode: str) -> dict[str, Any]:
       'broken': report_tables.who_broke_what(evaluation),
       'landscape': panels.landscapes(folder, {name: landscape})
       if landscape else [],
-      'landscape_note': LANDSCAPE_NOTE,
+      'landscape_note': landscape_note({name: landscape}),
       'landscape_table': report_tables.flatness({name: landscape}),
       'layers': panels.layers(folder, look, config.awp.gamma) if look else [],
       'cards': cards, 'cards_note': _cards_note(look, magnification),
       'commands': _commands(run.workdir, mode),
       'facts': report_tables.facts(run, summary),
       'config': [['field', 'value'], *(
-          [field, str(value)] for field, value in setup.flatten(config))]}
+          [field, str(value)]
+          for field, value in setup.flatten(config).items())]}
 
 
 def method(config: Any) -> str:
@@ -144,7 +145,7 @@ def _attacks_note(evaluation: dict[str, Any]) -> str:
   return (
       f'On {evaluation["num_examples"]} test images. Each evaluation starts '
       'from all images; within a version of AutoAttack each attack sees what '
-      'those before left standing.')
+      f'those before left standing. {report_tables.judges(evaluation)}')
 
 
 LANDSCAPE_NOTE = (
@@ -152,6 +153,13 @@ LANDSCAPE_NOTE = (
     'examples made afresh at every point. The mean rise is the mean of '
     'g(alpha) - g(0) over the range: the smaller, the flatter. It compares '
     'runs of one setting only.')
+
+
+def landscape_note(records: dict[str, dict[str, Any]]) -> str:
+  """What the landscapes of one run or of several show, and who judged."""
+  judges = dict.fromkeys(
+      filter(None, map(report_tables.judges, records.values())))
+  return ' '.join([LANDSCAPE_NOTE, *judges])
 
 
 def _cards_note(look: probe.Look | None, magnification: float) -> str:

@@ -1,10 +1,14 @@
 """The tables of reports: rows of cells, the first row the head."""
 
+import json
 from typing import Any
 
 from experiments import results, runs
 
 Rows = list[list[str]]
+
+#: The packages that compute what is judged.
+_JUDGING = ('awp_jax', 'jax', 'jaxlib')
 
 
 def _per_cent(value: float) -> str:
@@ -56,6 +60,27 @@ def attacks(records: dict[str, dict[str, Any]]) -> Rows:
             f'{low:.2f} to {high:.2f}',
             '' if seconds is None else f'{seconds:.0f}'])
   return rows
+
+
+def judges(values: dict[str, Any]) -> str:
+  """Who judged what an evaluation or a landscape shows, in a sentence.
+
+  Args:
+    values: the contents of `evaluation.json` or `landscape.json`.
+
+  Returns:
+    Precision, devices and versions; each combination of them once.
+  """
+  found = {}
+  for entry in values.get('subjects', {}).values():
+    for part in (entry, *entry.get('evaluations', {}).values()):
+      for judge in part.get('judged_by', ()):
+        found[json.dumps(judge, sort_keys=True)] = judge
+  return ' '.join(
+      f'Judged in {judge["precision"]} (matrix products in '
+      f'{judge["matmul_precision"]}) on {_counted(judge["devices"])}, with '
+      + ', '.join(f'{k} {judge["versions"][k]}' for k in _JUDGING) + '.'
+      for judge in found.values())
 
 
 def warnings(evaluation: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 import importlib.metadata
 import json
+import numbers
 import os
 import pathlib
 import platform
@@ -14,6 +15,9 @@ import matplotlib
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 import tensorboardX
+
+import awp_jax
+from experiments import atomic
 
 PACKAGES = (
     'jax', 'jaxlib', 'flax', 'optax', 'chex', 'ml_collections',
@@ -34,9 +38,7 @@ TIMING_FIELDS = (
 
 def write_json(path: pathlib.Path, values: Any) -> None:
   """Writes JSON at once or not at all."""
-  temporary = path.with_name(path.name + '.tmp')
-  temporary.write_text(json.dumps(values, indent=2) + '\n')
-  os.replace(temporary, path)
+  atomic.write_text(path, json.dumps(values, indent=2) + '\n')
 
 
 def versions() -> dict[str, str]:
@@ -44,7 +46,8 @@ def versions() -> dict[str, str]:
   found = {'python': platform.python_version()}
   for name in PACKAGES:
     found[name] = importlib.metadata.version(name)
-  return found
+  # Not of its metadata: it may be used without being installed.
+  return found | {'awp_jax': awp_jax.__version__}
 
 
 def devices() -> list[str]:
@@ -73,9 +76,8 @@ class MetricsLog:
         str(workdir / 'tensorboard'), purge_step=completed_epochs + 1)
 
   def _rewrite(self) -> None:
-    temporary = self._path.with_name(self._path.name + '.tmp')
-    temporary.write_text(''.join(json.dumps(x) + '\n' for x in self.lines))
-    os.replace(temporary, self._path)
+    atomic.write_text(
+        self._path, ''.join(json.dumps(x) + '\n' for x in self.lines))
 
   def append(self, line: dict[str, Any]) -> None:
     """Adds the line of an epoch, on disk before this returns."""
@@ -85,7 +87,7 @@ class MetricsLog:
       file.flush()
       os.fsync(file.fileno())
     for name, value in line.items():
-      if name != 'epoch':
+      if name != 'epoch' and isinstance(value, numbers.Real):
         self._writer.add_scalar(name, value, line['epoch'])
     self._writer.flush()
 
@@ -183,8 +185,8 @@ def summarise(
 
   Returns:
     `best` and `last`, `robust_generalisation_gap` (robust accuracy on training
-    images less that on test images, at the last epoch), speed, data, devices
-    and versions.
+    images less that on test images, at the last epoch), speed, data, how the
+    accuracies were judged, devices and versions.
   """
   training = sum(line['seconds_training'] for line in lines)
   evaluating = sum(line['seconds_evaluating'] for line in lines)
@@ -194,6 +196,7 @@ def summarise(
       'images_per_second': images / training if training else 0.0,
       'seconds': training + evaluating,
       'dataset': dataset,
+      'judged_by': evaluated(lines)[-1].get('judged_by', {}),
       'devices': devices(),
       'versions': versions(),
   }

@@ -14,6 +14,7 @@ import numpy as np
 
 import awp_jax
 from experiments import (
+    checkpoints,
     data,
     extra_data,
     initial,
@@ -22,6 +23,7 @@ from experiments import (
     workdirs,
 )
 from experiments import setup as setup_lib
+from experiments.errors import UserError
 
 
 class Run(NamedTuple):
@@ -98,7 +100,7 @@ def prepare(
     The run.
 
   Raises:
-    ValueError: for what cannot work, with the value and what is allowed.
+    UserError: for what cannot work, with the value and what is allowed.
   """
   built = setup_lib.build(config)
   num_devices = jax.device_count()
@@ -108,25 +110,16 @@ def prepare(
   if config.init_from:
     initial.check(config.init_from)
   folder = workdirs.open_workdir(workdir, config)
-  dataset = data.load(
-      config.dataset, data_dir=config.data_dir or None,
-      npz_path=config.npz_path or None, num_train=config.num_train or None,
-      num_test=config.num_test or None, seed=config.seed,
-      progress=sys.stderr.isatty())
-  shape = dataset.x_train.shape[1:]
-  validation = np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32)
-  if config.num_validation:
-    dataset, *held_out = data.split_validation(
-        dataset, config.num_validation, config.seed)
-    validation = held_out[0], held_out[1]
+  dataset, validation = _load_data(config)
   if len(dataset.x_train) < num_devices:
-    raise ValueError(
+    raise UserError(
         f'{len(dataset.x_train)} training images cannot be spread over '
         f'{num_devices} devices.')
   extra = None
   if config.extra.path:
     extra = extra_data.load(
-        config.extra.path, image_shape=shape, num_classes=dataset.num_classes)
+        config.extra.path, image_shape=dataset.x_train.shape[1:],
+        num_classes=dataset.num_classes)
     _check_fraction(config)
   model = setup_lib.build_model(config, dataset)
   workdirs.claim(folder, config)
@@ -134,10 +127,60 @@ def prepare(
       config, folder, built, dataset, validation, model, num_devices, extra)
 
 
+def reopen(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Run:
+  """The run in a folder, to be read while it may still be training.
+
+  Nothing in the folder is made, changed, removed or locked, and nothing that
+  only training needs is asked for.
+
+  Args:
+    config: of `workdirs.reader_config`.
+    workdir: the run's folder.
+
+  Returns:
+    The run.
+
+  Raises:
+    UserError: for what cannot work, or if the training images are not those
+      that the run was trained on.
+  """
+  built = setup_lib.build(config)
+  folder = pathlib.Path(workdir).expanduser()
+  dataset, validation = _load_data(config)
+  now = _crc32(dataset.x_train, dataset.y_train)
+  then = checkpoints.Reader(folder, 'last').notes().get(
+      'training_data_crc32', now)
+  if now != then:
+    raise UserError(
+        f'the training images ({dataset.source}) are not those of the run in '
+        f'{str(folder)!r}: their crc32 is {now}, it was {then}.')
+  return Run(
+      config, folder, built, dataset, validation,
+      setup_lib.build_model(config, dataset), jax.device_count())
+
+
+def _load_data(
+    config: ml_collections.ConfigDict
+) -> tuple[data.Dataset, tuple[np.ndarray, np.ndarray]]:
+  """The data set without its validation images, and these."""
+  dataset = data.load(
+      config.dataset, data_dir=config.data_dir or None,
+      npz_path=config.npz_path or None, num_train=config.num_train or None,
+      num_test=config.num_test or None, seed=config.data_seed,
+      progress=sys.stderr.isatty())
+  if config.num_validation:
+    dataset, *held_out = data.split_validation(
+        dataset, config.num_validation, config.data_seed)
+    return dataset, (held_out[0], held_out[1])
+  shape = dataset.x_train.shape[1:]
+  return dataset, (np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32))
+
+
 def _check_fraction(config: ml_collections.ConfigDict) -> None:
   rows = pipeline.extra_rows(config.batch_size, config.extra.fraction)
   if rows.all() or not rows.any():
-    raise ValueError(
+    raise UserError(
         f'extra.fraction={config.extra.fraction!r} of a batch of '
         f'{config.batch_size} leaves no image of the other kind.')
 
@@ -165,14 +208,14 @@ def initial_state(run: Run) -> awp_jax.TrainState:
       apply_fn=run.model.apply, params=params,
       tx=optimization.build_optimizer(run.config, run.steps_per_epoch),
       batch_stats=batch_stats, average=average,
-      memory=run.setup.perturbation.as_method().init(params).memory)
+      method=run.setup.perturbation)
 
 
 def first_state(run: Run) -> tuple[awp_jax.TrainState, str]:
   """`initial_state`, or what `init_from` names, and what to say about it.
 
   Raises:
-    ValueError: if that is another network.
+    UserError: if that is another network.
   """
   source = run.config.init_from
   if not source:

@@ -1,11 +1,12 @@
 """From a config's plain values to the objects of a run, checked first."""
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 import difflib
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -13,10 +14,11 @@ import ml_collections
 import awp_jax
 from awp_jax import checks, models
 from awp_jax.attacks.pgd import STARTS
+from awp_jax.perturbation.method import UPDATE_AT
 from awp_jax.step import MODES, STATISTICS
 from awp_jax.threat import NORMS
-from awp_jax.weights import DECAY_AT
 from experiments import data, optimization
+from experiments.errors import UserError, user_errors
 
 MODELS = ('preact_resnet', 'wide_resnet')
 OBJECTIVES = ('AT', 'TRADES', 'MART', 'natural')
@@ -24,6 +26,9 @@ DTYPES = ('float32', 'bfloat16', 'float64')
 PAD_MODES = ('reflect', 'constant')
 SELECT_ON = ('test', 'validation')
 GUARD_ACTIONS = ('stop', 'shrink')
+
+#: The mapped axis of the devices.
+AXIS = 'batch'
 
 
 class Setup(NamedTuple):
@@ -34,25 +39,21 @@ class Setup(NamedTuple):
     threat: the ball and the box.
     attack: of training.
     perturbation: of the weights, once past its warm-up.
+    alternations: how often input and weight steps take turns.
     eval_attack: of evaluation.
   """
 
   objective: awp_jax.Objective
   threat: awp_jax.ThreatModel
   attack: awp_jax.Attack
-  perturbation: awp_jax.WeightPerturbation
+  perturbation: awp_jax.Method
+  alternations: int
   eval_attack: awp_jax.Attack
 
 
-def flatten(
-    config: ml_collections.ConfigDict, prefix: str = ''
-) -> Iterator[tuple[str, Any]]:
-  """Pairs of a dotted field name and its value."""
-  for name, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
-      yield from flatten(value, f'{prefix}{name}.')
-    else:
-      yield f'{prefix}{name}', value
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The values of all fields by their dotted names."""
+  return traverse_util.flatten_dict(config.to_dict(), sep='.')
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
@@ -72,16 +73,17 @@ def unknown_field(name: str, known: Iterable[str]) -> str:
 def check_fields(
     config: ml_collections.ConfigDict, known: ml_collections.ConfigDict
 ) -> None:
-  """Raises ValueError unless `config` has the fields of `known`, no others."""
-  wanted, given = dict(flatten(known)), dict(flatten(config))
+  """Raises UserError unless `config` has the fields of `known`, no others."""
+  wanted, given = flatten(known), flatten(config)
   for name in given:
     if name not in wanted:
-      raise ValueError(unknown_field(name, wanted))
+      raise UserError(unknown_field(name, wanted))
   for name in wanted:
     if name not in given:
-      raise ValueError(f'the config lacks the field {name!r}.')
+      raise UserError(f'the config lacks the field {name!r}.')
 
 
+@user_errors()
 def build(config: ml_collections.ConfigDict) -> Setup:
   """Checks a config's values and makes what they describe.
 
@@ -92,7 +94,7 @@ def build(config: ml_collections.ConfigDict) -> Setup:
     A `Setup`.
 
   Raises:
-    ValueError: for the first value that is not allowed.
+    UserError: for the first value that is not allowed.
   """
   _check_names(config)
   _check_numbers(config)
@@ -105,8 +107,8 @@ def build(config: ml_collections.ConfigDict) -> Setup:
       attack=awp_jax.Attack(
           step_size=attack.step_size, num_steps=attack.num_steps,
           start=attack.start, restarts=attack.restarts, mode=attack.mode),
-      perturbation=awp_jax.WeightPerturbation(
-          method=_method(config), alternations=awp.alternations),
+      perturbation=_method(config),
+      alternations=awp.alternations,
       eval_attack=awp_jax.Attack(
           step_size=evaluation.step_size, num_steps=evaluation.num_steps,
           start='random'))
@@ -116,20 +118,20 @@ def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
   """The method that `weight_perturbation` describes.
 
   Raises:
-    ValueError: for what is no call of a method, options that it lacks, or AWP
+    UserError: for what is no call of a method, options that it lacks, or AWP
       with options but without a size.
   """
   name, options = parse_call(config.weight_perturbation)
   if name == 'awp':
     awp = config.awp
     if options and 'gamma' not in options and not awp.gamma:
-      raise ValueError(
+      raise UserError(
           f'weight_perturbation={config.weight_perturbation!r} would perturb '
           'nothing, since awp.gamma is 0 in this config; give a size, as in '
           "'awp(gamma=0.01)'.")
     options = {
         'gamma': awp.gamma, 'num_steps': awp.num_steps,
-        'decay_at': awp.decay_at} | options
+        'update_at': awp.update_at} | options
   return awp_jax.methods.make(name, **options)
 
 
@@ -143,20 +145,21 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     The name and the options.
 
   Raises:
-    ValueError: for anything else.
+    UserError: for anything else.
   """
   try:
     node = ast.parse(text.strip(), mode='eval').body
     if isinstance(node, ast.Name):
       return node.id, {}
     if isinstance(node, ast.Call) and isinstance(
-        node.func, ast.Name) and not node.args:
+        node.func, ast.Name) and not node.args and all(
+            keyword.arg for keyword in node.keywords):  # without **{...}
       return node.func.id, {
           str(keyword.arg): ast.literal_eval(keyword.value)
           for keyword in node.keywords}
   except (SyntaxError, ValueError, TypeError):
     pass
-  raise ValueError(
+  raise UserError(
       'weight_perturbation must be the name of a method, with options in '
       f"parentheses like 'sam(rho=0.05)', got {text!r}.")
 
@@ -182,86 +185,80 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
       ('threat.norm', config.threat.norm, NORMS),
       ('attack.start', config.attack.start, STARTS),
       ('attack.mode', config.attack.mode, MODES),
-      ('awp.decay_at', config.awp.decay_at, DECAY_AT),
+      ('awp.update_at', config.awp.update_at, UPDATE_AT),
       ('statistics', config.statistics, STATISTICS),
       ('guard.action', config.guard.action, GUARD_ACTIONS),
       ('select_on', config.select_on, SELECT_ON)):
     checks.one_of(name, value, allowed)
   if config.select_on == 'validation' and not config.num_validation:
-    raise ValueError(
+    raise UserError(
         "select_on='validation' needs num_validation > 0 images to hold out "
         f'from the training images, got {config.num_validation}.')
   if config.dataset == 'npz' and not config.npz_path:
-    raise ValueError("dataset='npz' needs npz_path, the path of the archive.")
+    raise UserError("dataset='npz' needs npz_path, the path of the archive.")
   if 'float64' in (config.model.dtype, config.model.param_dtype):
     if not getattr(jax.config, 'jax_enable_x64', False):
-      raise ValueError(
+      raise UserError(
           "model.dtype='float64' needs 64-bit arrays: set JAX_ENABLE_X64=1.")
 
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
+  fields = flatten(config)
   for name in (
       'threat.epsilon', 'attack.step_size', 'eval.step_size', 'guard.factor'):
-    checks.positive(name, _field(config, name))
+    checks.positive(name, fields[name])
   for name in (
       'beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup'):
-    checks.not_negative(name, _field(config, name))
+    checks.not_negative(name, fields[name])
   for name in (
       'epochs', 'batch_size', 'attack.num_steps', 'attack.restarts',
       'awp.num_steps', 'awp.alternations', 'eval.every_epochs',
       'eval.batch_size', 'eval.num_steps', 'eval.num_train', 'model.width',
       'log_every_steps', 'guard.stretch_steps'):
-    checks.count(name, _field(config, name))
+    checks.count(name, fields[name])
   for name in (
-      'seed', 'num_train', 'num_test', 'num_validation', 'augmentation.pad',
-      'augmentation.cutout', 'awp.warmup_epochs', 'awp.warmup_steps',
-      'checkpoint_every_steps', 'early_stopping_epochs', 'guard.grace_steps',
-      'guard.most_shrinks'):
-    checks.count(name, _field(config, name), minimum=0)
+      'seed', 'data_seed', 'num_train', 'num_test', 'num_validation',
+      'augmentation.pad', 'augmentation.cutout', 'awp.warmup_epochs',
+      'awp.warmup_steps', 'checkpoint_every_steps', 'early_stopping_epochs',
+      'guard.grace_steps', 'guard.most_shrinks'):
+    checks.count(name, fields[name], minimum=0)
   for name in ('extra.fraction', 'ema_decay', 'label_smoothing'):
-    if not 0 <= _field(config, name) < 1:
-      raise ValueError(
-          f'{name} must be in [0, 1), got {_field(config, name)!r}.')
+    if not 0 <= fields[name] < 1:
+      raise UserError(
+          f'{name} must be in [0, 1), got {fields[name]!r}.')
   if config.guard.factor >= 1:
-    raise ValueError(
+    raise UserError(
         f'guard.factor must be below 1, got {config.guard.factor!r}.')
 
 
 def _check_together(config: ml_collections.ConfigDict) -> None:
   """Values that are allowed one by one, and not together."""
   if config.awp.alternations > 1 and config.attack.restarts > 1:
-    raise ValueError(
+    raise UserError(
         f'awp.alternations={config.awp.alternations} continue one attack; '
         f'attack.restarts={config.attack.restarts} make several. One of them '
         'must be 1.')
   if config.awp.warmup_epochs and config.awp.warmup_steps:
-    raise ValueError(
+    raise UserError(
         f'awp.warmup_epochs={config.awp.warmup_epochs} and '
         f'awp.warmup_steps={config.awp.warmup_steps} say the same in two ways; '
         'one of them must be 0.')
   if bool(config.extra.path) != bool(config.extra.fraction):
-    raise ValueError(
+    raise UserError(
         'extra.path and extra.fraction go together, got '
         f'{config.extra.path!r} and {config.extra.fraction!r}.')
   if config.objective == 'MART' and config.augmentation.mixup:
-    raise ValueError(
+    raise UserError(
         "augmentation.mixup goes with objective 'AT', 'TRADES' and 'natural': "
         "MART needs to know each image's one class, got "
         f'mixup={config.augmentation.mixup!r}.')
 
 
-def _field(config: ml_collections.ConfigDict, dotted: str) -> Any:
-  value = config
-  for name in dotted.split('.'):
-    value = value[name]
-  return value
-
-
 def check_devices(batch_size: int, num_devices: int, name: str) -> None:
-  """Raises ValueError unless `num_devices` divide the batch."""
+  """Raises UserError unless `num_devices` divide the batch."""
   if batch_size % num_devices:
     lower = batch_size // num_devices * num_devices
-    raise ValueError(
+    raise UserError(
         f'{name}={batch_size} does not divide among {num_devices} devices; '
         f'{" or ".join(str(b) for b in (lower, lower + num_devices) if b)} '
         'would.')
@@ -276,9 +273,10 @@ def build_model(
   dtype = jnp.dtype(config.model.dtype)
   scale = (dataset.mean, dataset.std) if config.model.normalise else (
       (0.0,), (1.0,))
-  return make(
-      num_classes=dataset.num_classes, depth=config.model.depth,
-      width=config.model.width, mean=tuple(scale[0]),
-      std=tuple(scale[1]),
-      activation=config.model.activation, dtype=dtype,
-      param_dtype=jnp.dtype(config.model.param_dtype))
+  with user_errors():
+    return make(
+        num_classes=dataset.num_classes, depth=config.model.depth,
+        width=config.model.width, mean=tuple(scale[0]), std=tuple(scale[1]),
+        activation=config.model.activation, dtype=dtype,
+        param_dtype=jnp.dtype(config.model.param_dtype),
+        axis_name=AXIS if config.model.sync_batch_norm else None)

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import awp_jax
-from experiments import augmentation, pipeline, runs
-
-AXIS = 'batch'
+from experiments import augmentation, judging, pipeline, runs
+from experiments.setup import AXIS
 
 
 class Sums(NamedTuple):
@@ -64,6 +63,12 @@ def evaluated(state: awp_jax.TrainState) -> awp_jax.TrainState:
       params=state.average.params, batch_stats=state.average.batch_stats)
 
 
+def on_all_devices() -> jax.sharding.NamedSharding:
+  """The sharding of an array of which every device has a copy."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
 class TrainingData(NamedTuple):
   """What lies on every device during training.
 
@@ -89,14 +94,34 @@ def training_data(run: runs.Run) -> TrainingData:
       dataset.x_train, dataset.y_train, extra.images, extra.labels)
 
 
+def order_number(run: runs.Run, step: int) -> int:
+  """Which permutation of the training images a step takes its batch from."""
+  if run.extra is None:
+    return step // run.steps_per_epoch
+  config = run.config
+  is_extra = pipeline.extra_rows(config.batch_size, config.extra.fraction)
+  return step // pipeline.batches_of_pass(
+      len(run.dataset.y_train), int(np.sum(~is_extra)))
+
+
+def make_order_fn(run: runs.Run) -> Callable[..., Any]:
+  """The compiled (key, number) -> permutation [N], on all devices."""
+  return jax.jit(
+      lambda key, number: pipeline.permutation(
+          key, number, len(run.dataset.y_train)),
+      out_shardings=on_all_devices())
+
+
 def global_batch(
-    run: runs.Run, data: TrainingData, step: Any, size: int
-) -> tuple[Any, Any]:
+    run: runs.Run, data: TrainingData, order: Any, keys: dict[str, Any],
+    step: Any, size: int) -> tuple[Any, Any]:
   """Images in [0, 1] and labels of a step, over all devices.
 
   Args:
     run: the run.
     data: of `training_data`.
+    order: the permutation [N] of `order_number(run, step)`.
+    keys: of `runs.keys`.
     step: counted from 0.
     size: of this batch.
 
@@ -104,20 +129,19 @@ def global_batch(
     Images [size, H, W, C] and labels: integers [size], or probabilities
     [size, C] with mixup.
   """
-  config, keys = run.config, runs.keys(run.config)
+  config = run.config
   policy = augmentation.Augmentation(**config.augmentation)
   pixels = jnp.dtype(config.model.param_dtype)
   if pixels == jnp.bfloat16:
     pixels = jnp.dtype(jnp.float32)  # steps of 2 / 255 need more than 8 bits
   if run.extra is None:
     indices = pipeline.batch_indices(
-        keys['order'], data.labels.shape[0], config.batch_size, step,
-        run.steps_per_epoch, size)
+        order, step % run.steps_per_epoch, config.batch_size, size)
     images, labels = data.images[indices], data.labels[indices]
   else:
     is_extra = pipeline.extra_rows(size, config.extra.fraction)
     own, extra = pipeline.mixed_batch_indices(
-        keys['order'], data.labels.shape[0], data.extra_labels.shape[0], step,
+        keys['order'], order, data.extra_labels.shape[0], step,
         int(np.sum(~is_extra)), int(np.sum(is_extra)))
     images, labels = (
         pipeline.interleave(is_extra, first, second) for first, second in (
@@ -135,7 +159,9 @@ def global_batch(
 
 
 def make_train_fn(run: runs.Run, size: int, factor: float) -> Any:
-  """The pmapped step: (state, sums, data, device numbers).
+  """The pmapped step: (state, sums, data, order, keys, device numbers).
+
+  The keys are arguments, so runs of several seeds share a compilation cache.
 
   Args:
     run: the run.
@@ -147,50 +173,60 @@ def make_train_fn(run: runs.Run, size: int, factor: float) -> Any:
     A pmapped function that returns the next state and sums, both un-stacked; it
     consumes those that it is given.
   """
-  config, keys = run.config, runs.keys(run.config)
-  perturbation = run.setup.perturbation
+  config = run.config
   # The host knows the step: two compiled ones are cheaper than a branch in
   # one, within which the CPU's convolutions run slowly.
-  method = dataclasses.replace(perturbation.as_method(), start=0, every=1)
-  perturbation = perturbation._replace(
-      method=awp_jax.methods.scaled(method, factor))
+  perturbation = awp_jax.methods.scaled(
+      dataclasses.replace(run.setup.perturbation, start=0, every=1), factor)
 
   def step(
-      state: awp_jax.TrainState, sums: Sums, data: TrainingData, device: Any
+      state: awp_jax.TrainState, sums: Sums, data: TrainingData, order: Any,
+      keys: dict[str, Any], device: Any
   ) -> tuple[awp_jax.TrainState, Sums]:
     number = jnp.asarray(state.step)
     images, labels = (
         pipeline.device_part(array, device, run.num_devices)
-        for array in global_batch(run, data, number, size))
+        for array in global_batch(
+            run, data, order, keys, number, size))
     state, metrics = awp_jax.train_step(
         state, (images, labels), keys['step'],
         objective=run.setup.objective, threat=run.setup.threat,
         attack=run.setup.attack, perturbation=perturbation,
+        alternations=run.setup.alternations,
         statistics=config.statistics, axis_name=AXIS)
     if state.average is not None:
       state = state.replace(average=awp_jax.update_average(
           state.average, state.params, state.batch_stats,
           awp_jax.ema_decay(config.ema_decay, number)))
-    weighted = (*(size * metric for metric in metrics), size)
+    means = metrics._asdict() | {'images': 1}
     return state, Sums(*(
-        (total + value).astype(jnp.float32)
-        for total, value in zip(sums, weighted, strict=True)))
+        (total + size * means[name]).astype(jnp.float32)
+        for name, total in sums._asdict().items()))
 
   return jax.pmap(
-      step, axis_name=AXIS, in_axes=(None, None, None, 0), out_axes=None,
+      step, axis_name=AXIS, in_axes=(None, None, None, None, None, 0),
+      out_axes=None,
       donate_argnums=(0, 1))
 
 
 def make_eval_fn(run: runs.Run) -> Callable[..., Any]:
-  """The pmapped evaluation: (state, images, labels, valid, key) -> sums."""
+  """The pmapped evaluation: (state, images, labels, valid, key) -> sums.
+
+  The network is judged in float32, whatever it is trained in.
+  """
+  network = judging.network(run.model)
+
+  def apply(variables: Any, images: Any, train: bool) -> Any:
+    del train
+    return judging.logits(network, judging.variables(variables), images)
 
   def step(
       state: awp_jax.TrainState, images: Any, labels: Any, valid: Any, key: Any
   ) -> awp_jax.EvalMetrics:
     pixels = pipeline.to_pixels(images, jnp.dtype(jnp.float32))
     return awp_jax.eval_step(
-        state, (pixels, labels, valid), key, threat=run.setup.threat,
-        attack=run.setup.eval_attack, axis_name=AXIS)
+        state.replace(apply_fn=apply), (pixels, labels, valid), key,
+        threat=run.setup.threat, attack=run.setup.eval_attack, axis_name=AXIS)
 
   return jax.pmap(
       step, axis_name=AXIS, in_axes=(None, 0, 0, 0, None), out_axes=None)

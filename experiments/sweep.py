@@ -18,6 +18,7 @@ import sys
 from typing import IO, Any, NamedTuple
 
 from experiments import results, workdirs
+from experiments.errors import UserError
 from experiments.jobs import Job, parse_name
 
 MAIN = pathlib.Path(__file__).resolve().parent / 'main.py'
@@ -42,7 +43,7 @@ class State(NamedTuple):
 def check_overrides(
     jobs: Sequence[Job], workdir: pathlib.Path, overrides: Sequence[str]
 ) -> None:
-  """Raises ValueError for a run that is there already with other values.
+  """Raises UserError for a run that is there already with other values.
 
   A run that is not finished refuses them itself; a finished one would stand for
   what it is not.
@@ -54,7 +55,7 @@ def check_overrides(
       if name in workdirs.FREE_FIELDS or name.startswith(workdirs.FREE_GROUPS):
         continue
       if name in stored and not _is_same(stored[name], value):
-        raise ValueError(
+        raise UserError(
             f'{override}: {str(workdir / job.name)!r} holds a run with '
             f'{name}={stored[name]!r}; choose another --workdir.')
 
@@ -164,7 +165,7 @@ def run_jobs(
     from there.
 
   Raises:
-    ValueError: if a run is there already with other values than `overrides`.
+    UserError: if a run is there already with other values than `overrides`.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   check_overrides(jobs, workdir, overrides)
@@ -218,7 +219,10 @@ def find_runs(workdir: pathlib.Path) -> list[str]:
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
   """The fields of a run's config by their dotted names; none if it has none."""
+  path = folder / 'config.json'
   try:
-    return json.loads((folder / 'config.json').read_text())
+    return json.loads(path.read_text())
   except FileNotFoundError:
     return {}
+  except ValueError as error:
+    raise UserError(f'{path} is not the config of a run: {error}.') from error

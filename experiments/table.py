@@ -7,6 +7,8 @@ Every run is a process of its own. What is finished is not run again, what was
 stopped goes on from its last checkpoint, and what fails stands in the table
 with its reason. Ctrl-C and SIGTERM let the run under way save first.
 `--config.NAME=VALUE` changes a field of every run. `--only_table` runs nothing.
+A seed is that of the initial weights, the order of images and the noise; the
+images themselves depend on `--config.data_seed` alone, 0 by default.
 The table covers all runs in the workdir, also those which another process with
 the same workdir has made: start one per accelerator.
 """
@@ -14,7 +16,6 @@ the same workdir has made: start one per accelerator.
 import argparse
 from collections.abc import Sequence
 import json
-import os
 import pathlib
 import re
 import statistics
@@ -26,6 +27,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments import (
+    atomic,
     command,
     compare,
     jobs,
@@ -34,6 +36,7 @@ from experiments import (
     results,
     sweep,
 )
+from experiments.errors import UserError
 
 #: Key of `records.measure` -> heading.
 COLUMNS = {
@@ -135,9 +138,9 @@ def write(workdir: pathlib.Path, listed: Sequence[str]) -> str:
   names = dict.fromkeys([*listed, *sweep.find_runs(workdir)])
   groups = records.group([records.read(workdir, name) for name in names])
   cells, beside = rows(groups), notes(groups)
-  _replace(workdir / 'table.md', '\n\n'.join(
+  atomic.write_text(workdir / 'table.md', '\n\n'.join(
       [markdown(cells), LEGEND, *beside]) + '\n')
-  _replace(
+  atomic.write_text(
       workdir / 'table.json', json.dumps(as_json(groups), indent=2) + '\n')
   curves = {
       name: lines for name, runs in groups.items()
@@ -147,13 +150,6 @@ def write(workdir: pathlib.Path, listed: Sequence[str]) -> str:
   return '\n'.join([
       results.table(cells), '',
       *(textwrap.fill(text, 80) for text in (LEGEND, *beside))])
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-  """Writes at once or not at all, even if another table does so too."""
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(text)
-  os.replace(temporary, path)
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -199,7 +195,7 @@ def main(
         for config in jobs.parse_configs(options.configs)
     ] if options.configs else []
     if options.only_table and not listed and not sweep.find_runs(workdir):
-      raise ValueError(f'{str(workdir)!r} holds no runs of a table.')
+      raise UserError(f'{str(workdir)!r} holds no runs of a table.')
     names = [job.name for job in listed]
     stopped = None
     if not options.only_table:
@@ -209,7 +205,7 @@ def main(
           after_each=lambda: write(workdir, names))
     workdir.mkdir(parents=True, exist_ok=True)
     print(f'\n{write(workdir, names)}')
-  except (ValueError, OSError) as error:
+  except (UserError, OSError) as error:
     command.complain(error)
     return 2
   print(f'\nthe same as table.md and table.json, and curves: {workdir}')

@@ -3,300 +3,37 @@
 It starts from the last checkpoint if there is one, and writes `metrics.jsonl`,
 TensorBoard events, `curves.png`, checkpoints and `summary.json`. The host only
 dispatches compiled steps and looks at the numbers once per `log_every_steps`.
+The state at the end of an epoch is saved before it is evaluated: a run stopped
+meanwhile goes on with the evaluation.
 
 A run that collapses, or whose numbers are no longer finite, is stopped, or goes
 back to the last good state with a smaller gamma (`config.guard`). While a
 network is under suspicion no checkpoint is written, so the last one is good.
 """
 
-import math
-import signal
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-import awp_jax
-from experiments import (
-    checkpoints,
-    data,
-    guard,
-    optimization,
-    report,
-    results,
-    runs,
-    steps,
-)
-from experiments import progress as progress_lib
+from experiments import data, report, results, runs, signals, workdirs
 from experiments.guard import Collapsed, Diverged
+from experiments.loop import Loop
 
 __all__ = ['Collapsed', 'Diverged', 'train']
 
-
-class _StopRequest:
-  """Remembers a first SIGTERM or SIGINT; a second takes its usual course."""
-
-  def __init__(self) -> None:
-    self.name: str | None = None
-    self._old: dict[Any, Any] = {}
-
-  def __enter__(self) -> '_StopRequest':
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._old[number] = signal.signal(number, self._handle)
-    return self
-
-  def _handle(self, number: int, frame: Any) -> None:
-    del frame
-    self.name = signal.Signals(number).name
-    signal.signal(number, self._old[number])
-
-  def __exit__(self, *exception: object) -> None:
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
+#: Batch statistics over fewer images on a device are worth a notice.
+_FEW_IMAGES = 32
 
 
-class _Loop:
-  """The state of `train` on the host."""
-
-  def __init__(self, run: runs.Run) -> None:
-    self.run, self.order = run, run.order
-    self.last = checkpoints.Checkpoints(run.workdir, 'last')
-    self.best = checkpoints.Checkpoints(run.workdir, 'best')
-    self.record = guard.Record(run.workdir)
-    self.total = run.config.epochs * run.steps_per_epoch
-    self.data = self._replicated(steps.training_data(run))
-    self.device_numbers = np.arange(run.num_devices)
-    self.eval_fn = steps.make_eval_fn(run)
-    self._compiled: dict[tuple[int, float], Any] = {}
-    self._open()
-    self.progress = progress_lib.Progress(
-        self.total, self.step, run.config.batch_size)
-
-  def _open(self) -> None:
-    """The state of the last checkpoint, and what goes with it."""
-    self.state, self.sums, notes = self._restore()
-    self.step = int(self.state.step)
-    self.seconds = float(notes.get('seconds_training', 0.0))
-    self.log = results.MetricsLog(
-        self.run.workdir, self.step // self.run.steps_per_epoch)
-    self.watch = guard.Watch(
-        self.run.config.guard,
-        guard.chance(self.run.dataset.y_train, self.run.dataset.num_classes),
-        max(self.run.config.guard.grace_steps, self.warmup_steps),
-        min((line['train_loss'] for line in self.log.lines), default=math.inf))
-    self._seen = np.zeros(4)
-
-  @property
-  def warmup_steps(self) -> int:
-    """Steps before AWP begins."""
-    awp = self.run.config.awp
-    return awp.warmup_steps or awp.warmup_epochs * self.run.steps_per_epoch
-
-  @property
-  def is_finished(self) -> bool:
-    """Whether all steps are done, or no better epoch is waited for."""
-    patience = self.run.config.early_stopping_epochs
-    return self.step >= self.total or (
-        self.step % self.run.steps_per_epoch == 0 and results.stops_early(
-            self.log.lines, self.run.config.select_on, patience))
-
-  def _replicated(self, tree: Any) -> Any:
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), (steps.AXIS,))
-    return jax.device_put(
-        tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-
-  def _restore(self) -> tuple[awp_jax.TrainState, steps.Sums, dict[str, Any]]:
-    notes: dict[str, Any] = {}
-    if self.last.step() is not None:
-      state, sums = runs.initial_state(self.run), steps.zero_sums()
-      stored, notes = self.last.load(steps.to_tree(state, sums))
-      state, sums = steps.from_tree(state, stored)
-      self._check_order(notes)
-    else:
-      (state, said), sums = runs.first_state(self.run), steps.zero_sums()
-      if said:
-        print(said, flush=True)
-    return self._replicated(state), self._replicated(sums), notes
-
-  def _check_order(self, notes: dict[str, Any]) -> None:
-    now = self.order
-    then = {name: notes.get(name) for name in now}
-    if then != now:
-      raise checkpoints.CheckpointError(
-          f'the checkpoint in {self.last.folder} was written with {then}, this '
-          f'run has {now}: give it the same images and devices '
-          f'({notes.get("num_devices")}, now {self.run.num_devices}), or '
-          'another workdir.')
-    if notes['num_devices'] != self.run.num_devices:
-      print(
-          f'going on with {self.run.num_devices} devices instead of '
-          f'{notes["num_devices"]}: noise and batch statistics are per device, '
-          'so the numbers will not be those of an uninterrupted run.',
-          flush=True)
-
-  def step_fn(self, position: int) -> Any:
-    """The step for a position in the epoch, compiled when first met."""
-    method = self.run.setup.perturbation.as_method()
-    size = self.run.batch_sizes[position]
-    is_on = (
-        not method.is_off and self.step >= self.warmup_steps
-        and method.perturbs_at(self.step))
-    key = size, self.record.factor if is_on else 0.0
-    if key not in self._compiled:
-      how = f'with {method.name}' if is_on else 'without weight perturbation'
-      self.progress.say(f'compiling the step for {size} images, {how}')
-      # Steps under way would else run, uncounted, while this one compiles.
-      started = time.perf_counter()
-      jax.block_until_ready(self.state)
-      self.seconds += time.perf_counter() - started
-      self._compiled[key] = steps.make_train_fn(
-          self.run, *key).lower(
-              self.state, self.sums, self.data, self.device_numbers).compile()
-    return self._compiled[key]
-
-  def save(self) -> None:
-    """Writes the last checkpoint, unless the network is under suspicion.
-
-    A run that is at its end is saved whatever it is like.
-    """
-    if not (self.watch.is_well or self.is_finished):
-      return
-    self.last.save(
-        self.step, steps.to_tree(self.state, self.sums),
-        {'seconds_training': self.seconds,
-         'num_devices': self.run.num_devices, **self.order})
-
-  def fetch_sums(self) -> tuple[steps.Sums, dict[str, float]]:
-    """The epoch's sums so far, and their means over its images.
-
-    Raises:
-      Diverged: if one is not finite, or the state is not: the sums are of
-        before the last update.
-    """
-    sums, is_finite = jax.device_get((self.sums, _all_finite(self.state)))
-    images = float(sums.images)
-    means = {
-        name: float(value) / images
-        for name, value in sums._asdict().items() if name != 'images'}
-    self._check_finite(means | {'state': 0.0 if is_finite else math.nan})
-    return sums, means | {'images': images}
-
-  def look(self) -> dict[str, float]:
-    """The means of the epoch so far, once they have passed the guard.
-
-    Raises:
-      Diverged: as `fetch_sums`.
-      Collapsed: if the guard has seen enough.
-    """
-    sums, means = self.fetch_sums()
-    now = np.asarray([
-        sums.loss, sums.robust_accuracy, sums.gradient_norm, sums.images])
-    # Sums begin anew with an epoch.
-    *since, count = now - (self._seen if now[3] > self._seen[3] else 0)
-    self._seen = now
-    try:
-      self.watch.see(self.step, guard.Look._make(
-          [*(float(value / count) for value in since), float(count)]))
-    except Collapsed as error:
-      raise Collapsed(f'{error} {self._kept()}') from None
-    return means
-
-  def _kept(self) -> str:
-    step = self.last.step()
-    return (
-        'No state was saved before. ' if step is None else
-        f'The state of step {step} is in {self.last.folder}. ') + (
-            'A smaller optimizer.learning_rate or awp.gamma may help; '
-            'guard.action=shrink does the latter by itself.')
-
-  def _check_finite(self, values: dict[str, float]) -> None:
-    wrong = [name for name, value in values.items() if not math.isfinite(value)]
-    if wrong:
-      raise Diverged(
-          f'training diverged by step {self.step} (epoch '
-          f'{(self.step - 1) // self.run.steps_per_epoch + 1}): '
-          f'{", ".join(wrong)} not finite. {self._kept()}')
-
-  def go_back(self, error: Diverged) -> None:
-    """Goes on from the last good state with a smaller gamma.
-
-    Args:
-      error: what went wrong; raised again where gamma cannot be the reason, or
-        has been made smaller often enough.
-    """
-    settings = self.run.config.guard
-    if (settings.action != 'shrink'
-        or self.run.setup.perturbation.as_method().is_off
-        or self.step <= self.warmup_steps
-        or len(self.record.shrinks) >= settings.most_shrinks):
-      raise error
-    failed_at = self.step
-    self.log.close()
-    self._open()
-    self.record.shrink(settings.factor, failed_at, self.step, str(error))
-    self.progress.say(
-        f'{error}\nGoing back to step {self.step}, with weight perturbations '
-        f'{self.record.factor:g} times as large as the config says.')
-
-  def end_epoch(self) -> None:
-    """Evaluates, writes the epoch's line, and saves."""
-    config, epoch = self.run.config, self.step // self.run.steps_per_epoch
-    _, means = self.fetch_sums()
-    rate = optimization.build_schedule(config, self.run.steps_per_epoch)(
-        self.step - 1)
-    line = {
-        'epoch': epoch, 'learning_rate': float(rate),
-        'train_loss': means['loss'],
-        'train_batch_robust_accuracy': means['robust_accuracy'],
-        'gradient_norm': means['gradient_norm'],
-        'perturbation_ratio': means['perturbation_ratio'],
-        'images': int(means['images'])}
-    started = time.perf_counter()
-    if epoch % config.eval.every_epochs == 0 or epoch == config.epochs:
-      line |= steps.evaluate(self.run, self.eval_fn, self.state)
-      self._check_finite(line)
-    line |= {
-        'seconds_training': self.seconds,
-        'seconds_evaluating': time.perf_counter() - started,
-        'images_per_second': means['images'] / self.seconds}
-    if not self.watch.is_well:
-      line['suspicious'] = 1
-    self.log.append(line)
-    self.progress.say(_epoch_text(line, config.epochs))
-    self.sums, self.seconds = self._replicated(steps.zero_sums()), 0.0
-    best = results.best_line(self.log.lines, config.select_on)
-    # Not under suspicion: a later step could not be followed by an earlier one.
-    if best is not None and best['epoch'] == epoch and (
-        self.watch.is_well or self.is_finished):
-      self.best.save(self.step, steps.to_tree(self.state, self.sums), line)
-    self.save()
-
-  def close(self) -> None:
-    """Lets go of the terminal and the files."""
-    self.progress.close()
-    self.log.close()
-    self.last.close()
-    self.best.close()
-
-
-@jax.jit
-def _all_finite(tree: Any) -> Any:
-  """Whether all floating-point numbers in a pytree are finite."""
-  return jnp.all(jnp.asarray([
-      jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)
-      if jnp.issubdtype(leaf.dtype, jnp.floating)]))
-
-
-def _epoch_text(line: dict[str, Any], epochs: int) -> str:
-  text = f'epoch {line["epoch"]}/{epochs}  loss {line["train_loss"]:.4f}'
-  if 'test_robust_accuracy' in line:
-    text += ''.join(
-        f'  {split}: natural {100 * line[f"{split}_natural_accuracy"]:.2f} %, '
-        f'robust {100 * line[f"{split}_robust_accuracy"]:.2f} %'
-        for split in ('train', 'test'))
-  return f'{text}  {line["images_per_second"]:.0f} images/s'
+def few_images(run: runs.Run) -> str:
+  """What to say of batch statistics over few images; '' if nothing is."""
+  part = run.config.batch_size // run.num_devices
+  if (run.num_devices == 1 or part >= _FEW_IMAGES
+      or run.config.model.sync_batch_norm):
+    return ''
+  return (
+      f'batch statistics are over {part} images on each of {run.num_devices} '
+      'devices, in the attack too; model.sync_batch_norm=True takes all '
+      f'{run.config.batch_size} together')
 
 
 def train(run: runs.Run) -> dict[str, Any] | None:
@@ -312,12 +49,15 @@ def train(run: runs.Run) -> dict[str, Any] | None:
   Raises:
     Diverged: when numbers are no longer finite; the last checkpoint is good.
     checkpoints.CheckpointError: for a checkpoint that is not of this run.
+    workdirs.WorkdirBusy: if another process trains in the folder.
   """
-  with _StopRequest() as stop:
-    loop = _Loop(run)
+  with workdirs.locked(run.workdir), signals.StopRequest() as stop:
+    loop = Loop(run)
     try:
       if loop.step:
         loop.progress.say(f'going on from step {loop.step} of {loop.total}')
+      if notice := few_images(run):
+        loop.progress.say(notice)
       finished = _run_steps(loop, stop)
     finally:
       loop.close()
@@ -335,31 +75,33 @@ def train(run: runs.Run) -> dict[str, Any] | None:
   return summary
 
 
-def _run_steps(loop: _Loop, stop: _StopRequest) -> bool:
+def _run_steps(loop: Loop, stop: signals.StopRequest) -> bool:
   """Runs the steps that are left; False if a signal came first."""
-  while not loop.is_finished:
+  while loop.is_pending or not loop.is_finished:
     try:
-      _run_step(loop, stop)
+      if loop.is_pending:
+        loop.end_epoch()
+      else:
+        _run_step(loop, stop)
     except Diverged as error:
       loop.go_back(error)
     if stop.name is not None:
-      return loop.is_finished
+      return loop.is_finished and not loop.is_pending
   return True
 
 
-def _run_step(loop: _Loop, stop: _StopRequest) -> None:
+def _run_step(loop: Loop, stop: signals.StopRequest) -> None:
   """One step, and what the host does behind it."""
   config, per_epoch = loop.run.config, loop.run.steps_per_epoch
   position = loop.step % per_epoch
   step_fn = loop.step_fn(position)
   started = time.perf_counter()
-  loop.state, loop.sums = step_fn(
-      loop.state, loop.sums, loop.data, loop.device_numbers)
-  loop.step += 1
+  loop.take_step(step_fn)
   is_last = position + 1 == per_epoch
   is_shown = is_last or (position + 1) % config.log_every_steps == 0
   every = config.checkpoint_every_steps
-  is_saved = stop.name is not None or bool(every and loop.step % every == 0)
+  is_saved = is_last or stop.name is not None or bool(
+      every and loop.step % every == 0)
   # Nothing is saved unseen: waiting for the step belongs to its time, and
   # numbers that are not finite must not replace a good checkpoint.
   means = loop.look() if is_shown or is_saved else {}
@@ -367,7 +109,5 @@ def _run_step(loop: _Loop, stop: _StopRequest) -> None:
   if is_shown:
     loop.progress.report(
         loop.step, means['images'] / loop.seconds, f'loss {means["loss"]:.4f}')
-  if is_last:
-    loop.end_epoch()
-  elif is_saved:
+  if is_saved:
     loop.save()

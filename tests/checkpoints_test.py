@@ -1,5 +1,8 @@
 """Tests of checkpoints: exact, atomic, and of this model only."""
 
+import shutil
+import threading
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,12 +52,90 @@ def test_round_trip_is_exact_and_newest_replaces(tmp_path):
   assert_same(tree, second)
 
 
-def test_saving_a_step_twice_keeps_it(tmp_path):
+def test_saving_a_step_twice_keeps_the_first(tmp_path):
   store = checkpoints.Checkpoints(tmp_path, 'best')
-  store.save(3, make_tree(), {'epoch': 1})
-  store.save(3, make_tree(), {'epoch': 1})
-  assert store.step() == 3
+  store.save(3, make_tree(seed=0), {'epoch': 1})
+  store.save(3, make_tree(seed=1), {'epoch': 2})
+  tree, notes = store.load(make_tree(seed=2))
   store.close()
+  assert notes == {'epoch': 1}
+  assert_same(tree, make_tree(seed=0))
+
+
+def contents(folder):
+  """The files below a folder, with their times."""
+  return {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+
+
+def test_reader_changes_nothing_beside_a_save_under_way(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(), {'epoch': 1})
+  store.close()
+  folder = tmp_path / 'checkpoints/last'
+  for part in ('9.orbax-checkpoint-tmp/state', '2/state'):
+    (folder / part).mkdir(parents=True)
+    (folder / part / 'd').write_bytes(b'half')
+  before = contents(tmp_path)
+  reader = checkpoints.Reader(tmp_path, 'last')
+  assert reader.step() == 3 and reader.notes() == {'epoch': 1}
+  found = reader.read()
+  assert (found.step, found.notes) == (3, {'epoch': 1})
+  assert_same(found.tree['params'], make_tree()['params'])
+  read = checkpoints.read_variables(tmp_path, 'last')
+  assert read.tree.keys() == {'params', 'batch_stats'}
+  assert contents(tmp_path) == before
+
+
+def test_reader_makes_no_folder(tmp_path):
+  reader = checkpoints.Reader(tmp_path / 'run', 'best')
+  assert reader.step() is None and reader.notes() == {}
+  with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
+    reader.read()
+  assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(), {})
+  store.close()
+  shutil.rmtree(tmp_path / 'checkpoints/last/3/state')
+  with pytest.raises(
+      checkpoints.CheckpointError, match=r'of step 3 in .* cannot be read'):
+    checkpoints.Reader(tmp_path, 'last').read()
+
+
+def test_reading_while_a_trainer_replaces(tmp_path):
+  """Every read is one whole checkpoint; no save fails."""
+  trees = [{'step': np.array(n), 'w': np.full(50, n)} for n in range(1, 13)]
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(1, trees[0], {'n': 1})
+  was_read, failed = threading.Event(), []
+
+  def train():
+    try:
+      for number, tree in enumerate(trees[1:], 2):
+        store.save(number, tree, {'n': number})
+        if number % 3 == 0:  # else all of them may fall into one slow read
+          was_read.clear()
+          assert was_read.wait(timeout=60)
+    except BaseException as error:
+      failed.append(error)
+
+  thread = threading.Thread(target=train)
+  thread.start()
+  steps = []
+  while thread.is_alive() or not steps or steps[-1] < 12:
+    found = checkpoints.Reader(tmp_path, 'last').read()
+    assert found.notes == {'n': found.step} and found.tree['step'] == found.step
+    np.testing.assert_array_equal(found.tree['w'], np.full(50, found.step))
+    steps.append(found.step)
+    was_read.set()
+    if failed:
+      break
+  thread.join()
+  store.close()
+  assert not failed
+  assert steps == sorted(steps) and len(set(steps)) > 2
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path):

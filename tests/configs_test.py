@@ -2,12 +2,13 @@
 
 import importlib
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import configs, data, results, runs, setup, train
+from experiments import configs, data, main, results, runs, setup, train
 from experiments.configs import base, cifar10_awp, parts
 from tests import train_test
 
@@ -82,7 +83,7 @@ def test_every_config_builds(stem):
   setup.check_fields(config, base.get_config())
   built = setup.build(config)
   assert built.threat.epsilon == config.threat.epsilon
-  method = built.perturbation.as_method()
+  method = built.perturbation
   assert method.ball.size == config.awp.gamma
   assert method.is_off != ('awp' in stem or 'strong' in stem)
   model = setup.build_model(config, data.load('digits', num_train=10))
@@ -148,21 +149,39 @@ def test_the_paper_s_settings_of_other_data():
   assert (tuned.epochs, tuned.optimizer.learning_rate) == (5, 0.001)
 
 
+#: Options that no config of the paper turns on, and their values when off.
+OPTIONS = {
+    'label_smoothing': 0.0, 'ema_decay': 0.0, 'model.activation': 'relu',
+    'model.dtype': 'float32', 'model.sync_batch_norm': False,
+    'optimizer.l1': 0.0, 'optimizer.clip_norm': 0.0, 'optimizer.decay': 'all',
+    'optimizer.warmup_epochs': 0.0, 'augmentation.cutout': 0,
+    'augmentation.mixup': 0.0, 'num_validation': 0, 'select_on': 'test',
+    'statistics': 'reference', 'guard.action': 'stop'}
+
+#: Of these, those that strong recipes turn on.
+STRONG = {
+    'label_smoothing': 0.1, 'ema_decay': 0.995, 'model.activation': 'silu',
+    'model.dtype': 'bfloat16', 'optimizer.decay': 'weights',
+    'optimizer.warmup_epochs': 5.0, 'num_validation': 1024,
+    'select_on': 'validation', 'statistics': 'perturbed'}
+
+
 @pytest.mark.parametrize('stem', STEMS)
-def test_the_recipes_of_today_are_off_in_the_paper_s_configs(stem):
-  config, plain = load(stem), base.get_config()
-  if 'strong' in stem:
-    return
-  assert config.label_smoothing == config.ema_decay == 0
-  assert config.model.activation == 'relu'
-  assert config.model.dtype == 'float32'
-  assert config.optimizer.l1 == config.optimizer.clip_norm == 0
-  assert config.optimizer.decay == 'all' and config.guard == plain.guard
-  assert config.augmentation.cutout == config.augmentation.mixup == 0
+def test_the_recipes_of_today_are_on_in_strong_configs_only(stem):
+  fields = setup.flatten(load(stem))
+  differing = {
+      name: fields[name] for name, off in OPTIONS.items()
+      if fields[name] != off}
+  assert differing == (STRONG if 'strong' in stem else {})
 
 
-def test_headers_name_their_own_file():
-  for stem in STEMS:
-    module = importlib.import_module(f'experiments.configs.{stem}')
-    if stem != 'digits_awp':  # the default
-      assert f'experiments/configs/{stem}.py' in module.__doc__, stem
+@pytest.mark.parametrize('stem', STEMS)
+def test_headers_name_their_own_file_and_no_other(stem):
+  text = importlib.import_module(f'experiments.configs.{stem}').__doc__
+  named = set(re.findall(r'experiments/configs/(\w+)\.py', text))
+  # Without a config `main.py` takes this one.
+  assert named == ({stem} if stem != 'digits_awp' else set())
+
+
+def test_main_takes_digits_awp_without_a_config():
+  assert main.DEFAULT.stem == 'digits_awp'

@@ -454,7 +454,7 @@ def png(image):
   return stream.getvalue()
 
 
-def write_records(path, images, labels):
+def write_records(path, images, labels, has_coarse=False):
   from array_record.python import array_record_module
   from tensorflow_datasets.proto import tf_example_pb2
   writer = array_record_module.ArrayRecordWriter(str(path), 'group_size:1')
@@ -464,26 +464,39 @@ def write_records(path, images, labels):
     feature['id'].bytes_list.value.append(f'{i}'.encode())
     feature['image'].bytes_list.value.append(png(image))
     feature['label'].int64_list.value.append(int(label))
+    if has_coarse:
+      feature['coarse_label'].int64_list.value.append(int(label) // 5)
     writer.write(example.SerializeToString())
   writer.close()
 
 
-def prepare(place, version='3.0.2', file_format='array_record'):
-  """Writes what TFDS writes when it prepares CIFAR-10; returns its arrays."""
-  folder = place / 'cifar10' / version
+def label_feature(num_classes):
+  return {
+      'pythonClassName':
+          'tensorflow_datasets.core.features.class_label_feature.ClassLabel',
+      'classLabel': {'numClasses': str(num_classes)}}
+
+
+def prepare(
+    place, version='3.0.2', file_format='array_record', name='cifar10',
+    module='cifar', num_classes=10):
+  """Writes what TFDS writes when it prepares a set; returns its arrays."""
+  folder = place / name / version
   folder.mkdir(parents=True)
-  expected = arrays.Arrays(*random_images(0, 30), *random_images(1, 20))
+  expected = arrays.Arrays(
+      *random_images(0, 30, num_classes), *random_images(1, 20, num_classes))
   splits = []
   for split, num in (('train', 30), ('test', 20)):
     write_records(
-        folder / f'cifar10-{split}.{file_format}-00000-of-00001',
-        getattr(expected, f'x_{split}'), getattr(expected, f'y_{split}'))
+        folder / f'{name}-{split}.{file_format}-00000-of-00001',
+        getattr(expected, f'x_{split}'), getattr(expected, f'y_{split}'),
+        has_coarse=num_classes == 100)
     splits.append({
         'name': split, 'numBytes': '1', 'shardLengths': [str(num)],
         'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'})
   (folder / 'dataset_info.json').write_text(json.dumps({
-      'name': 'cifar10', 'version': version, 'fileFormat': file_format,
-      'moduleName': 'tensorflow_datasets.image_classification.cifar',
+      'name': name, 'version': version, 'fileFormat': file_format,
+      'moduleName': f'tensorflow_datasets.image_classification.{module}',
       'splits': splits}))
   features = 'tensorflow_datasets.core.features.'
   (folder / 'features.json').write_text(json.dumps({
@@ -495,11 +508,12 @@ def prepare(place, version='3.0.2', file_format='array_record'):
               'pythonClassName': features + 'image_feature.Image',
               'image': {'dtype': 'uint8',
                         'shape': {'dimensions': ['32', '32', '3']}}},
-          'label': {
-              'pythonClassName': features + 'class_label_feature.ClassLabel',
-              'classLabel': {'numClasses': '10'}}}}}))
-  names = '\n'.join(map(str, range(10)))
-  (folder / 'label.labels.txt').write_text(names)
+          'label': label_feature(num_classes)} | (
+              {'coarse_label': label_feature(20)} if num_classes == 100
+              else {})}}))
+  for label, count in (('label', num_classes), ('coarse_label', 20)):
+    (folder / f'{label}.labels.txt').write_text(
+        '\n'.join(map(str, range(count))))
   return expected
 
 
@@ -526,6 +540,21 @@ def test_prepared(monkeypatch, tmp_path, where, version):
   assert dataset.mean == (0.4914, 0.4822, 0.4465)
   assert f'cifar10/{version}' in dataset.source
   assert '30 of 50,000 training' in dataset.source
+
+
+@pytest.mark.parametrize('name, tfds_name, module, num_classes', [
+    ('cifar100', 'cifar100', 'cifar', 100),
+    ('svhn', 'svhn_cropped', 'svhn', 10)])
+def test_prepared_cifar100_and_svhn(
+    name, tfds_name, module, num_classes, monkeypatch, tmp_path):
+  no_download(monkeypatch)
+  expected = prepare(
+      tmp_path, '3.1.0', name=tfds_name, module=module,
+      num_classes=num_classes)
+  dataset = data.load(name, data_dir=str(tmp_path), progress=False)
+  assert_same(dataset, expected)  # with the fine labels
+  assert (dataset.name, dataset.num_classes) == (name, num_classes)
+  assert f'{tfds_name}/3.1.0' in dataset.source
 
 
 def test_decoded_once_then_cached(monkeypatch, tmp_path):
@@ -602,6 +631,19 @@ def test_real_prepared_cifar10():
   mean, std = arrays.channel_statistics(dataset.x_train)
   np.testing.assert_allclose(mean, dataset.mean, atol=1e-3)
   np.testing.assert_allclose(std, dataset.std, atol=1e-3)
+
+
+def test_real_prepared_cifar100():
+  root = os.environ.get('AWP_TEST_DATA')
+  if not root:
+    pytest.skip('AWP_TEST_DATA does not name a folder with real data')
+  dataset = data.load(
+      'cifar100', data_dir=str(pathlib.Path(root) / 'tfds'), progress=False)
+  assert dataset.num_classes == 100
+  assert set(dataset.y_train) == set(dataset.y_test) == set(range(100))
+  mean, std = arrays.channel_statistics(dataset.x_train)
+  np.testing.assert_allclose(mean, dataset.mean, atol=5e-3)
+  np.testing.assert_allclose(std, dataset.std, atol=5e-3)
 
 
 # ---- npz -----------------------------------------------------------------

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import awp_jax
-from experiments import evaluate, runs, train, workdirs
+from experiments import judging, runs, subjects, train, workdirs
 from experiments import landscape as landscape_mode
 from experiments import landscape_records as records_lib
 from experiments.configs import digits_awp
@@ -54,7 +54,7 @@ def test_centre_is_the_checkpoint(measured, split, wanted):
   images = getattr(run.dataset, f'x_{split}')
   rows = np.linspace(0, len(images) - 1, wanted).astype(int)
   labels = getattr(run.dataset, f'y_{split}')[rows]
-  for kind, step, variables in evaluate.load_variables(run):
+  for kind, step, variables in subjects.load_variables(run):
     logits = run.model.apply(variables, images[rows] / np.float32(255))
     natural = float(np.mean(awp_jax.cross_entropy(logits, labels)))
     entry = values['subjects'][kind]
@@ -164,6 +164,25 @@ def test_several_runs(measured, tmp_path, monkeypatch, capsys):
         run.config, str(run.workdir), [str(other), f'{other}/'])
 
 
+def test_moved_images_are_not_measured_again(measured, tmp_path, monkeypatch):
+  run, values = measured
+  monkeypatch.setattr(
+      landscape_mode._Subject, 'measure',
+      lambda *a: pytest.fail('a point was measured again'))
+  moved = run._replace(
+      workdir=shutil.copytree(run.workdir, tmp_path / 'moved'),
+      dataset=run.dataset._replace(source='elsewhere'))
+  found = landscape_mode.measure(moved)
+  assert found['subjects'] == values['subjects']
+  # Other images of the same number are other points.
+  other = run._replace(dataset=run.dataset._replace(
+      x_train=run.dataset.x_train[::-1]))
+  monkeypatch.undo()
+  facts = [landscape_mode._facts(one, {}, landscape_mode._images(one), 8)
+           for one in (run, moved, other)]
+  assert facts[0] == facts[1] != facts[2]
+
+
 def test_stored_config(measured, tmp_path):
   run, _ = measured
   like = digits_awp.get_config()
@@ -192,5 +211,55 @@ def test_refuses_before_data_are_read(fields, shown, tmp_path):
     landscape_mode.check(train_test.small(**fields), tmp_path)
 
 
-def test_every_device_is_used():
-  assert jax.device_count() == 8  # what the tests above ran on
+def test_batches_are_spread_over_every_device(measured, monkeypatch):
+  run, _ = measured
+  seen = []
+
+  def device_put(tree, *args, **kwargs):
+    found = put(tree, *args, **kwargs)
+    seen.extend(
+        leaf.sharding.device_set for leaf in jax.tree.leaves(found)
+        if leaf.shape == (8, 8, 8, 1))
+    return found
+
+  put = jax.device_put
+  monkeypatch.setattr(jax, 'device_put', device_put)
+  config = run.config.copy_and_resolve_references()
+  config.landscape.update({
+      'num_directions': 1, 'plane_points': 0, 'adversarial_range': 0.0,
+      'seed': 1})
+  landscape_mode.measure(run._replace(config=config))
+  assert len(jax.devices()) == 8
+  assert seen and all(devices == set(jax.devices()) for devices in seen)
+
+
+def test_every_point_says_who_judged(measured):
+  run, values = measured
+  for entry in values['subjects'].values():
+    (judge,) = entry['judged_by']
+    assert judge['precision'] == judge['matmul_precision'] == 'float32'
+    assert judge['devices'] == [d.device_kind for d in jax.devices()]
+    assert judge['versions']['jax'] == jax.__version__
+    assert judge['versions']['awp_jax'] == awp_jax.__version__
+  for path in run.workdir.glob('landscape/*.jsonl'):
+    first, *others = map(json.loads, path.read_text().splitlines())
+    assert first == {'judged_by': judge}
+    assert others and not any('judged_by' in line for line in others)
+
+
+def test_a_later_judge_is_told_apart(tmp_path, monkeypatch):
+  series = records_lib.Series('plane', 'train', [[0.0], [1.0], [2.0]])
+  point = dict.fromkeys(records_lib.METRICS, 1.0)
+  path = tmp_path / 'a.jsonl'
+  for number, version in enumerate('112'):
+    monkeypatch.setattr(
+        judging, 'judged_by', lambda version=version: {'v': version})
+    records = records_lib.Records(path)
+    assert records.find(series, [float(number)]) is None
+    records.append(series, [float(number)], point)
+  kinds = ['judged_by' in line for line in map(
+      json.loads, path.read_text().splitlines())]
+  assert kinds == [True, False, False, True, False]
+  again = records_lib.Records(path)
+  assert again.judged_by == [{'v': '1'}, {'v': '2'}]
+  assert all(again.find(series, p) == point for p in series.points)

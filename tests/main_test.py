@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 import pytest
 
 from experiments import results
+from tests import train_test
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MAIN = ROOT / 'experiments/main.py'
@@ -186,6 +187,22 @@ def test_killed_and_stopped_run_ends_bit_identical(command, uninterrupted):
   assert_same_run(folder, uninterrupted[0])
 
 
+def test_config_with_an_argument(command):
+  images = train_test.write_images(command.folder / 'images.npz')
+  path = ROOT / 'experiments/configs/cifar10_awp.py'
+  process = command.start(f'--config={path}:L2', *(f'--config.{f}' for f in (
+      'dataset=npz', f'npz_path={images}', 'model.width=1', 'model.depth=10',
+      'batch_size=16', 'eval.batch_size=16')))
+  assert process.stdout.readline().startswith('compiling')
+  process.kill()
+  process.communicate()
+  stored = json.loads(
+      (command.folder / 'runs/cifar10_awp+L2/config.json').read_text())
+  assert stored['threat.norm'] == 'L2'
+  assert stored['threat.epsilon'] == 128 / 255
+  assert (stored['model.width'], stored['batch_size']) == (1, 16)
+
+
 def without_seconds(value):
   """The contents of evaluation.json, but for what a clock has said."""
   if isinstance(value, dict):
@@ -203,8 +220,9 @@ def test_killed_evaluation_ends_with_the_same_result(command, uninterrupted):
     copies.append(command.folder / name)
     shutil.copytree(uninterrupted[0], copies[-1])
   whole, killed = copies
+  # The folder says what the run is.
   arguments = [
-      *TINY, '--mode=evaluate', '--config.evaluation.batch_size=8',
+      '--mode=evaluate', '--config.evaluation.batch_size=8',
       "--config.evaluation.attacks=('fgsm', 'apgd-ce')"]
   code, out, err = command.finish(*arguments, f'--workdir={whole}')
   assert code == 0, err

@@ -13,9 +13,9 @@ KEY = jax.random.key(3)
 def epoch_indices(key, epoch, num=22, batch=8):
   """The batches of one epoch, the smaller last one included."""
   sizes = [batch] * (num // batch) + ([num % batch] if num % batch else [])
+  order = pipeline.permutation(key, epoch, num)
   return [
-      np.asarray(pipeline.batch_indices(
-          key, num, batch, epoch * len(sizes) + i, len(sizes), size))
+      np.asarray(pipeline.batch_indices(order, i, batch, size))
       for i, size in enumerate(sizes)]
 
 
@@ -40,7 +40,7 @@ def test_order_and_crops_do_not_depend_on_devices():
   policy = augmentation.Augmentation(2, 'reflect', True)
 
   def batches(device, num_devices):
-    indices = pipeline.batch_indices(KEY, 16, 8, 1, 2, 8)
+    indices = pipeline.batch_indices(pipeline.permutation(KEY, 0, 16), 1, 8, 8)
     batch = augmentation.augment(KEY, images[indices], policy)
     return pipeline.device_part(batch, device, num_devices)
 
@@ -210,7 +210,9 @@ def test_mixed_batches_visit_each_labelled_example_once_a_pass():
   is_extra = pipeline.extra_rows(8, 0.5)
   seen, drawn = [], []
   for step in range(6):  # three batches of four are a pass over eleven
-    own, extra = pipeline.mixed_batch_indices(KEY, 11, 1000, step, 4, 4)
+    order = pipeline.permutation(
+        KEY, step // pipeline.batches_of_pass(11, 4), 11)
+    own, extra = pipeline.mixed_batch_indices(KEY, order, 1000, step, 4, 4)
     seen.append(np.asarray(own))
     drawn.append(np.asarray(extra))
   first, second = np.concatenate(seen[:3]), np.concatenate(seen[3:])

@@ -1,7 +1,6 @@
 """Pseudo-labels: what the network says, which images, and the file."""
 
 import json
-import pathlib
 import pickle
 import re
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evaluate, extra_data, pseudo_labels, runs, train
+from experiments import extra_data, pseudo_labels, runs, subjects, train
 from experiments.pseudo_labels import Labelled
 from tests import train_test
 
@@ -40,7 +39,7 @@ def unlabelled(trained):
 
 def probabilities(run, kind, images):
   """All at once, by another softmax than that under test."""
-  subject = next(s for s in evaluate.load_subjects(run) if s.name == kind)
+  subject = next(s for s in subjects.load_subjects(run) if s.name == kind)
   logits = np.asarray(subject.logits_fn(images / np.float32(255)), np.float64)
   powers = np.exp(logits - logits.max(axis=1, keepdims=True))
   return powers / powers.sum(axis=1, keepdims=True)
@@ -66,6 +65,7 @@ def test_command(trained, unlabelled, kind, tmp_path, capsys):
         stored['confidence'], wanted.max(axis=1), rtol=1e-5)
     origin = json.loads(str(stored['origin']))
   assert origin['checkpoint'] == kind and origin['images'] == str(path)
+  assert origin['judged_by']['precision'] == 'float32'
   extra = extra_data.load(output, image_shape=(8, 8, 1), num_classes=4)
   np.testing.assert_array_equal(extra.labels, labels)
   for label in range(4):
@@ -197,7 +197,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
   path.write_bytes(b'old')
 
   def fail(file, **arrays):
-    pathlib.Path(file).write_bytes(b'half')
+    file.write(b'half')
     raise OSError('No space left on device')
 
   monkeypatch.setattr(np, 'savez', fail)
@@ -211,8 +211,8 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
     ({'workdir': None}, '--workdir'),
     ({'workdir': 'nowhere'}, "'nowhere' holds no config.json"),
     ({'workdir': 'broken'}, 'config.json is not the config of a run'),
-    ({'workdir': 'other'}, "other/config.json is not the config of a run of "
-     "this version: the config has an unknown field 'a.b'"),
+    ({'workdir': 'other'}, 'other/config.json is not the config of a run: it '
+     'has no field of a config'),
     ({'output': 'extra.pickle'}, 'extra.pickle must end in .npz'),
     ({'output': 'nowhere/extra.npz'}, "there is no folder 'nowhere'"),
     ({'images': 'nowhere.npz'}, 'No such file'),

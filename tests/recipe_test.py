@@ -17,6 +17,16 @@ def prepared(tmp_path, monkeypatch, **fields):
       attack__num_steps=1, eval__num_steps=1, **fields), tmp_path / 'run')
 
 
+def batch_of(run, step):
+  """Images and labels of a step, as the compiled one makes them."""
+  keys = runs.keys(run.config)
+  order = steps.make_order_fn(run)(
+      keys['order'], steps.order_number(run, step))
+  return steps.global_batch(
+      run, jax.tree.map(jax.numpy.asarray, steps.training_data(run)), order,
+      keys, jax.numpy.int32(step), 16)
+
+
 def test_a_run_that_gets_no_better_stops_early(tmp_path, monkeypatch):
   run = prepared(
       tmp_path, monkeypatch, epochs=6, early_stopping_epochs=2,
@@ -45,7 +55,7 @@ def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
 
         def call(*inputs):
           state, sums = step(*inputs)
-          seen.append(jax.device_get(state.params))
+          seen.append(jax.device_get((state.params, state.batch_stats)))
           return state, sums
 
         self.compile = lambda: call
@@ -54,14 +64,16 @@ def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
     return Recording()
 
   monkeypatch.setattr(steps, 'make_train_fn', make_train_fn)
-  start = jax.device_get(runs.initial_state(run).params)
+  start = runs.initial_state(run)
+  start = jax.device_get((start.params, start.batch_stats))
   train.train(run)
   assert len(seen) == 3
   average = start
-  for t, params in enumerate(seen):
+  for t, weights_and_statistics in enumerate(seen):
     decay = min(0.9, (1 + t) / (10 + t))
     average = jax.tree.map(
-        lambda a, w, d=decay: d * a + (1 - d) * w, average, params)
+        lambda a, w, d=decay: d * a + (1 - d) * w, average,
+        weights_and_statistics)
   store = checkpoints.Checkpoints(run.workdir, 'last')
   tree, _ = store.load(
       steps.to_tree(runs.initial_state(run), steps.zero_sums()))
@@ -69,7 +81,7 @@ def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
   jax.tree.map(
       lambda got, wanted: np.testing.assert_allclose(
           got, wanted, rtol=1e-5, atol=1e-7),
-      tree['average']['params'], average)
+      (tree['average']['params'], tree['average']['batch_stats']), average)
 
   # The accuracy in the log is the average's: NumPy counts.
   pixels = run.dataset.x_test.astype(np.float32) / 255
@@ -92,9 +104,7 @@ def test_batches_hold_their_share_of_extra_images(tmp_path, monkeypatch):
       tmp_path, monkeypatch, extra__path=str(extra), extra__fraction=0.25)
   assert run.batch_sizes == [16] * 3
   assert 'extra_data_crc32' in run.order
-  data = steps.training_data(run)
-  images, labels = steps.global_batch(
-      run, jax.tree.map(jax.numpy.asarray, data), jax.numpy.int32(0), 16)
+  images, labels = batch_of(run, 0)
   white = (np.asarray(images) == 1).all(axis=(1, 2, 3))
   assert white.sum() == 4 and (np.asarray(labels)[white] == 3).all()
   # Two devices of eight rows each have two of them.
@@ -103,9 +113,7 @@ def test_batches_hold_their_share_of_extra_images(tmp_path, monkeypatch):
 
 def test_mixed_labels_reach_the_step(tmp_path, monkeypatch):
   run = prepared(tmp_path, monkeypatch, augmentation__mixup=1.0)
-  _, labels = steps.global_batch(
-      run, jax.tree.map(jax.numpy.asarray, steps.training_data(run)),
-      jax.numpy.int32(0), 16)
+  _, labels = batch_of(run, 0)
   assert labels.shape == (16, 4)
   np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
   state = runs.initial_state(run)
@@ -198,9 +206,9 @@ def test_bad_weight_perturbations(text, shown):
 def test_awp_takes_what_it_does_not_name_from_its_group():
   method = setup.build(train_test.small(
       weight_perturbation='awp(every=3)', awp__gamma=0.02)
-  ).perturbation.as_method()
+  ).perturbation
   assert (method.ball.size, method.every) == (0.02, 3)
-  assert method.decay_at == 'perturbed'
+  assert method.update_at == 'perturbed'
 
 
 def test_awp_with_options_but_no_size_is_an_error():
@@ -210,4 +218,4 @@ def test_awp_with_options_but_no_size_is_an_error():
         weight_perturbation='awp(every=2)', awp__gamma=0.0))
   plain = setup.build(train_test.small(
       weight_perturbation='awp', awp__gamma=0.0))
-  assert plain.perturbation.as_method().is_off
+  assert plain.perturbation.is_off

@@ -13,16 +13,18 @@ import numpy as np
 from PIL import Image
 import pytest
 
+import awp_jax
 from experiments import (
   compare,
-  evaluate,
   figures,
+  gallery,
   landscape,
   probe,
   report,
   report_tables,
   results,
   runs,
+  subjects,
   train,
 )
 from tests import landscape_mode_test, train_test
@@ -42,7 +44,11 @@ def judged(accuracy, attacks, warnings=()):
       'seconds': 1.5 * len(attacks), 'largest_distance': 0.1,
       'attacks': attacks, 'warnings': [
           {'kind': 'few-classes', 'message': text, 'attack': '',
-           'num_examples': 0} for text in warnings]}
+           'num_examples': 0} for text in warnings],
+      'judged_by': [{
+          'precision': 'float32', 'matmul_precision': 'float32',
+          'devices': ['abacus'] * 2, 'versions': {
+              'awp_jax': '1', 'jax': '2', 'jaxlib': '3', 'flax': '4'}}]}
 
 
 #: As `evaluate` writes it, for 8 images of which 7 are classified right.
@@ -147,7 +153,11 @@ def test_numbers_are_those_of_the_run(reported):
   assert 'awp.gamma' in text and jax.__version__ in text
   for wanted in (
       '37.50\N{NO-BREAK SPACE}%', '12.50 to 62.50', 'there are <few> classes',
-      'Who broke what in aa-fast (last)'):
+      'Who broke what in aa-fast (last)',
+      'Judged in float32 (matrix products in float32) on 2 x abacus, with '
+      'awp_jax 1, jax 2, jaxlib 3.',
+      f'on 8 x {jax.devices()[0].device_kind}, with awp_jax '
+      f'{awp_jax.__version__}, jax {jax.__version__}'):
     assert wanted in text
 
 
@@ -163,7 +173,7 @@ def test_who_broke_what():
 def test_gallery_is_the_best_checkpoint_attacked(reported):
   run, _, _ = reported
   look = probe.look(run)
-  ((_, step, variables),) = evaluate.load_variables(run, ('best',))
+  ((_, step, variables),) = subjects.load_variables(run, ('best',))
   assert look.step == step and len(look.labels) == probe.GALLERY
   assert set(look.labels[:4]) == {0, 1, 2, 3}
   change = np.abs(look.adversarial - look.images)
@@ -189,7 +199,7 @@ def test_layers_are_perturbed_by_gamma(reported):
 
 def test_gradient_does_not_depend_on_the_batches(reported):
   run, _, _ = reported
-  ((_, _, variables),) = evaluate.load_variables(run, ('best',))
+  ((_, _, variables),) = subjects.load_variables(run, ('best',))
 
   def gradient(size):
     # A start at random would differ from batch to batch: 60 steps forget it.
@@ -346,6 +356,13 @@ def test_browser_check_rejects_bad_pages(tmp_path):
   assert 'https://example.invalid/x.png' in bad['requests']
   assert any('missing' in message for message in bad['errors'])
   assert bad['console'] and bad['images'] == [0]
+
+
+def test_logits_that_are_not_finite_have_no_class():
+  logits = np.array([[0, 1.0], [np.nan, 0], [1, np.inf], [1, 0]])
+  np.testing.assert_array_equal(probe._classes(logits), [1, -1, -1, 0])
+  assert gallery._verdict(0, 0, -1) == 'broken'
+  assert gallery._verdict(0, -1, -1) == 'wrong from the start'
 
 
 def test_templates_are_where_the_code_looks():

@@ -9,7 +9,8 @@ from PIL import Image
 import pytest
 from tensorboardX.proto import event_pb2
 
-from experiments import results
+import awp_jax
+from experiments import judging, results
 
 
 def line(epoch, robust=None, natural=0.5, **more):
@@ -46,7 +47,8 @@ def test_summary_values():
   assert summary['dataset'] == {'name': 'mine'}
   assert len(summary['devices']) == 8
   assert summary['versions']['jax'] == jax.__version__
-  assert summary['versions'].keys() == {'python', *results.PACKAGES}
+  assert summary['versions'].keys() == {
+      'python', 'awp_jax', *results.PACKAGES}
   json.dumps(summary, allow_nan=False)
 
 
@@ -60,6 +62,83 @@ def test_summary_by_validation_reports_test_accuracy():
       'selected_on': 'validation'}
   assert results.best_line(lines, 'test')['epoch'] == 1
   assert results.best_line([line(1)], 'test') is None
+
+
+def test_suspicious_epochs_are_the_best_only_if_there_is_no_other():
+  lines = [line(1, 0.5, suspicious=1), line(2, 0.25), line(3, 0.25),
+           line(4, 0.75, suspicious=1)]
+  assert results.best_line(lines, 'test') is lines[1]
+  assert results.best_line(lines[3:], 'test') is lines[3]
+  assert results.best_line([lines[0], lines[3], line(5)], 'test') is lines[3]
+  assert results.best_line([], 'test') is None
+
+
+def test_the_best_line_is_that_of_the_split_and_the_first_of_equals():
+  lines = [
+      line(1, 0.5, validation_robust_accuracy=0.0),
+      line(2, 0.25, validation_robust_accuracy=0.75),
+      line(3, 0.5, validation_robust_accuracy=0.75)]
+  assert results.best_line(lines, 'test') is lines[0]
+  assert results.best_line(lines, 'validation') is lines[1]
+  assert results.best_line(lines[1:], 'test') is lines[2]
+
+
+@pytest.mark.parametrize('count', [1, 2, 5, 6, 7, 9])
+def test_the_last_six_evaluations_are_averaged(count):
+  values = [1 / 2 ** k for k in range(count)]
+  lines = [line(k + 1, value) for k, value in enumerate(values)]
+  lines.insert(1, line(100))  # of an epoch not evaluated
+  last = results.accuracies(lines, 'test')['last']
+  assert last['mean_of_last_6'] == pytest.approx(
+      np.mean(values[max(count - 6, 0):]), rel=1e-12)
+  assert last['robust_accuracy'] == values[-1]
+
+
+def test_the_gap_is_of_the_last_evaluation_and_may_be_negative():
+  lines = [line(1, 0.5), line(2, 0.25, train_robust_accuracy=0.125), line(3)]
+  found = results.accuracies(lines, 'test')
+  assert found['robust_generalisation_gap'] == -0.125
+  assert found['best'] == {
+      'epoch': 1, 'natural_accuracy': 0.5, 'robust_accuracy': 0.5,
+      'selected_on': 'test'}
+  assert found['last']['epoch'] == 2
+  assert found['last']['natural_accuracy'] == 0.5
+
+
+@pytest.mark.parametrize('epochs, patience, stops', [
+    (3, 2, False), (4, 2, True), (5, 2, True), (4, 3, False), (5, 3, True),
+    (2, 1, False), (3, 1, True), (5, 0, False)])
+def test_early_stopping_counts_epochs_since_the_best(epochs, patience, stops):
+  # The second epoch is the best; later ones only equal it.
+  lines = [line(1, 0.25)] + [line(k, 0.5) for k in range(2, epochs + 1)]
+  assert results.stops_early(lines, 'test', patience) is stops
+
+
+def test_early_stopping_waits_for_an_evaluation():
+  lines = [line(1, 0.5), line(2), line(3)]
+  assert not results.stops_early(lines, 'test', 1)
+  assert not results.stops_early([], 'test', 1)
+  assert not results.stops_early([line(1)], 'test', 1)
+  assert results.stops_early([*lines, line(4, 0.25)], 'test', 3)
+  assert not results.stops_early([*lines, line(4, 0.75)], 'test', 1)
+
+
+def test_speed_of_a_run_without_training_time_is_zero():
+  lines = [line(1, 0.5, seconds_training=0.0)]
+  summary = results.summarise(lines, 'test', {})
+  assert summary['images_per_second'] == 0.0 and summary['seconds'] == 0.5
+  lines = [line(1, 0.5, seconds_training=4.0, images=10),
+           line(2, 0.5, seconds_training=1.0, images=20)]
+  assert results.summarise(lines, 'test', {})['images_per_second'] == 6.0
+
+
+def test_what_judged_is_in_the_summary():
+  summary = results.summarise(
+      [*LINES[:-1], LINES[-1] | {'judged_by': judging.judged_by()}], 'test', {})
+  assert summary['judged_by'] == {
+      'precision': 'float32', 'matmul_precision': 'float32',
+      'devices': results.devices(), 'versions': results.versions()}
+  assert summary['judged_by']['versions']['awp_jax'] == awp_jax.__version__
 
 
 def read_events(folder):
@@ -152,6 +231,81 @@ def test_comparison(tmp_path):
   results.plot_comparison(
       {'AT': LINES, 'AT-AWP': LINES[::-1]}, tmp_path / 'both.png')
   assert_is_picture(tmp_path / 'both.png')
+
+
+def test_words_are_logged_but_are_no_scalars(tmp_path):
+  log = results.MetricsLog(tmp_path, 0)
+  log.append({'epoch': 1, 'loss': 0.5, 'precision': 'float32'})
+  log.close()
+  assert results.read_metrics(tmp_path)[0]['precision'] == 'float32'
+  (events,) = read_events(tmp_path / 'tensorboard').values()
+  assert [value.tag for event in events for value in event.summary.value] == [
+      'loss']
+
+
+def drawn(monkeypatch, draw, *arguments):
+  """The figure that would be saved."""
+  kept = []
+  monkeypatch.setattr(results.plt, 'close', kept.append)
+  draw(*arguments)
+  (figure,) = kept
+  return figure
+
+
+def test_curves_show_each_metric_by_split(tmp_path, monkeypatch):
+  figure = drawn(
+      monkeypatch, results.plot_curves, LINES, tmp_path / 'a.png', 'a run')
+  assert figure.get_suptitle() == 'a run'
+  shown = results.evaluated(LINES)
+  names = ['robust_accuracy', 'natural_accuracy', 'robust_loss']
+  for axis, name in zip(figure.axes, names, strict=True):
+    assert axis.get_xlabel() == 'epoch'
+    assert name.split('_')[0] in axis.get_ylabel()
+    for curve, split, style in zip(
+        axis.lines, ('train', 'test'), ('--', '-'), strict=True):
+      np.testing.assert_array_equal(
+          curve.get_xdata(), [one['epoch'] for one in shown])
+      np.testing.assert_array_equal(
+          curve.get_ydata(), [one[f'{split}_{name}'] for one in shown])
+      assert (curve.get_label(), curve.get_linestyle()) == (split, style)
+      assert curve.get_marker() == 'None'
+    if 'accuracy' in name:
+      assert axis.get_ylim() == (0, 1)
+  two = drawn(
+      monkeypatch, results.plot_curves, LINES[:2], tmp_path / 'b.png', '')
+  three = drawn(
+      monkeypatch, results.plot_curves, [*LINES[:2], LINES[3]],
+      tmp_path / 'c.png', '')
+  assert two.axes[0].lines[0].get_marker() == 'o'
+  assert three.axes[0].lines[0].get_marker() == 'None'
+
+
+@pytest.mark.parametrize('count', [2, 3, 4, 8])
+def test_comparisons_tell_runs_apart(count, tmp_path, monkeypatch):
+  runs = {f'run {k}': [line(1, k / 16), line(2), line(3, k / 32)]
+          for k in range(count)}
+  figure = drawn(
+      monkeypatch, results.plot_comparison, runs, tmp_path / 'a.png')
+  for axis, metric in zip(figure.axes, ('robust', 'natural'), strict=True):
+    assert axis.get_ylabel() == f'{metric} accuracy'
+    assert axis.get_ylim() == (0, 1.01) and axis.get_xlabel() == 'epoch'
+    assert len(axis.lines) == 2 * count
+    looks = set()
+    for k, curve in enumerate(axis.lines):
+      name, split = curve.get_label().split(', ')
+      assert name == f'run {k // 2}' and split == ('test', 'train')[k % 2]
+      lines = [one for one in runs[name] if f'test_{metric}_accuracy' in one]
+      np.testing.assert_array_equal(curve.get_xdata(), [1, 3])
+      np.testing.assert_array_equal(
+          curve.get_ydata(),
+          [one[f'{split}_{metric}_accuracy'] for one in lines])
+      assert curve.get_linestyle() == ('-', '--')[k % 2]
+      assert curve.get_linewidth() == (2, 1.2)[k % 2]
+      looks.add((curve.get_color(), curve.get_marker(), curve.get_linestyle()))
+    assert len(looks) == 2 * count
+  # More than three runs: the legend is beside the curves.
+  assert bool(figure.legends) == (count > 3)
+  assert (figure.axes[0].get_legend() is None) == (count > 3)
 
 
 def test_table():

@@ -7,7 +7,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from experiments import data, optimization, setup
+from awp_jax import models
+from experiments import data, errors, optimization, setup, steps
 from experiments.configs import base, cifar10_awp, digits_awp
 
 
@@ -98,7 +99,7 @@ def test_no_momentum_is_plain_descent():
     ({'dataset': 'npz'}, "dataset='npz'", 'npz_path'),
     ({'awp__gamma': -0.01}, 'awp.gamma', '>= 0, got -0.01'),
     ({'awp__num_steps': 0}, 'awp.num_steps', '>= 1, got 0'),
-    ({'awp__decay_at': 'w'}, "'natural'", "got 'w'"),
+    ({'awp__update_at': 'w'}, "'natural'", "got 'w'"),
     ({'awp__alternations': 2, 'attack__restarts': 3},
      'awp.alternations=2', 'attack.restarts=3'),
     ({'epochs': 0}, 'epochs', '>= 1, got 0'),
@@ -139,6 +140,161 @@ def test_bad_values(fields, shown, allowed):
   assert '\n' not in text
 
 
+#: Group of fields -> the least value that is allowed, the greatest that is not.
+EDGES = {
+    ('threat.epsilon', 'attack.step_size', 'eval.step_size'): (1e-30, 0.0),
+    ('beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup'):
+        (0.0, -1e-9),
+    ('epochs', 'batch_size', 'attack.num_steps', 'attack.restarts',
+     'awp.num_steps', 'awp.alternations', 'eval.every_epochs',
+     'eval.batch_size', 'eval.num_steps', 'eval.num_train', 'model.width',
+     'log_every_steps', 'guard.stretch_steps'): (1, 0),
+    ('seed', 'data_seed', 'num_train', 'num_test', 'num_validation',
+     'augmentation.pad', 'augmentation.cutout', 'awp.warmup_epochs',
+     'awp.warmup_steps', 'checkpoint_every_steps', 'early_stopping_epochs',
+     'guard.grace_steps', 'guard.most_shrinks'): (0, -1),
+    ('ema_decay', 'label_smoothing'): (0.0, -1e-9)}
+
+
+@pytest.mark.parametrize('field, least, greatest', [
+    (field, *edge) for fields, edge in EDGES.items() for field in fields])
+def test_edges(field, least, greatest):
+  setup.build(changed(**{field: least}))
+  with pytest.raises(errors.UserError) as error:
+    setup.build(changed(**{field: greatest}))
+  assert str(error.value).startswith(f'{field} must be ')
+  assert str(error.value).endswith(f'got {greatest!r}.')
+
+
+@pytest.mark.parametrize('fields, allowed', [
+    ({'guard.factor': 0.999}, True), ({'guard.factor': 0.0}, False),
+    ({'guard.factor': 1.5}, False), ({'ema_decay': 0.999}, True),
+    ({'ema_decay': 1.5}, False), ({'label_smoothing': 0.999}, True),
+    ({'extra.fraction': 0.999, 'extra.path': 'a'}, True),
+    ({'extra.fraction': 1.0, 'extra.path': 'a'}, False),
+    ({'extra.fraction': -0.1, 'extra.path': 'a'}, False),
+    ({'extra.fraction': 0.0, 'extra.path': 'a'}, False),
+    ({'extra.fraction': 0.1, 'extra.path': ''}, False),
+    ({'extra.fraction': float('nan'), 'extra.path': 'a'}, False),
+    ({'awp.alternations': 2}, True), ({'attack.restarts': 2}, True),
+    ({'awp.alternations': 2, 'attack.restarts': 2}, False),
+    ({'awp.warmup_epochs': 3}, True), ({'awp.warmup_steps': 3}, True),
+    ({'awp.warmup_epochs': 1, 'awp.warmup_steps': 1}, False),
+    ({'objective': 'MART', 'augmentation.mixup': 0.0}, True),
+    ({'objective': 'MART', 'augmentation.mixup': 1e-3}, False),
+    ({'objective': 'TRADES', 'augmentation.mixup': 1.0}, True),
+    ({'objective': 'natural', 'augmentation.mixup': 1.0}, True),
+    ({'select_on': 'validation', 'num_validation': 1}, True),
+    ({'select_on': 'validation', 'num_validation': 0}, False),
+    ({'select_on': 'test', 'num_validation': 1}, True),
+    ({'dataset': 'npz', 'npz_path': 'a.npz'}, True),
+    ({'dataset': 'npz', 'npz_path': ''}, False),
+    ({'model.param_dtype': 'float64'}, False),
+    ({'model.dtype': 'bfloat16', 'model.param_dtype': 'bfloat16'}, True),
+    ({'weight_perturbation': 'awp(gamma=0.1)', 'awp.gamma': 0.0}, True),
+    ({'weight_perturbation': 'awp(every=2)', 'awp.gamma': 0.0}, False),
+    ({'weight_perturbation': 'awp(every=2)', 'awp.gamma': 0.1}, True),
+    ({'weight_perturbation': 'awp', 'awp.gamma': 0.0}, True),
+    ({'weight_perturbation': 'awp()', 'awp.gamma': 0.0}, True),
+    ({'weight_perturbation': ' sam '}, True),
+    ({'weight_perturbation': 'sam.x'}, False),
+    ({'weight_perturbation': 'sam(0.1, rho=0.1)'}, False),
+    ({'weight_perturbation': 'a.sam(rho=0.1)'}, False),
+    ({'weight_perturbation': 'sam(**{})'}, False),
+    ({'weight_perturbation': 'sam('}, False),
+], ids=str)
+def test_values_together(fields, allowed):
+  if allowed:
+    setup.build(changed(**fields))
+    return
+  with pytest.raises(errors.UserError) as error:
+    setup.build(changed(**fields))
+  # The value that cannot be is shown.
+  assert any(
+      repr(value) in str(error.value) or str(value) in str(error.value)
+      for value in fields.values() if value != ''), error.value
+  assert '\n' not in str(error.value)
+
+
+def test_float64_needs_64_bit_arrays(x64):
+  setup.build(changed(**{
+      'model.dtype': 'float64', 'model.param_dtype': 'float64'}))
+
+
+def test_objects_are_what_the_config_says():
+  built = setup.build(changed(**{
+      'objective': 'MART', 'threat.norm': 'L2', 'threat.epsilon': 0.5,
+      'attack.step_size': 0.1, 'attack.num_steps': 3, 'attack.restarts': 2,
+      'attack.start': 'gaussian', 'attack.mode': 'train',
+      'eval.step_size': 0.2, 'eval.num_steps': 7}))
+  assert built.objective.name == 'MART'
+  assert (built.threat.norm, built.threat.epsilon) == ('L2', 0.5)
+  assert built.attack == (0.1, 3, 'gaussian', 2, 'train')
+  assert built.eval_attack == (0.2, 7, 'random', 1, None)
+
+
+@pytest.mark.parametrize('name', setup.OBJECTIVES)
+def test_objectives_take_their_options(name):
+  logits = jnp.asarray([[1.0, 0.0, -1.0], [0.0, 2.0, 0.5]])
+  labels = jnp.asarray([0, 2])
+  losses = {}
+  for beta, smoothing in ((1.0, 0.0), (2.0, 0.0), (1.0, 0.3)):
+    objective = setup.build(changed(
+        objective=name, beta=beta, label_smoothing=smoothing)).objective
+    losses[beta, smoothing] = np.asarray(
+        objective.train_loss(logits, 0.5 * logits, labels))
+  assert objective.name == name
+  plain = losses[1.0, 0.0]
+  assert (losses[2.0, 0.0] != plain).any() == (name in ('TRADES', 'MART'))
+  assert (losses[1.0, 0.3] != plain).all()
+
+
+def test_the_network_is_what_the_config_says():
+  dataset = data.load('digits', num_train=10)
+  wide = setup.build_model(changed(**{
+      'model.depth': 16, 'model.width': 2, 'model.activation': 'silu',
+      'model.dtype': 'bfloat16'}), dataset)
+  assert (type(wide), wide.depth, wide.width, wide.activation) == (
+      models.WideResNet, 16, 2, 'silu')
+  assert (wide.num_classes, wide.mean, wide.std) == (
+      10, dataset.mean, dataset.std)
+  assert (wide.dtype, wide.param_dtype) == (jnp.bfloat16, jnp.float32)
+  assert wide.axis_name is None
+  plain = setup.build_model(changed(**{
+      'model.name': 'preact_resnet', 'model.depth': 10,
+      'model.normalise': False, 'model.param_dtype': 'bfloat16',
+      'model.sync_batch_norm': True}), dataset)
+  assert (type(plain), plain.mean, plain.std) == (
+      models.PreActResNet, (0.0,), (1.0,))
+  assert (plain.dtype, plain.param_dtype) == (jnp.float32, jnp.bfloat16)
+  assert plain.axis_name == setup.AXIS == steps.AXIS
+
+
+@pytest.mark.parametrize('text, call', [
+    ('sam', ('sam', {})), ('sam()', ('sam', {})),
+    ('sam(rho=0.1)', ('sam', {'rho': 0.1})),
+    (' rwp(gamma=1e-2, c_min=None) ', ('rwp', {'gamma': 0.01, 'c_min': None})),
+    ("awp(update_at='natural', every=2)",
+     ('awp', {'update_at': 'natural', 'every': 2}))])
+def test_calls(text, call):
+  assert setup.parse_call(text) == call
+
+
+def test_options_of_a_call_go_before_those_of_the_group():
+  config = changed(**{
+      'awp.gamma': 0.5, 'awp.num_steps': 2, 'awp.update_at': 'natural'})
+  method = setup.build(config).perturbation
+  assert (method.ball.size, method.num_steps, method.update_at) == (
+      0.5, 2, 'natural')
+  config.weight_perturbation = 'awp(gamma=0.25, num_steps=3)'
+  method = setup.build(config).perturbation
+  assert (method.ball.size, method.num_steps, method.update_at) == (
+      0.25, 3, 'natural')
+  config.weight_perturbation = 'sam(rho=0.125)'
+  method = setup.build(config).perturbation
+  assert (method.name, method.ball.size, method.num_steps) == ('SAM', 0.125, 1)
+
+
 @pytest.mark.parametrize('fields, shown', [
     ({'model__depth': 12}, '6 n + 4'),
     ({'model__name': 'preact_resnet', 'model__depth': 19}, '[10, 18, 34, 50]'),
@@ -156,8 +312,12 @@ def test_devices_that_do_not_divide_a_batch():
   setup.check_devices(32, 8, 'batch_size')
   with pytest.raises(ValueError, match=r'batch_size=30 .* 8 devices; 24 or 32'):
     setup.check_devices(30, 8, 'batch_size')
-  with pytest.raises(ValueError, match=r'8 devices; 8 would'):
+  with pytest.raises(ValueError, match=r'8 devices; 8 would\.'):
     setup.check_devices(5, 8, 'batch_size')
+  setup.check_devices(8, 8, 'batch_size')
+  setup.check_devices(3, 1, 'batch_size')
+  with pytest.raises(errors.UserError, match=r'eval=17 .* 16 or 24 would\.'):
+    setup.check_devices(17, 8, 'eval')
 
 
 @pytest.mark.parametrize('wrong, near', [

@@ -223,7 +223,7 @@ def test_autoattack_has_a_column_where_it_was_run():
 def test_changed_fields_are_told():
   from experiments import setup
   from experiments.configs import cifar10_at
-  fields = json.loads(json.dumps(dict(setup.flatten(cifar10_at.get_config()))))
+  fields = json.loads(json.dumps(setup.flatten(cifar10_at.get_config())))
   assert records.changed('cifar10_at', fields) == {}
   fields |= {'num_train': 1000, 'awp.gamma': 0.5, 'seed': 7, 'data_dir': 'x'}
   assert records.changed('cifar10_at', fields) == {

@@ -10,7 +10,10 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   """The paper's setting without weight perturbation; all options off."""
   config = ml_collections.ConfigDict()
-  config.seed = 0
+  config.seed = 0  # of the initial weights, the order of images and the noise
+  # Of the subsets (num_train, num_test) and the validation images: runs that
+  # differ in `seed` alone see the same data.
+  config.data_seed = 0
 
   # Data. 0 examples means all of them.
   config.dataset = 'cifar10'  # cifar10, cifar100, svhn, digits, npz
@@ -40,6 +43,7 @@ def get_config() -> ml_collections.ConfigDict:
       'normalise': True,  # pixels by the data set's mean and std, inside
       'dtype': 'float32',  # to compute in: float32, bfloat16, float64
       'param_dtype': 'float32',
+      'sync_batch_norm': False,  # batch statistics over all devices
   })
   # Where the weights start: a PyTorch file (.pt, .pth, .tar), or the workdir of
   # a run, whose best checkpoint is taken. A classifier of other classes starts
@@ -72,7 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
       'alternations': 1,
       'warmup_epochs': 0,  # without AWP, at no cost; or instead
       'warmup_steps': 0,
-      'decay_at': 'perturbed',  # weight decay at w + v or at w: natural
+      'update_at': 'perturbed',  # the optimizer is shown w + v; natural: w
   })
   config.statistics = 'reference'  # or perturbed: only the pass at w + v
 
@@ -88,9 +92,9 @@ def get_config() -> ml_collections.ConfigDict:
       'l1': 0.0,  # l1 * sign(w) in the gradient of weights
       'decay': 'all',  # what weight_decay acts on: all parameters, or weights
       'clip_norm': 0.0,  # largest norm of the whole gradient; 0: any
-      'schedule': 'steps',  # steps, cosine, one_cycle
+      'schedule': 'steps',  # steps, epochs, cosine, one_cycle
       'warmup_epochs': 0.0,  # of rising rate; the rise of one_cycle
-      'decay_factor': 0.1,  # of the learning rate, for steps, at each of:
+      'decay_factor': 0.1,  # of the rate, for steps and epochs, at each of:
       'decay_at': (0.5, 0.75),  # fractions of the run
   })
   # Moving average of weights and batch statistics, which is what is evaluated;
@@ -120,7 +124,7 @@ def get_config() -> ml_collections.ConfigDict:
   })
   # --mode=evaluate: each starts from all test images. fgsm, pgd-N, cw-N, spsa,
   # one attack of AutoAttack (apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square), or
-  # a version of it: aa-standard, aa-plus, aa-rand, aa-fast.
+  # a version of it: aa-standard, aa-plus, aa-fast.
   config.evaluation = ml_collections.ConfigDict({
       'attacks': ('fgsm', 'pgd-20', 'pgd-100', 'cw-100', 'aa-standard'),
       'num_examples': 0,  # the first of the test images; 0: all

@@ -101,7 +101,7 @@ def awp(config: Config, gamma: float, warmup_epochs: int = 0) -> None:
 def trades(config: Config) -> None:
   """TRADES as released: pixels as they are, running statistics in the attack.
 
-  The rate falls at the start of epochs 100 and 150, counted from 1.
+  The rate falls before the first step of epochs 100 and 150, counted from 1.
   """
   config.objective = 'TRADES'
   config.beta = 6.0
@@ -116,6 +116,7 @@ def trades(config: Config) -> None:
   else:
     config.attack.step_size = (
         2 * config.threat.epsilon / config.attack.num_steps)
+  config.optimizer.schedule = 'epochs'
   config.optimizer.decay_at = (99 / 200, 149 / 200)
 
 
