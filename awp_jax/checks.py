@@ -7,6 +7,7 @@ import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def _is_finite(value: Any) -> bool:
@@ -30,6 +31,15 @@ def not_negative(name: str, value: Any) -> None:
     return
   if not (_is_finite(value) and value >= 0):
     raise ValueError(f'{name} must be a finite number >= 0, got {value!r}.')
+
+
+def floating(name: str, array: Any) -> None:
+  """Raises ValueError unless the array holds floating-point numbers."""
+  dtype = jnp.result_type(array)
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(
+        f'{name} must be floating, with bytes divided by 255, got dtype '
+        f'{dtype}.')
 
 
 def count(name: str, value: Any, minimum: int = 1) -> None:

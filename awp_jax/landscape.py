@@ -37,8 +37,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks, objectives, placement, weights
+from awp_jax import checks, numerics, objectives, placement
 from awp_jax.attacks import pgd as pgd_lib
+from awp_jax.perturbation.leaves import Mask, is_weight, weight_mask
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, Params
 
@@ -60,26 +61,9 @@ class Measure(Protocol):
     ...
 
 
-def _norm(leaf: Array) -> Array:
-  """|leaf|, in float32 or wider."""
-  return jnp.linalg.norm(
-      leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)).ravel())
-
-
-def _unit(leaf: Array) -> Array:
-  """leaf / |leaf|; 0 for a leaf of zeros.
-
-  Scaled by the largest entry first, so that the squares of a tiny gradient do
-  not vanish.
-  """
-  largest = jnp.max(jnp.abs(leaf), initial=0)
-  scaled = leaf / jnp.where(largest > 0, largest, 1)
-  return scaled / jnp.maximum(_norm(scaled), 1)
-
-
 def normalised(
     direction: Params, params: Params, *, norm: Norm = 'filter',
-    mask: weights.Mask = weights.is_weight, filter_axis: int = -1) -> Params:
+    mask: Mask = is_weight, filter_axis: int = -1) -> Params:
   """A direction scaled to the weights: d_j <- d_j |w_j| / |d_j|.
 
   Args:
@@ -106,18 +90,21 @@ def normalised(
         f'{jax.tree.structure(direction)}.')
 
   def scale(d: Array, w: Array) -> Array:
-    return (_norm(w) * _unit(d)).astype(w.dtype)
+    axes = tuple(range(w.ndim))
+    if norm == 'filter':
+      axes = tuple(i for i in axes if i != filter_axis % w.ndim)
+    unit, _ = numerics.unit_and_norm(numerics.wide(d), axes)
+    _, length = numerics.unit_and_norm(numerics.wide(w), axes)
+    return (length * unit).astype(w.dtype)
 
-  by_filter = jax.vmap(scale, filter_axis, filter_axis)
   return jax.tree.map(
-      lambda m, d, w: (by_filter if norm == 'filter' else scale)(d, w) if m
-      else jnp.zeros_like(w), weights.weight_mask(params, mask), direction,
-      params)
+      lambda m, d, w: scale(d, w) if m else jnp.zeros_like(w),
+      weight_mask(params, mask), direction, params)
 
 
 def random_direction(
     key: Array, params: Params, *, norm: Norm = 'filter',
-    mask: weights.Mask = weights.is_weight, filter_axis: int = -1) -> Params:
+    mask: Mask = is_weight, filter_axis: int = -1) -> Params:
   """A Gaussian direction with the norms of the weights.
 
     d ~ N(0, 1),   d_j <- d_j |w_j| / |d_j|
@@ -164,8 +151,9 @@ def robust_measure(
   Returns:
     A `Measure` of batches (images [B, ...], labels [B]) with the values
     'natural_loss', 'robust_loss', 'natural_accuracy' and 'robust_accuracy'. An
-    example counts as robust if it is classified right at x and at x'. Keep the
-    measure: one object is compiled once for all points, models and directions.
+    example counts as robust if it is classified right at x and at x', by finite
+    logits. Keep the measure: one object is compiled once for all points, models
+    and directions.
 
   Raises:
     ValueError: for a step size or a number of steps out of range.
@@ -181,15 +169,20 @@ def robust_measure(
         images, threat, step_size=step_size, num_steps=num_steps, start=start,
         restarts=restarts)
     natural, robust = logits_fn(params, images), logits_fn(params, x_adv)
-    is_natural = jnp.argmax(natural, axis=-1) == labels
+    is_natural = _is_right(natural, labels)
     return {
         'natural_loss': objectives.cross_entropy(natural, labels),
         'robust_loss': objectives.cross_entropy(robust, labels),
         'natural_accuracy': is_natural,
-        'robust_accuracy': is_natural & (
-            jnp.argmax(robust, axis=-1) == labels)}
+        'robust_accuracy': is_natural & _is_right(robust, labels)}
 
   return measure
+
+
+def _is_right(logits: Array, labels: Array) -> Array:
+  """Whether finite logits [B, C] put the label first, [B]."""
+  finite = jnp.all(jnp.isfinite(logits), axis=-1)
+  return finite & (jnp.argmax(logits, axis=-1) == labels)
 
 
 @jax.jit
@@ -208,8 +201,7 @@ def _sums(
     params: Params, batch: Any, valid: Array, key: Array, measure: Measure
 ) -> dict[str, Array]:
   def total(values: Array) -> Array:
-    wide = values.astype(jnp.promote_types(values.dtype, jnp.float32))
-    return jnp.sum(jnp.where(valid, wide, 0))
+    return jnp.sum(jnp.where(valid, numerics.wide(values), 0))
 
   return {
       name: total(values)
@@ -225,7 +217,8 @@ def evaluate_points(
   """Means over all examples at w + sum_k alpha_k d_k, for each point alpha.
 
   One direction gives a curve, two give a plane. The host goes from point to
-  point; one function is compiled for all of them.
+  point; one function is compiled for all of them. Examples stay on the host:
+  one batch is computed while the next is sent.
 
   Args:
     key: a PRNG key. Every point uses the same one, so that the attacks start
@@ -235,7 +228,8 @@ def evaluate_points(
     directions: K pytrees like `params`.
     points: coordinates [P, K], finite, P >= 1.
     examples: a pytree of arrays [N, ...], N >= 1, say (images, labels).
-    batch_size: examples on the devices at a time, a multiple of their number.
+    batch_size: examples per batch over all devices, a multiple of their number;
+      two batches are on the devices at a time.
     devices: over which each batch is spread; None means the default device.
     progress: called with a point's number and its means as soon as they are
       known.
@@ -253,16 +247,20 @@ def evaluate_points(
     raise ValueError(
         f'batch_size must be a multiple of the {len(devices)} devices, got '
         f'{batch_size}.')
-  batches = list(_batches(examples, batch_size, devices))
+  count = _count(examples)
   params, directions = placement.everywhere(
       (params, tuple(directions)), devices)
-  count = sum(int(np.sum(valid)) for _, valid in batches)
   found = []
   for number, point in enumerate(points):
     there = displaced(params, directions, jnp.asarray(point))
-    pending = [
-        _sums(there, batch, valid, jax.random.fold_in(key, turn), measure)
-        for turn, (batch, valid) in enumerate(batches)]
+    pending: list[dict[str, Array]] = []
+    for turn, (batch, valid) in enumerate(
+        _batches(examples, count, batch_size, devices)):
+      pending.append(
+          _sums(there, batch, valid, jax.random.fold_in(key, turn), measure))
+      if turn:
+        # Else the host sends every batch before the first is computed.
+        jax.block_until_ready(pending[-2])
     sums = jax.device_get(pending)
     means = {
         name: sum(float(part[name]) for part in sums) / count
@@ -323,16 +321,21 @@ def _check_points(
     raise ValueError(f'points must be finite, got {points.tolist()}.')
 
 
-def _batches(
-    examples: Any, size: int, devices: Sequence[jax.Device] | None
-) -> Iterator[tuple[Any, Any]]:
-  """Batches of one size on the devices, and which of their rows count."""
+def _count(examples: Any) -> int:
+  """N of a pytree of arrays [N, ...]."""
   counts = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(examples)}
   if len(counts) != 1 or not all(counts) or counts == {(0,)}:
     raise ValueError(
         'examples must be arrays with the same first axis of at least 1, got '
         f'first axes {sorted(counts)}.')
   ((count,),) = counts
+  return count
+
+
+def _batches(
+    examples: Any, count: int, size: int, devices: Sequence[jax.Device] | None
+) -> Iterator[tuple[Any, Any]]:
+  """Batches of one size on the devices, and which of their rows count."""
   for begin in range(0, count, size):
     rows = np.arange(begin, begin + size)
     batch = jax.tree.map(

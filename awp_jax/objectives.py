@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks
+from awp_jax import checks, numerics
 from awp_jax.types import Array
 
 Pass = Literal['adversarial', 'natural']
@@ -35,7 +35,7 @@ ObjectiveLoss = Callable[[Array, Array | None, Array], Array]
 
 def _log_probabilities(logits: Array) -> Array:
   # Half precision would lose the small probabilities that robust losses need.
-  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  wide = numerics.wide(logits)
   return jax.nn.log_softmax(wide, axis=-1)
 
 
@@ -57,6 +57,22 @@ def is_soft(labels: Array) -> bool:
 def hard_labels(labels: Array) -> Array:
   """The integers [B] of `labels`: the most probable class of soft ones."""
   return jnp.argmax(labels, axis=-1) if is_soft(labels) else labels
+
+
+def is_correct(logits: Array, labels: Array) -> Array:
+  """Whether finite logits put the label first.
+
+  Logits that are not finite are a failure: the argmax of NaN is a class too.
+
+  Args:
+    logits: [B, C].
+    labels: integers [B], or probabilities [B, C], of which the largest counts.
+
+  Returns:
+    Bools [B].
+  """
+  is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
+  return is_finite & (jnp.argmax(logits, axis=-1) == hard_labels(labels))
 
 
 def cross_entropy(
@@ -111,7 +127,7 @@ def cw_margin(logits: Array, labels: Array) -> Array:
   Returns:
     Margins [B], float32 or wider.
   """
-  wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  wide = numerics.wide(logits)
   return jnp.max(_without_label(wide, labels), axis=-1) - _pick(wide, labels)
 
 

@@ -31,3 +31,19 @@ def cut(tree: Any, devices: Sequence[jax.Device] | None) -> Any:
 def everywhere(tree: Any, devices: Sequence[jax.Device] | None) -> Any:
   """Puts arrays whole onto each of some devices; arguments as for `cut`."""
   return _put(tree, devices, jax.sharding.PartitionSpec())
+
+
+def varying_axes(leaf: Any) -> frozenset[str]:
+  """The mesh axes over which a value varies, where `shard_map` tracks that.
+
+  Args:
+    leaf: an array, or its shape from `jax.eval_shape`.
+
+  Returns:
+    The names of the axes; none outside of `shard_map`, under `pmap` and `vmap`,
+    and with `check_vma=False`.
+  """
+  of_type = leaf if isinstance(
+      leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+  tracked = getattr(of_type, 'manual_axis_type', None)
+  return frozenset(getattr(tracked, 'varying', None) or ())

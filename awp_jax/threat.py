@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks
+from awp_jax import checks, numerics
 from awp_jax.types import Array
 
 Norm = Literal['Linf', 'L2', 'L1']
@@ -37,11 +37,6 @@ def _over_features(x: Array) -> tuple[int, ...]:
   return tuple(range(1, x.ndim))
 
 
-def _accumulation_dtype(x: Array) -> jnp.dtype:
-  """Half-precision inputs are summed in float32."""
-  return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def l2_norms(x: Array) -> Array:
   """Euclidean norm of each example, |x_i|_2, shape [B, 1, ..., 1].
 
@@ -54,32 +49,20 @@ def l2_norms(x: Array) -> Array:
   Returns:
     The norms; 0 for an example of zeros.
   """
-  axes = _over_features(x)
-  x = x.astype(_accumulation_dtype(x))
-  largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
-  scale = jnp.where(largest > 0, largest, 1)
-  square = jnp.sum(jnp.square(x / scale), axis=axes, keepdims=True)
-  return largest * jnp.sqrt(square)
+  return numerics.unit_and_norm(numerics.wide(x), _over_features(x))[1]
 
 
 def unit_l2(x: Array, floor: float = 0.0) -> Array:
   """x_i / (|x_i|_2 + floor) of each example; one of zeros stays zero."""
-  axes = _over_features(x)
-  wide = x.astype(_accumulation_dtype(x))
-  largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
-  # Scaling by the largest entry keeps the squares in range and is the only
-  # division that can meet a zero; the norm of what it leaves is at least 1.
-  scale = jnp.where(largest > 0, largest, 1)
-  scaled = wide / scale
-  square = jnp.sum(jnp.square(scaled), axis=axes, keepdims=True)
-  norms = jnp.sqrt(jnp.maximum(square, 1))
-  return (scaled / (norms + floor / scale)).astype(x.dtype)
+  unit, _ = numerics.unit_and_norm(
+      numerics.wide(x), _over_features(x), floor)
+  return unit.astype(x.dtype)
 
 
 def l1_norms(x: Array) -> Array:
   """Sum of absolute values of each example, |x_i|_1, shape [B, 1, ..., 1]."""
-  wide = jnp.abs(x.astype(_accumulation_dtype(x)))
-  return jnp.sum(wide, axis=_over_features(x), keepdims=True)
+  return jnp.sum(
+      jnp.abs(numerics.wide(x)), axis=_over_features(x), keepdims=True)
 
 
 def sparse_signs(gradient: Array, share: float | Array) -> Array:

@@ -64,6 +64,31 @@ class LogitsFn(Protocol):
     ...
 
 
+class ForwardFn(Protocol):
+  """A model as `train_step` and `eval_step` call it.
+
+  `forward_fn(params, batch_stats, x, train, key)` returns logits [B, C] and the
+  running statistics after the pass, a pytree of the structure and shapes of
+  `batch_stats`, to whose dtypes it is cast; a model without statistics returns
+  what it was given.
+
+  `train` is a Python bool: True for batch statistics and dropout. `key` is a
+  PRNG key for dropout in train mode and None in eval mode. Every pass of a step
+  over the weights gets the same key, so the ascent and the descent draw the
+  same masks. The function must be pure, and `x` is in the box of the threat
+  model: the model normalizes inside.
+
+  For flax.nnx and Equinox see `examples/train_step_nnx.py` and
+  `examples/train_step_equinox.py`.
+  """
+
+  def __call__(
+      self, params: Params, batch_stats: Any, x: Array, train: bool,
+      key: Array | None, /) -> tuple[Array, Any]:
+    """Logits [B, C] and the next statistics."""
+    ...
+
+
 class AWPOutput(NamedTuple):
   """What one step of adversarial weight perturbation returns.
 
@@ -72,14 +97,15 @@ class AWPOutput(NamedTuple):
     opt_state: the optimizer's next state.
     loss: scalar, the loss at w + v before the update, averaged over devices.
     aux: what the loss returned beside its value at w + v, or None.
-    perturbation: v, a pytree like `params`; zeros on leaves left alone.
+    perturbation: v, a pytree like `params`, zeros on leaves left alone; None if
+      it was not asked for.
   """
 
   params: Params
   opt_state: Any
   loss: Array
   aux: Any
-  perturbation: Params
+  perturbation: Params | None
 
 
 class PerturbedOutput(NamedTuple):
@@ -91,7 +117,11 @@ class PerturbedOutput(NamedTuple):
     method_state: the method's next state.
     loss: scalar, a L(w) + b L(w + v) before the update, averaged over devices.
     aux: what the loss returned beside its value, or None.
-    perturbation: v, a pytree like `params`; zeros on leaves left alone.
+    perturbation: v, a pytree like `params`, zeros on leaves left alone; None if
+      it was not asked for.
+    unperturbed_loss: scalar, L(w) on the batch of the pass at w + v, if the
+      method evaluated it on all examples; else NaN. It costs no pass of its
+      own.
   """
 
   params: Params
@@ -99,4 +129,5 @@ class PerturbedOutput(NamedTuple):
   method_state: Any
   loss: Array
   aux: Any
-  perturbation: Params
+  perturbation: Params | None
+  unperturbed_loss: Array

@@ -10,10 +10,10 @@ The inner maximum is approached from v = 0 by K2 projected steps,
 
 and the outer step uses the gradient at w + v. With K2 = 1 that is
 v_l = gamma |w_l| g_l / |g_l|: one more forward and backward pass. Norms are
-Frobenius norms of whole leaves; leaves that are no weights (biases, scales:
-fewer than two axes) are left alone.
+Frobenius norms of whole leaves; leaves that are no weights (of fewer than two
+axes, or named bias or scale) are left alone.
 
-A loop of one's own needs three lines of change:
+Adapting an existing loop takes three lines:
 
   >>> import jax, jax.numpy as jnp, optax
   >>> loss_fn = lambda params, x, y: jnp.mean((x @ params['w'] - y) ** 2)
@@ -31,64 +31,35 @@ References:
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import optax
 
-from awp_jax.perturbation import balls, methods, steps
-from awp_jax.perturbation.gradients import (
-  averaged_value_and_grad as averaged_value_and_grad,
-)
-from awp_jax.perturbation.leaves import Mask as Mask
-from awp_jax.perturbation.leaves import global_norm as global_norm
-from awp_jax.perturbation.leaves import is_off as is_off
-from awp_jax.perturbation.leaves import is_weight as is_weight
-from awp_jax.perturbation.leaves import perturb as perturb
-from awp_jax.perturbation.leaves import pick, put
-from awp_jax.perturbation.leaves import relative_norm as relative_norm
-from awp_jax.perturbation.leaves import weight_mask as weight_mask
-from awp_jax.perturbation.method import DECAY_AT as DECAY_AT
-from awp_jax.perturbation.method import DecayAt as DecayAt
-from awp_jax.perturbation.steps import apply_at_perturbed as apply_at_perturbed
+from awp_jax.perturbation import methods, steps
+from awp_jax.perturbation.leaves import Mask, is_weight
+from awp_jax.perturbation.method import Method, UpdateAt
 from awp_jax.types import AWPOutput, LossFn, Params, Scalar
 
-_BALL = balls.Ball(1.0)
 
-
-def ascend(
-    perturbation: Params | None, gradients: Params, params: Params, *,
-    gamma: Scalar, step: Scalar, mask: Mask = is_weight) -> Params:
-  """The weight adversary's step: v <- project(v + step |w| g / |g|) per leaf.
-
-  Args:
-    perturbation: v, a pytree like `params`, or None for v = 0.
-    gradients: g, a pytree like `params`: the gradient of the loss at w + v.
-    params: w.
-    gamma: the radius of the projection relative to |w_l|, >= 0.
-    step: the step's length relative to |w_l|; at most gamma if `perturbation`
-      is None.
-    mask: which leaves move; the others get zeros.
-
-  Returns:
-    The next v, a pytree like `params`. A leaf whose gradient or weight is zero
-    keeps its v (zero, from None), never NaN; a gradient that is not finite
-    gives NaN.
-  """
-  chosen = weight_mask(params, mask)
-  w = pick(params, chosen)
-  v = balls.farthest(_BALL, pick(gradients, chosen), w, step)
-  if perturbation is not None:
-    moved = [x + y for x, y in zip(
-        pick(perturbation, chosen), v, strict=True)]
-    v = balls.project(_BALL, moved, w, gamma)
-  return put(v, params, chosen)
+def _method(
+    gamma: Scalar, num_steps: int, mask: Mask,
+    update_at: UpdateAt = 'perturbed') -> Method:
+  """AWP of one size; these functions count no steps, so it cannot change."""
+  if callable(gamma):
+    raise ValueError(
+        'gamma must be a number, got a function: these functions count no '
+        'steps, so a schedule would stay at its first value. Use '
+        'perturbed_step(methods.awp(schedule), ...), whose state counts them.')
+  return methods.awp(
+      gamma, num_steps=num_steps, mask=mask, update_at=update_at)
 
 
 def awp_perturbation(
     loss_fn: LossFn, *, gamma: Scalar, num_steps: int = 1,
     mask: Mask = is_weight, has_aux: bool = False,
     axis_name: str | None = None,
-) -> Callable[..., Params | None]:
+) -> Callable[..., Params]:
   """The weight adversary alone: a function that returns v.
 
   Args:
@@ -101,13 +72,20 @@ def awp_perturbation(
 
   Returns:
     A function of `loss_fn`'s arguments that returns v, a pytree like the
-    parameters; None, without a pass, where `gamma` is the number 0.
+    parameters; zeros, without a pass, where `gamma` is the number 0.
+
+  Raises:
+    ValueError: as `awp_value_and_grad`.
   """
-  method = methods.awp(gamma, num_steps=num_steps, mask=mask)
-  perturbation_fn = steps.weight_perturbation(
-      method, loss_fn, has_aux=has_aux, axis_name=axis_name)
-  return lambda params, *args, **kwargs: perturbation_fn(
-      params, method.init(params), *args, **kwargs)
+  method = _method(gamma, num_steps, mask)
+
+  def perturbation_fn(params: Params, *args: Any, **kwargs: Any) -> Params:
+    find = steps.find_perturbation(
+        method, functools.partial(loss_fn, **kwargs), has_aux=has_aux,
+        axis_name=axis_name)
+    return find(params, method.init(params), *args)
+
+  return perturbation_fn
 
 
 def awp_value_and_grad(
@@ -118,9 +96,10 @@ def awp_value_and_grad(
   """`jax.value_and_grad` at the adversarially perturbed weights w + v.
 
   A drop-in for `jax.value_and_grad(loss_fn, has_aux=has_aux)`: the returned
-  function takes the same arguments and returns the same shapes, but value and
-  gradient are those at w + v. Every pass calls `loss_fn` with the same
-  arguments, so a dropout key among them gives the same masks in both.
+  function takes the same arguments, whatever their names, and returns the same
+  shapes, but value and gradient are those at w + v. Every pass calls `loss_fn`
+  with the same arguments, so a dropout key among them gives the same masks in
+  both.
 
   Args:
     loss_fn: `loss_fn(params, *args, **kwargs)` -> scalar, or (scalar, aux).
@@ -128,36 +107,44 @@ def awp_value_and_grad(
       plain `jax.value_and_grad`, and costs no more than it. A traced gamma is
       allowed and always pays for the adversary's passes.
     num_steps: K2 >= 1, the adversary's steps, each of gamma / K2.
-    mask: which leaves are perturbed: a predicate of (path, leaf), or a pytree
-      of bools. By default those with two axes or more.
+    mask: which leaves are perturbed: a predicate of (path, leaf), patterns of
+      paths, or a pytree of bools. By default those with two axes or more whose
+      name is neither bias nor scale.
     has_aux: whether `loss_fn` returns a pair. aux comes from the pass at w + v.
     axis_name: under `pmap`, `shard_map` or `vmap(axis_name=...)`, the axis that
-      the examples are spread over. Losses and gradients are averaged over it,
-      the adversary's too: there is one v for the whole batch.
+      the examples are spread over and the parameters replicated over. Losses
+      and gradients are averaged over it, the adversary's too: there is one v
+      for the whole batch. Sharded parameters need `jax.jit` and no `axis_name`.
 
   Returns:
     A function of `loss_fn`'s arguments that returns (value, gradients).
 
   Raises:
-    ValueError: for a negative gamma or fewer than one step.
+    ValueError: for a gamma that is negative or a function of the step, or fewer
+      than one step.
 
   .. note::
     Weight decay that the optimizer adds sees whichever parameters it is given;
     the paper's code decays w + v. `awp_step` does that.
   """
-  method = methods.awp(gamma, num_steps=num_steps, mask=mask)
-  gradient_fn = steps.perturbed_value_and_grad(
-      method, loss_fn, has_aux=has_aux, axis_name=axis_name)
-  return lambda params, *args, **kwargs: gradient_fn(
-      params, method.init(params), *args, **kwargs)[0]
+  method = _method(gamma, num_steps, mask)
+
+  def value_and_grad(
+      params: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
+    gradient_fn = steps.perturbed_value_and_grad(
+        method, functools.partial(loss_fn, **kwargs), has_aux=has_aux,
+        axis_name=axis_name)
+    return gradient_fn(params, method.init(params), *args)[0]
+
+  return value_and_grad
 
 
 def awp_step(
     loss_fn: LossFn, tx: optax.GradientTransformation, params: Params,
     opt_state: Any, *args: Any, gamma: Scalar, num_steps: int = 1,
     mask: Mask = is_weight, has_aux: bool = False,
-    decay_at: DecayAt = 'perturbed', axis_name: str | None = None,
-    **kwargs: Any) -> AWPOutput:
+    update_at: UpdateAt = 'perturbed', axis_name: str | None = None,
+    return_perturbation: bool = True, **unknown: Any) -> AWPOutput:
   """One step of training with adversarial weight perturbation.
 
     v = the adversary's perturbation,     G = grad L(w + v),
@@ -166,31 +153,42 @@ def awp_step(
   Pure: jit it, with `loss_fn`, `tx` and the keywords closed over.
 
   Args:
-    loss_fn: `loss_fn(params, *args, **kwargs)` -> scalar, or (scalar, aux).
+    loss_fn: `loss_fn(params, *args)` -> scalar, or (scalar, aux).
     tx: any optax optimizer.
     params: w, any pytree of float arrays.
     opt_state: the state of `tx`.
-    *args: handed to `loss_fn` behind the parameters: the batch, keys, ...
+    *args: handed to `loss_fn` behind the parameters: the batch, keys, ... By
+      position only, so no name of the loss's can collide with one of these
+      keywords. Bind the others: `functools.partial(loss_fn, train=True)`.
     gamma: as in `awp_value_and_grad`.
     num_steps: as in `awp_value_and_grad`.
     mask: as in `awp_value_and_grad`.
     has_aux: as in `awp_value_and_grad`.
-    decay_at: where weight decay inside `tx` acts: 'perturbed' (w + v, as in the
-      paper's code) or 'natural' (w).
+    update_at: the parameters that `tx` is shown, hence those that its weight
+      decay acts on: 'perturbed' (w + v, as in the paper's code) or 'natural'
+      (w). Some optimizers need 'natural'; see `steps.apply_at_perturbed`.
     axis_name: as in `awp_value_and_grad`.
-    **kwargs: handed to `loss_fn`.
+    return_perturbation: whether v is part of the output. Without it a jitted
+      step needs one buffer of the size of the parameters less.
+    **unknown: none is allowed.
 
   Returns:
-    An `AWPOutput`. Its perturbation is zeros where gamma is the number 0.
+    An `AWPOutput`. Its perturbation is zeros where gamma is the number 0, and
+    None without `return_perturbation`.
 
   Raises:
-    ValueError: for a negative gamma, fewer than one step, or an unknown
-      `decay_at`.
+    TypeError: for an unknown keyword.
+    ValueError: as `awp_value_and_grad`, or for an unknown `update_at`.
   """
-  method = methods.awp(
-      gamma, num_steps=num_steps, mask=mask, decay_at=decay_at)
+  if unknown:
+    raise TypeError(
+        f'awp_step got an unknown keyword, {", ".join(map(repr, unknown))}. '
+        'Arguments of the loss go by position, behind opt_state; bind the '
+        'others with functools.partial.')
+  method = _method(gamma, num_steps, mask, update_at)
   out = steps.perturbed_step(
       method, loss_fn, tx, params, opt_state, method.init(params), *args,
-      has_aux=has_aux, axis_name=axis_name, **kwargs)
+      has_aux=has_aux, axis_name=axis_name,
+      return_perturbation=return_perturbation)
   return AWPOutput(
       out.params, out.opt_state, out.loss, out.aux, out.perturbation)

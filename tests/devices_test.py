@@ -85,11 +85,19 @@ def test_comparison_rejects_a_gradient_that_is_too_large(way, x64):
   assert np.linalg.norm(wrong['a'] - wanted['a']) > 1e-2
 
 
-@pytest.mark.parametrize('way', ['pmap', 'shard_map', 'shard_map_unchecked'])
-def test_without_the_axis_devices_would_disagree(way):
-  # The per-device steps of a forgotten axis_name are other numbers: so the
-  # tests above do see the averaging.
-  params, x, y = problem('float32')
-  whole = jax.jit(step(optax.sgd(0.1), None))(params, x, y)
-  part = jax.jit(step(optax.sgd(0.1), None))(params, x[:2], y[:2])
-  assert np.abs(whole[0]['a'] - part[0]['a']).max() > 1e-4
+@pytest.mark.parametrize('way', ['pmap', 'vmap', 'shard_map_unchecked'])
+def test_comparison_rejects_devices_that_do_not_average(way, monkeypatch, x64):
+  # Without communication each device makes the step of its own two examples.
+  params, x, y = problem('float64')
+  tx = optax.sgd(0.1)
+  whole = jax.jit(step(tx, None))(params, x, y)
+  monkeypatch.setattr(jax.lax, 'pmean', lambda tree, axis_name: tree)
+  got = spread(way, tx, params, x, y)
+  part = 3 if way == 'vmap' else 0
+  rows = slice(2 * part, 2 * part + 2)
+  alone = jax.jit(step(tx, None))(params, x[rows], y[rows])
+  for ours, own, other in zip(*map(jax.tree.leaves, (got, alone, whole)),
+                              strict=True):
+    np.testing.assert_allclose(ours, own, atol=1e-12)
+    if own.ndim == 2:
+      assert np.linalg.norm(ours - other) > 1e-2

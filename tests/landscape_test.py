@@ -234,6 +234,54 @@ def test_compiles_once_for_all_points_and_directions():
   assert [number for number, _ in heard] == [*range(5)] * 2
 
 
+def test_examples_stay_on_the_host(monkeypatch):
+  """However many there are, two batches at most lie on the device."""
+  examples = np.arange(40 * 7, dtype=np.float32).reshape(40, 7)
+  put, wait, alive, waits = jax.device_put, jax.block_until_ready, [], []
+
+  def device_put(tree, *args, **kwargs):
+    found = put(tree, *args, **kwargs)
+    alive.append(sum(x.shape == (4, 7) for x in jax.live_arrays()))
+    return found
+
+  def block_until_ready(tree):
+    waits.append(len(alive))
+    return wait(tree)
+
+  monkeypatch.setattr(jax, 'device_put', device_put)
+  monkeypatch.setattr(jax, 'block_until_ready', block_until_ready)
+  points = landscape.evaluate_points(
+      jax.random.key(0), sum_of_batch, {'w': jnp.ones((2, 2))},
+      [{'w': jnp.ones((2, 2))}], [[0.0], [1.0]], examples, batch_size=4)
+  mean = examples.astype(np.float64).sum(axis=1).mean()
+  assert [p['sum'] for p in points] == pytest.approx([4 * mean, 8 * mean])
+  assert len(alive) >= 20 and 1 <= max(alive) <= 2, alive
+  # A slow device keeps what is sent to it: the host waits from batch to batch.
+  assert len(waits) == 2 * 9 and max(np.diff(waits)) <= 3, waits
+
+
+def sum_of_batch(params, batch, key):
+  del key
+  return {'sum': batch.sum(axis=1) * params['w'].sum()}
+
+
+def test_logits_that_are_not_finite_are_never_right():
+  images = jnp.array([[0.2], [0.8], [0.4]])
+
+  def logits_fn(params, x):
+    good = jnp.concatenate([jnp.ones_like(x), jnp.zeros_like(x)], axis=1)
+    # NaN at the second image, and wherever the third one is moved.
+    is_bad = (x > 0.5) | ((x > 0.3) & (x != 0.4))
+    return jnp.where(is_bad, jnp.nan, good) * params
+
+  measure = landscape.robust_measure(
+      logits_fn, awp_jax.ThreatModel('Linf', 0.05), step_size=0.05, num_steps=1)
+  found = measure(
+      jnp.float32(1), (images, jnp.zeros(3, int)), jax.random.key(0))
+  np.testing.assert_array_equal(found['natural_accuracy'], [True, False, True])
+  np.testing.assert_array_equal(found['robust_accuracy'], [True, False, False])
+
+
 def test_mean_rise():
   a = np.linspace(-2, 2, 9)
   assert awp_jax.mean_rise(a, np.full(9, 3.0)) == 0

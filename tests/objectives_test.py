@@ -177,3 +177,71 @@ def test_soft_and_smoothed_labels(scale, smoothing, x64):
 def test_bad_smoothing(make, smoothing):
   with pytest.raises(ValueError, match='label_smoothing must be'):
     make(label_smoothing=smoothing)
+
+
+def test_records_of_the_published_code():
+  both = ('adversarial', 'natural')
+  wanted = {
+      objectives.natural: ('natural', ('adversarial',), False, 'train',
+                           ('adversarial',), False, 0),
+      objectives.standard: ('AT', ('adversarial',), False, 'train',
+                            ('adversarial',), True, 1e-10),
+      objectives.trades: ('TRADES', both, True, 'eval', (*both, 'natural'),
+                          False, 0),
+      objectives.mart: ('MART', both[::-1], False, 'eval', both[::-1], False,
+                        0)}
+  for make, values in wanted.items():
+    record = make()._asdict()
+    assert (record.pop('attack_loss') is None) == (make is objectives.natural)
+    record.pop('train_loss')
+    assert tuple(record.values()) == values
+
+
+@pytest.mark.parametrize('make,beta', [
+    (objectives.trades, 6.0), (objectives.mart, 5.0)])
+def test_defaults(make, beta, x64):
+  z, other, y = logits_and_labels(1.0)
+  np.testing.assert_array_equal(
+      make().train_loss(z, other, y), make(beta, 0.0).train_loss(z, other, y))
+  # Without the robust term only cross-entropies are left.
+  plain = make(0).train_loss(z, other, y)
+  assert np.abs(make().train_loss(z, other, y) - plain).min() > 0.01
+  assert make(0, 0.999) and objectives.standard(0.999)
+
+
+def test_constants_of_mart(x64):
+  # Softmaxes that round to 0 and 1 leave the constants alone.
+  wrong, right = np.array([[0.0, 800.0]]), np.array([[800.0, 0.0]])
+  y = np.array([0])
+  boosted = objectives.mart(0).train_loss(wrong, right, y)
+  np.testing.assert_allclose(
+      boosted - 800, -np.log(1.0001 - 1 + 1e-12), atol=2e-12)
+  weighted = objectives.mart(3).train_loss(wrong, right, y) - boosted
+  np.testing.assert_allclose(weighted, 3 * 800 * 1e-7, rtol=1e-6)
+  # The second factor is that of the natural image: 1.0000001 - 0.
+  flipped = (objectives.mart(3).train_loss(right, wrong, y)
+             - objectives.mart(0).train_loss(right, wrong, y))
+  np.testing.assert_allclose(flipped, 3 * 800 * 1.0000001, rtol=1e-10)
+
+
+@pytest.mark.parametrize('labels', [
+    np.array([2, 0, 1, 1]),
+    np.array([[.2, .3, .5], [.4, .3, .3], [.1, .6, .3], [0, 1, 0]])])
+def test_correctness_needs_finite_logits(labels):
+  nan, inf = np.nan, np.inf
+  best = np.array([[0, 1, 2.], [3, 2, 1], [0, 5, 1], [0, 0, 1]])
+  assert objectives.is_correct(best, labels).tolist() == [True] * 3 + [False]
+  # argmax would say 0, 0, 1 and 1.
+  bad = np.array([[0, 1, inf], [nan, 2, 1], [-inf, 5, 1], [0, nan, 1]])
+  assert not np.any(objectives.is_correct(bad, labels))
+  assert objectives.hard_labels(labels).tolist() == [2, 0, 1, 1]
+
+
+def test_half_precision_is_widened():
+  # In bfloat16 log softmax of 8 equal logits plus 1e-3 would be 2.078 or 2.094.
+  z = jnp.zeros((1, 8), jnp.bfloat16)
+  for loss in (objectives.cross_entropy(z, jnp.array([0])),
+               -objectives.kl_divergence(z, z) + jnp.log(8.0),
+               objectives.cw_margin(z, jnp.array([0])) + jnp.log(8.0)):
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, np.log(8), rtol=1e-6)

@@ -1,14 +1,17 @@
 """What every method must do, whatever it is: one table, method by dtype."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 
-from awp_jax.perturbation import methods, steps
+import awp_jax
+from awp_jax.perturbation import leaves, methods, steps
 from tests import perturbation_problem as problem
 from tests.perturbation_problem import assert_close, assert_same
 
@@ -20,19 +23,39 @@ def is_finite(tree):
              for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float64'])
+def one_step(method, params, opt_state, state):
+  return steps.perturbed_step(
+      method, problem.losses_fn, TX, params, opt_state, state, problem.X,
+      problem.Y, **problem.keywords_of(method))
+
+
+@pytest.mark.filterwarnings('ignore:. perturbed parameters are in half')
 @pytest.mark.parametrize('name', methods.METHODS)
-def test_steps_compile_once_and_keep_dtypes(name, dtype, x64):
-  params, traces = problem.params_as(dtype), []
+def test_dtypes_and_shapes_stay(name, x64):
+  for dtype in ('float32', 'bfloat16', 'float64'):
+    params, method = problem.params_as(dtype), problem.make(name)
+    state = method.init(params)
+    out = jax.eval_shape(
+        functools.partial(one_step, method), params, TX.init(params), state)
+    for tree in (out.params, out.perturbation):
+      assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) == (
+          jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params))
+    assert out.loss.shape == out.unperturbed_loss.shape == ()
+    wide = 'float64' if dtype == 'float64' else 'float32'
+    assert {leaf.dtype for leaf in jax.tree.leaves(
+        out.method_state.memory)} <= {jnp.dtype(wide)}
+
+
+@pytest.mark.filterwarnings('ignore:. perturbed parameters are in half')
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_steps_compile_once(name):
+  params, traces = problem.params_as('bfloat16'), []
   method = methods.every_k(problem.make(name), 2)
-  keywords = problem.keywords_of(method)
 
   @jax.jit
-  def step(params, opt_state, state):
+  def step(*carry):
     traces.append(1)
-    return steps.perturbed_step(
-        method, problem.losses_fn, TX, params, opt_state, state, problem.X,
-        problem.Y, **keywords)
+    return one_step(method, *carry)
 
   opt_state, state = TX.init(params), method.init(params)
   norms = []
@@ -40,14 +63,12 @@ def test_steps_compile_once_and_keep_dtypes(name, dtype, x64):
     out = step(params, opt_state, state)
     params, opt_state, state = out[:3]
     norms.append(float(jnp.abs(out.perturbation['dense']['kernel']).max()))
-    assert out.loss.shape == () and is_finite(out)
-    for tree in (out.params, out.perturbation):
-      assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {
-          jnp.dtype(dtype)}
+    assert is_finite(out[:-1])
   assert len(traces) == 1 and int(state.step) == 3
   assert norms[1] == 0 and norms[2] > 1e-4
 
 
+@pytest.mark.filterwarnings('ignore:. perturbed parameters are in half')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', methods.METHODS)
 def test_nothing_gives_nan(name, dtype):
@@ -78,7 +99,7 @@ def test_nothing_gives_nan(name, dtype):
 
   for factor in (1.0, 0.0):
     chosen, nothing = both(factor)
-    assert is_finite(chosen) and is_finite(nothing)
+    assert is_finite(chosen[:-1]) and is_finite(nothing[:-1])
     assert not any(np.any(v) for v in jax.tree.leaves(nothing.perturbation))
     if factor == 0 and method.direction.source != 'noise':
       assert not any(np.any(v) for v in jax.tree.leaves(chosen.perturbation))
@@ -107,7 +128,8 @@ def test_devices_agree_on_one_perturbation(name, way, x64):
   keywords = problem.keywords_of(method)
   state = method.init(params)
   if name == 'momentum_awp':
-    state = state._replace(memory=jax.grad(problem.mean_fn)(params))
+    state = state._replace(memory=leaves.select(
+        jax.grad(problem.mean_fn)(params), method.chosen(params)))
   wanted = jax.jit(device_step(method, keywords, None))(params, state, x, y)
   step = device_step(method, keywords, 'd')
   if way == 'vmap':
@@ -124,6 +146,48 @@ def test_devices_agree_on_one_perturbation(name, way, x64):
             params, state, x, y)
   assert_close(got, wanted, 1e-12)
   assert np.any(wanted[2]['dense']['kernel'])
+
+
+def test_parameters_that_vary_over_the_axis_are_an_error():
+  mesh = Mesh(np.array(jax.devices()[:4]), ('d',))
+  tx = optax.sgd(0.1)
+
+  def step(params, x):
+    return awp_jax.awp_step(
+        lambda p, x: jnp.mean((x @ p['kernel']) ** 2), tx, params,
+        tx.init(params), x, gamma=0.1, axis_name='d').params
+
+  params, x = {'kernel': jnp.ones((4, 8))}, jnp.ones((8, 4))
+  spread = jax.shard_map(
+      step, mesh=mesh, in_specs=(P(None, 'd'), P('d')), out_specs=P(None, 'd'))
+  with pytest.raises(ValueError, match=r"replicated over axis 'd'.*: kernel"):
+    jax.jit(spread)(params, x)
+
+
+@pytest.mark.parametrize('spec', [P('d'), P(None, 'd')])
+def test_sharded_parameters_under_jit_are_right(spec, x64):
+  # The norms are those of whole leaves, wherever their parts lie.
+  mesh = Mesh(np.array(jax.devices()[:4]), ('d',))
+  params = {'kernel': jnp.linspace(-1, 2, 32).reshape(4, 8),
+            'bias': jnp.ones(8)}
+  x = jnp.linspace(-1, 1, 32).reshape(8, 4)
+  tx = optax.sgd(0.1, momentum=0.9)
+
+  @jax.jit
+  def step(params, x):
+    return awp_jax.awp_step(
+        lambda p, x: jnp.mean(jnp.tanh(x @ p['kernel'] + p['bias']) ** 2), tx,
+        params, tx.init(params), x, gamma=0.3)
+
+  wanted = step(params, x)
+  shardings = {'kernel': NamedSharding(mesh, spec),
+               'bias': NamedSharding(mesh, P())}
+  got = step(jax.device_put(params, shardings),
+             jax.device_put(x, NamedSharding(mesh, P('d'))))
+  assert_close(got, wanted, 1e-13)
+  np.testing.assert_allclose(
+      np.linalg.norm(got.perturbation['kernel']),
+      0.3 * np.linalg.norm(params['kernel']), rtol=1e-12)
 
 
 def test_aux_may_differ_between_devices_in_a_branch(x64):
@@ -173,7 +237,7 @@ def test_names_and_values_that_do_not_exist():
     ('momentum_awp', {'decay': -1}, 'decay must be'),
     ('sign', {'every': 0}, 'every must be a whole number >= 1, got 0'),
     ('sign', {'start': -1}, 'start must be a whole number >= 0, got -1'),
-    ('awp', {'decay_at': 'w'}, "one of 'perturbed', 'natural', got 'w'"),
+    ('awp', {'update_at': 'w'}, "one of 'perturbed', 'natural', got 'w'"),
 ])
 def test_options_out_of_range(name, options, message):
   with pytest.raises(ValueError, match=message):

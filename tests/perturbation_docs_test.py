@@ -32,7 +32,7 @@ def row(name):
       method.ball.scale, 'required' if needs else LEAVES[method.mask], moves,
       'all' if below is None else f'loss < {below}',
       f'{method.mix[0]}, {method.mix[1]}', method.natural_batch,
-      'w + v' if method.decay_at == 'perturbed' else 'w',
+      'w + v' if method.update_at == 'perturbed' else 'w',
       f'{passes(method)} |'])
 
 

@@ -30,12 +30,12 @@ def with_ball(method, **fields):
   return replace(method, ball=dataclasses.replace(method.ball, **fields))
 
 
-AWP = methods.awp(0.3, decay_at='natural')
+AWP = methods.awp(0.3, update_at='natural')
 
 REDUCTIONS = {
     'RWP, one step, no condition, tensors = AWP': (
         with_ball(methods.rwp(
-            0.3, c_min=None, num_steps=1, decay_at='natural'), norm='tensor'),
+            0.3, c_min=None, num_steps=1, update_at='natural'), norm='tensor'),
         AWP),
     'RWP, c_min infinite = RWP without condition': (
         methods.rwp(0.3, c_min=1e30, num_steps=3),
@@ -65,7 +65,7 @@ REDUCTIONS = {
         methods.m_arwp(0.1, eta=0), methods.m_rwp(0.1)),
     'ARWP, eta 0 = random': (methods.arwp(0.1, eta=0), methods.random(0.1)),
     'momentum AWP, first step = plain': (
-        methods.momentum_awp(0.2), methods.awp(0, decay_at='natural')),
+        methods.momentum_awp(0.2), methods.awp(0, update_at='natural')),
 }
 
 
@@ -107,11 +107,18 @@ def test_the_methods_do_differ_elsewhere(general, special, x64):
   assert problem.distance(a, b) > 1e-6
 
 
-@pytest.mark.parametrize('name', ['awp', 'rwp', 'm_arwp', 'momentum_awp'])
-def test_every_1_and_start_0_are_the_method_itself(name):
-  method = problem.make(name)
-  assert methods.every_k(method, 1) == method
-  assert methods.start_after(method, 0) == method
+@pytest.mark.parametrize('start,every,wanted', [
+    (0, 1, [0, 1, 2, 3, 4, 5]), (2, 1, [2, 3, 4, 5]), (0, 2, [0, 2, 4]),
+    (1, 3, [1, 4]), (5, 2, [5])])
+def test_steps_that_perturb(start, every, wanted):
+  method = methods.make('awp', start=start, every=every)
+  assert [t for t in range(6) if method.perturbs_at(t)] == wanted
+  traced = method.perturbs_at(jnp.arange(6))
+  np.testing.assert_array_equal(np.flatnonzero(traced), wanted)
+  assert method.is_scheduled == (wanted != list(range(6)))
+  again = methods.every_k(methods.start_after(methods.awp(), start), every)
+  assert (again.start, again.every) == (start, every) and again == method
+  assert (method == methods.awp()) == (not method.is_scheduled)
 
 
 @pytest.mark.parametrize('name', ['rwp', 'wt_awp', 'm_rwp', 'frwp', 'asam'])
@@ -145,7 +152,7 @@ def test_left_out_steps_are_plain(name, x64):
   perturbed = [bool(np.any(out.perturbation['dense']['kernel']))
                for out in outs]
   assert perturbed == [False, True, False, True, False]
-  plain = run(methods.awp(0, decay_at=method.decay_at), TX, params, 1)[0]
+  plain = run(methods.awp(0, update_at=method.update_at), TX, params, 1)[0]
   assert_close((outs[0].params, outs[0].loss), (plain.params, plain.loss),
                1e-15)
   # A perturbing step is the method's own.

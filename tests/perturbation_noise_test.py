@@ -34,7 +34,7 @@ def spread(params, fisher=None, eta=0.0):
 
 def draws(method, state, params):
   """DRAWS perturbations, one a key."""
-  draw = steps.weight_perturbation(method, lambda p: 0.0 * p['scalar'])
+  draw = steps.find_perturbation(method, lambda p: 0.0 * p['scalar'])
   return jax.jit(jax.vmap(lambda key: draw(params, state, noise_key=key)))(
       jax.random.split(jax.random.key(0), DRAWS))
 
@@ -93,10 +93,8 @@ def test_scale_is_accepted_and_others_are_rejected(name, eta):
 
 def test_filters_lie_along_the_axis_that_is_named():
   params = {'w': jnp.array([[1.0, 2.0], [3.0, 4.0]])}
-  weight = [params['w']]
-  last = balls.lengths(balls.Ball(1.0, 'filter'), weight, [True])[0]
-  first = balls.lengths(
-      balls.Ball(1.0, 'filter', filter_axis=0), weight, [True])[0]
+  last = balls.lengths(balls.Ball(1.0, 'filter'), params)['w']
+  first = balls.lengths(balls.Ball(1.0, 'filter', filter_axis=0), params)['w']
   np.testing.assert_allclose(last, np.sqrt([[10.0, 20.0]]), rtol=1e-6)
   np.testing.assert_allclose(first, np.sqrt([[5.0], [25.0]]), rtol=1e-6)
 
@@ -111,7 +109,7 @@ def test_spread_is_that_of_the_published_arwp(x64):
                       ('out', 'kernel')):
     w, f = params[layer][name], fisher[layer][name]
     ours = balls.lengths(
-        balls.Ball(0.02, 'filter'), [jnp.asarray(w)], [True])[0]
+        balls.Ball(0.02, 'filter'), {'w': jnp.asarray(w)})['w']
     std = 0.02 * np.asarray(ours) / np.sqrt(1 + 0.1 * f) * np.ones_like(w)
     np.testing.assert_allclose(wanted[layer][name], std, rtol=0.025)
     assert np.abs(wanted[layer][name] / std * 1.5 - 1).min() > 0.025
@@ -129,9 +127,9 @@ def test_fisher_sums_follow_their_recursion(x64):
         np.square(g['kernel']), axis=0, keepdims=True),
               'bias': 0.9 * wanted['bias'] + np.square(g['bias'])}
     shown = out.params
-  got = outs[-1].method_state.memory['dense']
-  np.testing.assert_allclose(got['kernel'], wanted['kernel'], rtol=1e-12)
-  np.testing.assert_allclose(got['bias'], wanted['bias'], rtol=1e-12)
+  got = outs[-1].method_state.memory
+  np.testing.assert_allclose(got['dense/kernel'], wanted['kernel'], rtol=1e-12)
+  np.testing.assert_allclose(got['dense/bias'], wanted['bias'], rtol=1e-12)
 
 
 def test_one_key_gives_new_noise_in_every_step_and_the_same_again():
@@ -151,7 +149,7 @@ def test_mixture_of_two_batches(x64):
   (loss, g), _ = steps.perturbed_value_and_grad(method, problem.losses_fn)(
       params, method.init(params), problem.X, problem.Y, natural_args=other,
       noise_key=problem.KEY)
-  v = steps.weight_perturbation(method, problem.losses_fn)(
+  v = steps.find_perturbation(method, problem.losses_fn)(
       params, method.init(params), problem.X, problem.Y, noise_key=problem.KEY)
   shifted = jax.tree.map(np.add, params, v)
   wanted = 0.3 * problem.mean_fn(shifted) + 0.7 * problem.mean_fn(

@@ -1,67 +1,19 @@
-"""Leaves, balls, accumulation: what the engine is made of."""
+"""Leaves, accumulation, passes: what the engine is made of."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import optax
 import pytest
 
 from awp_jax import loops
-from awp_jax.perturbation import balls, engine, gradients, leaves, steps
+from awp_jax.perturbation import engine, gradients, leaves, methods, steps
 from awp_jax.perturbation.balls import Ball
 from awp_jax.perturbation.method import Method
 from tests import perturbation_problem as problem
-
-RNG = np.random.default_rng(0)
-D = [RNG.standard_normal((3, 4)), RNG.standard_normal(4)]
-W = [RNG.standard_normal((3, 4)), RNG.standard_normal(4)]
-T = [np.abs(w) + 0.1 for w in W]
-
-
-def groups(xs, norm):
-  """The groups of some leaves as a list of vectors, by their definition."""
-  if norm == 'tree':
-    return [np.concatenate([x.ravel() for x in xs])]
-  if norm == 'tensor':
-    return [x.ravel() for x in xs]
-  if norm == 'filter':
-    return [*xs[0].T, xs[1]]
-  return [np.array([value]) for x in xs for value in x.ravel()]
-
-
-@pytest.mark.parametrize('scale', balls.SCALES)
-@pytest.mark.parametrize('norm', balls.NORMS)
-def test_ball_by_its_definition(norm, scale, x64):
-  ball, size = Ball(0.3, norm, scale, floor=0.1), 0.3
-  v = [np.asarray(x) for x in balls.farthest(ball, D, W, size)]
-  if scale == 'adaptive':
-    radii = [size] * len(groups(v, norm))
-    inside = groups([x / t for x, t in zip(v, T, strict=True)], norm)
-    pull = groups([x * t for x, t in zip(D, T, strict=True)], norm)
-  else:
-    radii = [size * (1 if scale == 'absolute' else np.linalg.norm(w) + 0.1)
-             for w in groups(W, norm)]
-    inside, pull = groups(v, norm), groups(D, norm)
-  for x, d, radius in zip(inside, pull, radii, strict=True):
-    # On the sphere, and no other point of it lies farther along d.
-    np.testing.assert_allclose(np.linalg.norm(x), radius, rtol=1e-12)
-    np.testing.assert_allclose(x @ d, radius * np.linalg.norm(d), rtol=1e-12)
-  far = balls.project(ball, [3 * x for x in v], W, size)
-  near = balls.project(ball, [x / 3 for x in v], W, size)
-  for a, b, x in zip(far, near, v, strict=True):
-    np.testing.assert_allclose(a, x, rtol=1e-12)
-    np.testing.assert_allclose(b, x / 3, rtol=1e-12)
-
-
-@pytest.mark.parametrize('keywords,message', [
-    ({'size': -1}, 'size must be a finite number >= 0, got -1'),
-    ({'size': 1, 'norm': 'layer'}, "one of 'tensor', 'filter', 'tree', 'elem"),
-    ({'size': 1, 'scale': 'rel'}, "one of 'relative', 'absolute', 'adaptive'"),
-    ({'size': 1, 'tiny': -1}, 'tiny must be'),
-    ({'size': 1, 'floor': -1}, 'floor must be')])
-def test_bad_balls(keywords, message):
-  with pytest.raises(ValueError, match=message):
-    Ball(**keywords)
 
 
 def test_bad_methods():
@@ -128,11 +80,37 @@ def test_accumulation_of_means_and_aux():
   x = jnp.arange(8.0)
   loss, aux = gradients.accumulated(loss_fn, 4, has_aux=True)(2.0, x)
   assert loss == loss_fn(2.0, x)[0]
-  np.testing.assert_array_equal(aux, [1, 3, 5, 7])
+  np.testing.assert_array_equal(aux, [4, 5, 6, 7])  # of examples j and j + 4
   with pytest.raises(ValueError, match=r'num_microbatches=3 must divide .*8'):
     gradients.accumulated(loss_fn, 3, has_aux=True)(2.0, x)
   with pytest.raises(ValueError, match='num_microbatches must be a whole'):
     gradients.accumulated(loss_fn, 0)
+
+
+def test_accumulated_losses_keep_the_order_of_the_examples():
+  x = jnp.arange(8.0)
+  losses = gradients.accumulated(lambda w, x: w * x, 4)(2.0, x)
+  np.testing.assert_array_equal(losses, 2 * x)
+
+
+def test_accumulation_of_a_sharded_batch_shares_the_work():
+  # Each of four devices must compute a quarter of every part, not one part.
+  mesh = Mesh(np.array(jax.devices()[:4]), ('d',))
+  rows = NamedSharding(mesh, PartitionSpec('d'))
+  x = jax.device_put(np.linspace(-1, 1, 512).reshape(32, 16), rows)
+  w = jax.device_put(jnp.eye(16), NamedSharding(mesh, PartitionSpec()))
+
+  def loss_fn(w, x):
+    return jnp.mean(jnp.tanh(x @ w) ** 2)
+
+  def compiled(loss_fn):
+    return jax.jit(jax.value_and_grad(loss_fn)).lower(w, x).compile()
+
+  whole, parts = compiled(loss_fn), compiled(gradients.accumulated(loss_fn, 4))
+  problem.assert_close(parts(w, x), whole(w, x), 1e-6)
+  # A third more is the forward pass that is made again.
+  flops = [f.cost_analysis()['flops'] for f in (whole, parts)]
+  assert flops[1] < 2 * flops[0]
 
 
 @pytest.mark.parametrize('name', ['awp', 'wt_awp', 'm_rwp'])
@@ -180,5 +158,109 @@ def test_rounds_make_the_moves_of_alternation(x64):
   ascent = engine.begin(two, state)
   for _ in range(2):
     ascent = engine.ascend(two, state, ascent, params, ascent_fn, rounds=2)
-  wanted = steps.weight_perturbation(four, problem.losses_fn)(params, state)
-  problem.assert_close(ascent.perturbation, wanted, 1e-15)
+  wanted = steps.find_perturbation(four, problem.losses_fn)(params, state)
+  problem.assert_close(
+      leaves.restore(ascent.perturbation, params), wanted, 1e-15)
+
+
+#: Methods that evaluate the loss at w on the whole batch.
+EVALUATES = {
+    'awp': True, 'rwp': False, 'wt_awp': True, 'sam': True, 'random': False,
+    'm_rwp': True, 'frwp': False, 'momentum_awp': False, 'arwp': False}
+
+
+@pytest.mark.parametrize('name', EVALUATES)
+def test_unperturbed_loss(name):
+  params = problem.params_as('float32')
+  clean = problem.mean_fn(params)
+  out, = problem.run(problem.make(name), optax.sgd(0.1), params, 1)
+  assert out._fields[-1] == 'unperturbed_loss'
+  if EVALUATES[name]:
+    np.testing.assert_allclose(out.unperturbed_loss, clean, rtol=1e-6)
+    assert abs(out.loss - clean) > 1e-3
+  else:
+    assert np.isnan(out.unperturbed_loss)
+
+
+def test_unperturbed_loss_of_steps_that_are_left_out_or_off():
+  params = problem.params_as('float32')
+  first, second = problem.run(
+      methods.start_after(problem.make('awp', num_steps=2), 1), optax.sgd(0.1),
+      params, 2)
+  assert first.unperturbed_loss == first.loss
+  np.testing.assert_allclose(
+      second.unperturbed_loss, problem.mean_fn(first.params), rtol=1e-6)
+  assert second.loss > second.unperturbed_loss + 1e-3
+  off, = problem.run(methods.awp(0), optax.sgd(0.1), params, 1)
+  assert off.unperturbed_loss == off.loss
+
+
+def test_unperturbed_loss_of_another_natural_batch_is_not_reported():
+  # The loss at w was evaluated on natural_args alone.
+  params = problem.params_as('float32')
+  out, = problem.run(
+      problem.make('m_rwp'), optax.sgd(0.1), params, 1,
+      natural_args=(problem.X[::-1] * 2, problem.Y[::-1]))
+  assert np.isnan(out.unperturbed_loss)
+
+
+def test_unperturbed_loss_of_alternations_is_that_of_the_first_round():
+  params, two = problem.params_as('float32'), problem.make('awp')
+  state = two.init(params)
+  ascent_fn, descent_fn = gradients.gradient_fns(two, problem.losses_fn)
+  ascent = engine.begin(two, state)
+  for _ in range(2):
+    ascent = engine.ascend(two, state, ascent, params, ascent_fn, rounds=2)
+  out = engine.descend(two, state, ascent, params, descent_fn)
+  np.testing.assert_allclose(
+      out.unperturbed_loss, problem.mean_fn(params), rtol=1e-6)
+
+
+def test_perturbation_of_a_step_on_request():
+  params, method = problem.params_as('float32'), problem.make('awp')
+  out = steps.perturbed_step(
+      method, problem.losses_fn, optax.sgd(0.1), params,
+      optax.sgd(0.1).init(params), method.init(params),
+      return_perturbation=False)
+  assert out.perturbation is None
+
+
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_equal_methods_are_one_static_argument(name):
+  traces = []
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def double(method, x):
+    traces.append(method.name)
+    return 2 * x
+
+  for _ in range(2):
+    method = methods.every_k(methods.scaled(problem.make(name), 0.5), 3)
+    double(method, 1.0)
+  assert len(traces) == 1
+  double(methods.scaled(problem.make(name), 0.25), 1.0)
+  assert len(traces) == 2
+
+
+def test_methods_differ_by_what_they_do():
+  assert methods.momentum_awp(decay=0.8) != methods.momentum_awp(decay=0.9)
+  assert methods.arwp(eta=0.2) != methods.arwp(eta=0.1)
+  assert methods.arwp(beta=0.9) != methods.arwp(beta=0.8)
+  assert methods.arwp(filter_axis=0) != methods.arwp()
+  rising = [methods.awp(methods.cosine_increase(0.1, 2, 5)) for _ in range(2)]
+  assert rising[0] == rising[1]
+  assert hash(methods.scaled(rising[0], 2.0)) == hash(
+      methods.scaled(rising[1], 2.0))
+  assert rising[0] != methods.awp(methods.cosine_increase(0.1, 2, 6))
+  assert hash(methods.awp(mask=['a/*'])) == hash(methods.awp(mask=('a/*',)))
+
+
+def test_scaled_methods():
+  method = methods.scaled(methods.boxed_awp(2.0, 0.3), 0.5)
+  assert (method.ball.size, method.box.size) == (1.0, 0.15)
+  assert methods.scaled(method, 1) is method
+  assert methods.scaled(method, 0).is_off
+  rising = methods.scaled(methods.awp(lambda step: 0.1 * step), 3.0)
+  np.testing.assert_allclose(rising.ball.size_at(2), 0.6)
+  with pytest.raises(ValueError, match='factor must be a finite number >= 0'):
+    methods.scaled(method, -1)

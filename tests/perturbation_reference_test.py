@@ -105,7 +105,7 @@ def test_asam_formula(x64):
   wanted = jax.tree.map(lambda t, s: 0.5 * t * s / norm, t, scaled)
   method = problem.make('asam')
   params = problem.params_as('float64')
-  got = steps.weight_perturbation(method, problem.mean_fn)(
+  got = steps.find_perturbation(method, problem.mean_fn)(
       params, method.init(params))
   assert_close(got, wanted, 1e-14)
 
@@ -122,7 +122,7 @@ def test_sign_formula(num_steps, x64):
               g[layer]['kernel']), -0.3 * w, 0.3 * w)
   method = problem.make('sign', num_steps=num_steps)
   params = problem.params_as('float64')
-  got = steps.weight_perturbation(method, problem.mean_fn)(
+  got = steps.find_perturbation(method, problem.mean_fn)(
       params, method.init(params))
   assert_close(got, v, 1e-14)
 
@@ -131,7 +131,10 @@ def test_momentum_is_that_of_adam(x64):
   outs = run(problem.make('momentum_awp'), optax.adam(0.01),
              problem.params_as('float64'), 3)
   adam = outs[-1].opt_state[0]
-  assert_close(outs[-1].method_state.memory, adam.mu, 1e-16)
+  memory = outs[-1].method_state.memory
+  assert list(memory) == ['dense/kernel', 'out/kernel']
+  for layer in ('dense', 'out'):
+    assert_close(memory[f'{layer}/kernel'], adam.mu[layer]['kernel'], 1e-16)
   assert not any(np.any(v) for v in jax.tree.leaves(outs[0].perturbation))
   assert np.any(outs[1].perturbation['out']['kernel'])
 
@@ -146,10 +149,10 @@ def test_rwp_mean_is_over_the_whole_batch(x64):
     chosen = losses < threshold
     return jnp.sum(jnp.where(chosen, losses, 0)) / jnp.sum(chosen)
 
-  right = steps.weight_perturbation(method, problem.losses_fn)(
+  right = steps.find_perturbation(method, problem.losses_fn)(
       params, method.init(params))
   assert_close(right, as_trees(reference()['rwp_some']))
   all_in = problem.make('rwp', c_min=None)
-  wrong = steps.weight_perturbation(all_in, wrong_fn)(
+  wrong = steps.find_perturbation(all_in, wrong_fn)(
       params, all_in.init(params))
   assert problem.distance(wrong, right) > 1e-4

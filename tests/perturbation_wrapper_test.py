@@ -6,7 +6,7 @@ import optax
 import optax.contrib
 import pytest
 
-from awp_jax.perturbation import methods
+from awp_jax.perturbation import leaves, methods
 from awp_jax.perturbation.wrapper import perturbed_optimizer
 from tests import perturbation_problem as problem
 from tests.perturbation_problem import assert_close, run
@@ -83,6 +83,59 @@ def test_left_out_steps_call_nothing():
     params = optax.apply_updates(params, updates)
     jax.effects_barrier()
     assert len(calls) == expected
+
+
+@pytest.mark.parametrize('name,calls', [
+    # Of three moves the last two are traced once, as the body of a loop.
+    ('awp', 1), ('awp, 3 steps', 2), ('wt_awp', 1), ('random', 1),
+    ('m_rwp', 1), ('off', 0)])
+def test_the_gradient_that_is_handed_in_is_not_taken_again(
+    name, calls, monkeypatch):
+  params, traced = problem.params_as('float32'), []
+  method = methods.awp(0) if name == 'off' else method_of(name)
+  original = leaves.perturb
+  # A copy of w is w: the engine may make one wherever it likes.
+  monkeypatch.setattr(leaves, 'perturb', lambda params, v: jax.tree.map(
+      lambda w: w + 0, original(params, v)))
+
+  def grad_fn(p):
+    traced.append(1)
+    return jax.grad(problem.mean_fn)(p)
+
+  tx = perturbed_optimizer(TX, method, **problem.keywords_of(method))
+  jax.eval_shape(
+      lambda g, state, p: tx.update(g, state, p, grad_fn=grad_fn), params,
+      tx.init(params), params)
+  assert len(traced) == calls
+
+
+@pytest.mark.parametrize('name', [
+    'awp', 'wt_awp', 'rwp without condition', 'momentum_awp'])
+def test_parameters_and_state_may_be_donated(name):
+  method = method_of(name)
+  tx = perturbed_optimizer(TX, method, transparent=True)
+  grad_fn = jax.grad(problem.mean_fn)
+
+  def update(params, state):
+    updates, state = tx.update(grad_fn(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  ends = []
+  for donated in ((), (0, 1)):
+    params = problem.params_as('float32')
+    state, step = tx.init(params), jax.jit(update, donate_argnums=donated)
+    for _ in range(2 * (1 + method.num_steps)):
+      params, state = step(params, state)
+    ends.append(params)
+  assert_close(*ends, 1e-7)
+
+
+def test_a_step_under_way_stores_the_perturbed_leaves_alone():
+  method = problem.make('awp', mask='out/*')
+  tx = perturbed_optimizer(TX, method, transparent=True)
+  pending = tx.init(problem.params_as('float32')).pending
+  assert list(pending.weights) == ['out/kernel']
+  assert list(pending.ascent.perturbation) == ['out/kernel']
 
 
 def test_size_0_is_the_optimizer_itself():

@@ -12,6 +12,7 @@ import pytest
 
 import awp_jax
 from awp_jax import weights
+from awp_jax.perturbation import engine, leaves, methods
 
 PARAMS = {
     'dense': {'kernel': np.linspace(-1, 1, 12).reshape(4, 3),
@@ -69,25 +70,37 @@ def test_perturbation_equals_numpy(num_steps, x64):
   assert_trees_close(got, wanted, rtol=1e-12, atol=1e-14)
 
 
+def moved(method, perturbation, gradients, params):
+  chosen = method.chosen(params)
+  v = None if perturbation is None else leaves.select(perturbation, chosen)
+  out = engine.move(
+      method, engine.Ascent(v), leaves.select(gradients, chosen), params,
+      jnp.int32(0))
+  return leaves.restore(out.perturbation, params)
+
+
 def test_projection_acts_and_keeps_the_radius(x64):
   params = params_as(np.float64)
   start = jax.tree.map(lambda w: 0.01 * w, params)  # on the sphere of gamma
-  moved = weights.ascend(
-      start, jax.grad(loss_fn)(params), params, gamma=0.01, step=0.01)
-  for path in ('dense', 'out'):
+  gradients = jax.grad(loss_fn)(params)
+  outside = jax.tree.map(
+      lambda v, w, g: v + 0.01 * np.linalg.norm(w) * g / np.linalg.norm(g),
+      start, params, gradients)
+  onto = moved(methods.awp(0.01), start, gradients, params)
+  # A hundred moves to a ball of 1: as long a move, which ends well inside.
+  inside = moved(methods.awp(1.0, num_steps=100), start, gradients, params)
+  for layer in ('dense', 'out'):
+    w, v = params[layer]['kernel'], outside[layer]['kernel']
+    assert np.linalg.norm(v) > 1.1 * 0.01 * np.linalg.norm(w)
     np.testing.assert_allclose(
-        norms(moved)[path]['kernel'], 0.01 * norms(params)[path]['kernel'],
-        rtol=1e-12)
-  inside = weights.ascend(
-      start, jax.grad(loss_fn)(params), params, gamma=1.0, step=0.01)
-  assert norms(inside)['dense']['kernel'] != pytest.approx(
-      norms(params)['dense']['kernel'])
-  with pytest.raises(AssertionError):
-    assert_trees_close(moved, inside, rtol=1e-3)
+        onto[layer]['kernel'],
+        v * 0.01 * np.linalg.norm(w) / np.linalg.norm(v), rtol=1e-12)
+    np.testing.assert_allclose(inside[layer]['kernel'], v, rtol=1e-12)
 
 
 @pytest.mark.parametrize('dtype,tolerance', [
     ('float64', 1e-14), ('float32', 1e-6), ('bfloat16', 1e-2)])
+@pytest.mark.filterwarnings('ignore:2 perturbed parameters are in half')
 @pytest.mark.parametrize('gamma', [0.005, 0.01, 1.0])
 def test_relative_norms_are_gamma_on_weights_and_zero_elsewhere(
     dtype, tolerance, gamma, x64):
@@ -117,7 +130,7 @@ def test_equals_optax_sam_with_a_trust_ratio_adversary(x64):
   adversary = optax.chain(
       optax.scale_by_trust_ratio(trust_coefficient=gamma), optax.scale(-1))
   labels = jax.tree.map(
-      lambda m: 'weight' if m else 'other', weights.weight_mask(params))
+      lambda m: 'weight' if m else 'other', leaves.weight_mask(params))
   sam = optax.contrib.sam(
       optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9)),
       optax.multi_transform(
@@ -132,7 +145,7 @@ def test_equals_optax_sam_with_a_trust_ratio_adversary(x64):
         grad_fn=lambda p, _: jax.grad(loss_fn)(p))
     theirs = optax.apply_updates(theirs, updates)
     out = awp_jax.awp_step(
-        loss_fn, tx, ours, our_state, gamma=gamma, decay_at='natural')
+        loss_fn, tx, ours, our_state, gamma=gamma, update_at='natural')
     ours, our_state = out.params, out.opt_state
   assert_trees_close(ours, theirs, rtol=0, atol=1e-12)
   assert np.abs(ours['out']['kernel'] - params['out']['kernel']).max() > 1e-2
@@ -148,7 +161,7 @@ def test_decay_acts_at_the_perturbed_weights_by_default(x64):
       jax.grad(loss_fn)(shown))
   assert_trees_close(out.params, wanted, rtol=1e-12)
   clean = awp_jax.awp_step(
-      loss_fn, tx, params, tx.init(params), gamma=0.3, decay_at='natural')
+      loss_fn, tx, params, tx.init(params), gamma=0.3, update_at='natural')
   assert_trees_close(
       jax.tree.map(np.subtract, clean.params, out.params),
       jax.tree.map(lambda v: decay * v, out.perturbation),
@@ -198,15 +211,16 @@ def test_drop_in_for_value_and_grad():
 def test_loss_at_the_perturbed_weights_is_higher_than_in_random_directions():
   params = params_as(np.float32)
   v = weights.awp_perturbation(loss_fn, gamma=0.05)(params)
-  worst = loss_fn(weights.perturb(params, v))
+  worst = loss_fn(jax.tree.map(jnp.add, params, v))
   for key in jax.random.split(jax.random.key(0), 20):
-    noise = weights.ascend(
-        None, jax.tree.map(lambda w, key=key: jax.random.normal(key, w.shape),
-                           params), params, gamma=0.05, step=0.05)
-    assert loss_fn(weights.perturb(params, noise)) < worst
+    noise = moved(
+        methods.awp(0.05), None, jax.tree.map(
+            lambda w, key=key: jax.random.normal(key, w.shape), params), params)
+    assert loss_fn(jax.tree.map(jnp.add, params, noise)) < worst
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.filterwarnings('ignore:4 perturbed parameters are in half')
 @pytest.mark.parametrize('num_steps', [1, 3])
 def test_zero_gradients_and_zero_weights_give_zero(dtype, num_steps):
   params = {'used': jnp.ones((2, 2), dtype), 'unused': jnp.ones((2, 2), dtype),
@@ -238,10 +252,10 @@ def test_gradients_that_are_not_finite_are_not_hidden():
 
 def test_masks():
   params = params_as(np.float32)
-  by_path = weights.weight_mask(params, lambda path, _: path == 'out/kernel')
+  by_path = leaves.weight_mask(params, lambda path, _: path == 'out/kernel')
   assert by_path == {
       'dense': {'kernel': False, 'bias': False}, 'out': {'kernel': True}}
-  assert weights.weight_mask(params, by_path) is by_path
+  assert leaves.weight_mask(params, by_path) is by_path
   v = weights.awp_perturbation(loss_fn, gamma=0.1, mask=by_path)(params)
   assert np.any(v['out']['kernel']) and not np.any(v['dense']['kernel'])
   everything = weights.awp_perturbation(
@@ -251,7 +265,7 @@ def test_masks():
       loss_fn, gamma=0.1, mask=lambda path, leaf: False)(params)
   assert nothing[0] == loss_fn(params)
   with pytest.raises(ValueError, match='mask must be a predicate'):
-    weights.weight_mask(params, {'dense': True})
+    leaves.weight_mask(params, {'dense': True})
 
 
 def test_dropout_key_gives_the_same_mask_in_every_pass():
@@ -267,6 +281,112 @@ def test_dropout_key_gives_the_same_mask_in_every_pass():
   assert len(masks) == 3
   np.testing.assert_array_equal(masks[0], masks[1])
   np.testing.assert_array_equal(masks[0], masks[2])
+
+
+def test_arguments_of_the_loss_go_by_position():
+  params, tx = params_as(np.float32), optax.sgd(0.1)
+
+  def masked(params, mask, num_steps):
+    return loss_fn(params) * jnp.sum(mask) * num_steps
+
+  with pytest.raises(TypeError, match=r"keyword, 'padding'.* by position"):
+    awp_jax.awp_step(
+        masked, tx, params, tx.init(params), gamma=0.1, padding=jnp.ones(3))
+  out = awp_jax.awp_step(
+      masked, tx, params, tx.init(params), jnp.ones(3), 2.0, gamma=0)
+  np.testing.assert_allclose(out.loss, 6 * loss_fn(params), rtol=1e-6)
+
+
+def test_drop_in_takes_keywords_of_any_name():
+  # `value_and_grad` hands keywords on; none of ours may swallow them.
+  def loss(params, noise_key, *, natural_args, method_state):
+    return loss_fn(params) * noise_key * natural_args * method_state
+
+  params = params_as(np.float32)
+  keywords = {'natural_args': 3.0, 'method_state': 5.0}
+  value, _ = awp_jax.awp_value_and_grad(loss, gamma=0)(
+      params, noise_key=2.0, **keywords)
+  np.testing.assert_allclose(value, 30 * loss_fn(params), rtol=1e-6)
+  v = awp_jax.awp_perturbation(loss, gamma=0.1)(
+      params, noise_key=2.0, **keywords)
+  assert_trees_close(
+      v, awp_jax.awp_perturbation(loss_fn, gamma=0.1)(params), rtol=1e-5)
+
+
+@pytest.mark.parametrize('call', ['step', 'value_and_grad', 'perturbation'])
+def test_a_schedule_is_an_error_that_names_what_takes_it(call):
+  params, tx = params_as(np.float32), optax.sgd(0.1)
+  gamma = optax.linear_schedule(0, 0.1, 10)
+  with pytest.raises(ValueError, match=r'gamma must be a number.*perturbed_st'):
+    if call == 'step':
+      awp_jax.awp_step(loss_fn, tx, params, tx.init(params), gamma=gamma)
+    elif call == 'value_and_grad':
+      awp_jax.awp_value_and_grad(loss_fn, gamma=gamma)
+    else:
+      awp_jax.awp_perturbation(loss_fn, gamma=gamma)
+
+
+def test_perturbation_on_request():
+  params, tx = params_as(np.float32), optax.sgd(0.1)
+  full, less = (awp_jax.awp_step(
+      loss_fn, tx, params, tx.init(params), gamma=0.1,
+      return_perturbation=flag) for flag in (True, False))
+  assert less.perturbation is None and less._fields == (
+      'params', 'opt_state', 'loss', 'aux', 'perturbation')
+  jax.tree.map(np.testing.assert_array_equal, less.params, full.params)
+
+
+def test_perturbation_of_size_zero_is_a_tree_of_zeros():
+  params = params_as(np.float32)
+  v = awp_jax.awp_perturbation(loss_fn, gamma=0)(params)
+  assert jax.tree.structure(v) == jax.tree.structure(params)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(v))
+
+
+def test_module_exports_three_functions():
+  public = {name for name, value in vars(weights).items()
+            if getattr(value, '__module__', None) == weights.__name__
+            and not name.startswith('_')}
+  assert public == {'awp_perturbation', 'awp_step', 'awp_value_and_grad'}
+  for name in ('ascend', 'perturb', 'global_norm', 'apply_at_perturbed'):
+    assert not hasattr(weights, name)
+
+
+def after_steps(tx, update_at, num_steps=3):
+  params = params_as(np.float64)
+  opt_state = tx.init(params)
+  for _ in range(num_steps):
+    params, opt_state = awp_jax.awp_step(
+        loss_fn, tx, params, opt_state, gamma=0.3, update_at=update_at)[:2]
+  return params
+
+
+def gap(a, b):
+  return max(jax.tree.leaves(jax.tree.map(
+      lambda x, y: float(np.abs(x - y).max()), a, b)))
+
+
+def test_optimizers_that_keep_the_parameters_need_update_at_natural(x64):
+  # The inner optimizer makes no step, so nothing may move. Shown w + v, the
+  # outer one takes v into the average that it keeps.
+  tx = optax.contrib.schedule_free(
+      optax.sgd(0.0), learning_rate=1.0, b1=0.9)
+  params = params_as(np.float64)
+  assert gap(after_steps(tx, 'natural'), params) < 1e-15
+  assert gap(after_steps(tx, 'perturbed'), params) > 1e-3
+
+
+def test_optimizers_that_bound_the_parameters_need_update_at_natural(x64):
+  tx = optax.chain(optax.sgd(1.0), optax.keep_params_nonnegative())
+
+  def smallest(update_at):
+    params = jax.tree.map(np.abs, params_as(np.float64))
+    out = awp_jax.awp_step(
+        loss_fn, tx, params, tx.init(params), gamma=0.3, update_at=update_at)
+    return min(float(leaf.min()) for leaf in jax.tree.leaves(out.params))
+
+  assert smallest('natural') >= 0
+  assert smallest('perturbed') < -1e-3
 
 
 def test_second_call_does_not_recompile():
@@ -303,7 +423,7 @@ def test_any_optimizer_lowers_the_loss(tx):
     ({'gamma': -0.01}, 'gamma must be a finite number >= 0, got -0.01'),
     ({'gamma': float('nan')}, 'gamma must be a finite number >= 0, got nan'),
     ({'gamma': 0.1, 'num_steps': 0}, 'num_steps must be a whole number >= 1'),
-    ({'gamma': 0.1, 'decay_at': 'clean'}, "one of 'perturbed', 'natural'"),
+    ({'gamma': 0.1, 'update_at': 'clean'}, "one of 'perturbed', 'natural'"),
 ])
 def test_bad_arguments(keywords, message):
   params, tx = params_as(np.float32), optax.sgd(0.1)

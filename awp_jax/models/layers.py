@@ -42,12 +42,15 @@ class Parts:
       parameters. Batch statistics are computed in float32 at least.
     param_dtype: the type of the parameters.
     kernel_init: the initialiser of convolution kernels.
+    axis_name: of the mapped axis over which batch statistics are averaged in
+      train mode; None: each device has those of its own images.
   """
 
   activation: str = 'relu'
   dtype: Any = None
   param_dtype: Any = jnp.float32
   kernel_init: Any = uniform_fan_in
+  axis_name: str | None = None
 
   def conv(self, features: int, size: int, stride: int, name: str) -> nn.Conv:
     """A convolution without bias, padded by size // 2 on every side."""
@@ -61,7 +64,8 @@ class Parts:
     """Batch normalisation called `name`, then the activation."""
     normalised = nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5,
-        dtype=self.dtype, param_dtype=self.param_dtype, name=name)(x)
+        dtype=self.dtype, param_dtype=self.param_dtype,
+        axis_name=self.axis_name, name=name)(x)
     return ACTIVATIONS[self.activation](normalised)
 
   def dense(
@@ -98,6 +102,11 @@ def normalise_pixels(
 
   Returns:
     Normalised images like `x`.
+
+  Raises:
+    ValueError: for images that are not floating: the mean, cast to bytes, would
+      be 0.
   """
+  checks.floating('images', x)
   x = (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)
   return x if dtype is None else x.astype(dtype)

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from awp_jax import numerics
 from awp_jax.models import layers
 from awp_jax.types import Array
 
@@ -86,6 +87,9 @@ class PreActResNet(nn.Module):
     activation: 'relu' or 'silu'.
     dtype: the type to compute in; None means that of inputs and parameters.
     param_dtype: the type of the parameters and running statistics.
+    axis_name: of the mapped axis over which batch statistics are averaged in
+      train mode, which then runs under this axis only; None: each device has
+      those of its own images.
   """
 
   num_classes: int
@@ -96,6 +100,7 @@ class PreActResNet(nn.Module):
   activation: str = 'relu'
   dtype: Any = None
   param_dtype: Any = jnp.float32
+  axis_name: str | None = None
 
   def __post_init__(self) -> None:
     if self.depth not in DEPTHS:
@@ -117,7 +122,9 @@ class PreActResNet(nn.Module):
       The logits, float32 or wider.
     """
     block, blocks = DEPTHS[self.depth]
-    parts = layers.Parts(self.activation, self.dtype, self.param_dtype)
+    parts = layers.Parts(
+        self.activation, self.dtype, self.param_dtype,
+        axis_name=self.axis_name)
     x = layers.normalise_pixels(x, self.mean, self.std, self.dtype)
     x = parts.conv(self.width, 3, 1, 'conv1')(x)
     for stage, num_blocks in enumerate(blocks):
@@ -130,4 +137,4 @@ class PreActResNet(nn.Module):
     logits = parts.dense(
         self.num_classes, 'linear', layers.uniform_fan_in,
         layers.uniform_bias(x.shape[-1]))(x)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return numerics.wide(logits)

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from awp_jax import checks
+from awp_jax import checks, numerics
 from awp_jax.models import layers
 from awp_jax.types import Array
 
@@ -55,6 +55,9 @@ class WideResNet(nn.Module):
       'dropout' key.
     dtype: the type to compute in; None means that of inputs and parameters.
     param_dtype: the type of the parameters and running statistics.
+    axis_name: of the mapped axis over which batch statistics are averaged in
+      train mode, which then runs under this axis only; None: each device has
+      those of its own images.
   """
 
   num_classes: int
@@ -66,6 +69,7 @@ class WideResNet(nn.Module):
   dropout_rate: float = 0.0
   dtype: Any = None
   param_dtype: Any = jnp.float32
+  axis_name: str | None = None
 
   def __post_init__(self) -> None:
     checks.count('depth', self.depth, minimum=10)
@@ -93,7 +97,8 @@ class WideResNet(nn.Module):
       The logits, float32 or wider.
     """
     parts = layers.Parts(
-        self.activation, self.dtype, self.param_dtype, layers.normal_fan_out)
+        self.activation, self.dtype, self.param_dtype, layers.normal_fan_out,
+        self.axis_name)
     x = layers.normalise_pixels(x, self.mean, self.std, self.dtype)
     x = parts.conv(16, 3, 1, 'conv1')(x)
     for stage in range(3):
@@ -105,4 +110,4 @@ class WideResNet(nn.Module):
     x = jnp.mean(parts.activate(x, train, 'bn1'), axis=(1, 2))
     logits = parts.dense(
         self.num_classes, 'fc', layers.uniform_fan_in, nn.initializers.zeros)(x)
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return numerics.wide(logits)

@@ -5,28 +5,37 @@ whole tensors, output filters, the whole tree or single entries, and s_i is the
 norm of the weights of the group ('relative') or 1 ('absolute'). With 'adaptive'
 the ball is stretched entry by entry, { v : |v / t| <= size }, t = |w| + floor.
 
-Two functions are all that a perturbation needs of it, for lists of leaves:
+Two functions are all that a perturbation needs of it, on leaves by path:
 `farthest`, the point of the ball that lies farthest along a direction, and
 `project`. The farthest point of a ball of single entries is a sign:
 
   >>> import jax.numpy as jnp
-  >>> g, w = [jnp.array([[3., -4.]])], [jnp.array([[8., 6.]])]
-  >>> print(farthest(Ball(0.5, 'tensor'), g, w, 0.5)[0])
+  >>> g, w = {'w': jnp.array([[3., -4.]])}, {'w': jnp.array([[8., 6.]])}
+  >>> print(farthest(Ball(0.5, 'tensor'), g, w, 0.5)['w'])
   [[ 3. -4.]]
-  >>> print(farthest(Ball(0.5, 'element'), g, w, 0.5)[0])
+  >>> print(farthest(Ball(0.5, 'element'), g, w, 0.5)['w'])
   [[ 4. -3.]]
-  >>> print(farthest(Ball(0.5, 'element', 'absolute'), g, w, 0.5)[0])
+  >>> print(farthest(Ball(0.5, 'element', 'absolute'), g, w, 0.5)['w'])
   [[ 0.5 -0.5]]
+
+Layers that `nn.scan` or `jax.vmap` stacks in one leaf [L, ...] are groups of
+their own with `stack_axes`:
+
+  >>> w = {'w': jnp.array([[[8.]], [[2.]]])}
+  >>> g = {'w': jnp.array([[[3.]], [[-1.]]])}
+  >>> print(farthest(Ball(0.5, stack_axes=1), g, w, 0.5)['w'][:, 0, 0])
+  [ 4. -1.]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import dataclasses
 from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from awp_jax import checks
-from awp_jax.perturbation.leaves import Mask
+from awp_jax import checks, numerics
+from awp_jax.perturbation import leaves
+from awp_jax.perturbation.leaves import Chosen, Mask, StackAxes
 from awp_jax.types import Array, Scalar
 
 Norm = Literal['tensor', 'filter', 'tree', 'element']
@@ -49,12 +58,16 @@ class Ball:
       one for all leaves; 'element', one for each number.
     scale: s_i: 'relative' |w_i|, 'absolute' 1, 'adaptive' stretched by t.
     filter_axis: the axis that counts output filters: -1 as in Flax, 0 as in
-      PyTorch and Equinox.
+      PyTorch and Equinox. Stack axes do not count.
     tiny: added to norms of directions before they are divided by, >= 0; exact
       zeros give zero without it.
     floor: added to |w_i| in s_i (or to |w| in t), >= 0.
     stretched: which leaves t stretches where the scale is 'adaptive', a mask;
       on the others t is 1. None means all but biases.
+    stack_axes: how many leading axes of a leaf count layers, each of which has
+      groups of its own: a number for all leaves, or, where only some are
+      stacked, numbers by pattern of paths, {'layers/*': 1}. The first pattern
+      that matches counts.
   """
 
   size: Size
@@ -64,6 +77,7 @@ class Ball:
   tiny: float = 0.0
   floor: float = 0.0
   stretched: Mask | None = None
+  stack_axes: StackAxes = 0
 
   def __post_init__(self) -> None:
     if not callable(self.size):
@@ -72,138 +86,126 @@ class Ball:
     checks.one_of('scale', self.scale, SCALES)
     checks.not_negative('tiny', self.tiny)
     checks.not_negative('floor', self.floor)
+    object.__setattr__(
+        self, 'stack_axes', leaves.as_stack_axes(self.stack_axes))
 
   def size_at(self, step: Array) -> Scalar:
     """The radius at a step."""
     return self.size(step) if callable(self.size) else self.size
 
 
-def _axes(leaf: Array, norm: Norm, filter_axis: int) -> tuple[int, ...]:
+def _axes(ball: Ball, path: str, leaf: Array) -> tuple[int, ...]:
   """The axes that a group of this leaf spans."""
-  every = tuple(range(leaf.ndim))
-  if norm == 'element':
+  if ball.norm == 'element':
     return ()
-  if norm == 'filter' and leaf.ndim > 1:
-    return tuple(i for i in every if i != filter_axis % leaf.ndim)
-  return every
-
-
-def _sums(
-    leaves: list[Array], norm: Norm, filter_axis: int) -> list[Array]:
-  """Sums over the groups, of shapes that broadcast against the leaves."""
-  sums = [jnp.sum(leaf, _axes(leaf, norm, filter_axis), keepdims=True)
-          for leaf in leaves]
-  if norm != 'tree' or not sums:
-    return sums
-  total = sum(jnp.sum(s) for s in sums)
-  return [jnp.broadcast_to(total, s.shape) for s in sums]
-
-
-def _maxima(
-    leaves: list[Array], norm: Norm, filter_axis: int) -> list[Array]:
-  """Largest magnitudes of the groups; 0 for empty ones."""
-  maxima = [
-      jnp.max(jnp.abs(leaf), _axes(leaf, norm, filter_axis), keepdims=True,
-              initial=0) for leaf in leaves]
-  if norm != 'tree' or not maxima:
-    return maxima
-  largest = jnp.max(jnp.stack([jnp.max(m) for m in maxima]))
-  return [jnp.broadcast_to(largest, m.shape) for m in maxima]
+  stacked = leaves.num_stack_axes(ball.stack_axes, path, leaf)
+  own = tuple(range(stacked, leaf.ndim))
+  if ball.norm == 'filter' and len(own) > 1:
+    return tuple(i for i in own if i != own[ball.filter_axis % len(own)])
+  return own
 
 
 def units_and_norms(
-    leaves: list[Array], norm: Norm = 'tensor', filter_axis: int = -1
-) -> tuple[list[Array], list[Array]]:
-  """x_i / |x_i| and |x_i| for each group; both 0 for a group of zeros.
-
-  Scaled by the largest entry first, so that tiny gradients do not vanish (nor
-  huge ones overflow) when squared; what is left has a norm of at least 1.
+    ball: Ball, values: Chosen, floor: float = 0.0) -> tuple[Chosen, Chosen]:
+  """x_i / (|x_i| + floor) and |x_i| for each group; 0 for a group of zeros.
 
   Args:
-    leaves: float32 or wider.
-    norm: the groups.
-    filter_axis: as in `Ball`.
+    ball: the groups.
+    values: x by path, float32 or wider.
+    floor: added to the norms in the division.
 
   Returns:
-    Two lists like `leaves`; the norms broadcast against them.
+    Two dicts like `values`; the norms broadcast against them.
   """
-  largest = _maxima(leaves, norm, filter_axis)
-  scaled = [leaf / jnp.where(m > 0, m, 1)
-            for leaf, m in zip(leaves, largest, strict=True)]
-  norms = [jnp.sqrt(s) for s in _sums(
-      [jnp.square(leaf) for leaf in scaled], norm, filter_axis)]
-  units = [leaf / jnp.maximum(n, 1)
-           for leaf, n in zip(scaled, norms, strict=True)]
-  return units, [m * n for m, n in zip(largest, norms, strict=True)]
+  units, norms = numerics.units_and_norms(
+      list(values.values()),
+      [_axes(ball, path, leaf) for path, leaf in values.items()],
+      joint=ball.norm == 'tree', floor=floor)
+  return (dict(zip(values, units, strict=True)),
+          dict(zip(values, norms, strict=True)))
 
 
-def filter_sums(leaf: Array, filter_axis: int = -1) -> Array:
-  """Sums over each output filter; a leaf of one axis is left as it is."""
-  axes = tuple(i for i in range(leaf.ndim) if i != filter_axis % leaf.ndim)
+def filter_sums(leaf: Array, filter_axis: int = -1, stacked: int = 0) -> Array:
+  """Sums over each output filter, of each layer where several are stacked.
+
+  Args:
+    leaf: any array.
+    filter_axis: as in `Ball`.
+    stacked: how many leading axes count layers.
+
+  Returns:
+    The sums, which broadcast against the leaf. The leaf itself where a layer
+    has fewer than two axes.
+  """
+  own = tuple(range(stacked, leaf.ndim))
+  if not own:
+    return leaf
+  axes = tuple(i for i in own if i != own[filter_axis % len(own)])
   return jnp.sum(leaf, axes, keepdims=True)
 
 
 def lengths(
-    ball: Ball, weights: list[Array], stretched: list[bool]) -> list[Array]:
+    ball: Ball, weights: Chosen, stretched: Collection[str] | None = None
+) -> Chosen:
   """s_i, or t where the ball is stretched; they broadcast against weights."""
   if ball.scale == 'absolute':
-    return [jnp.ones((), w.dtype) for w in weights]
+    return {path: jnp.ones((), w.dtype) for path, w in weights.items()}
   if ball.scale == 'adaptive':
-    return [jnp.abs(w) + ball.floor if is_stretched else jnp.ones((), w.dtype)
-            for w, is_stretched in zip(weights, stretched, strict=True)]
-  _, norms = units_and_norms(weights, ball.norm, ball.filter_axis)
-  return [n + ball.floor for n in norms] if ball.floor else norms
+    return {
+        path: jnp.abs(w) + ball.floor
+        if stretched is None or path in stretched else jnp.ones((), w.dtype)
+        for path, w in weights.items()}
+  _, norms = units_and_norms(ball, weights)
+  return {path: n + ball.floor for path, n in norms.items()}
 
 
 def farthest(
-    ball: Ball, direction: list[Array], weights: list[Array], size: Scalar,
-    stretched: list[bool] | None = None) -> list[Array]:
+    ball: Ball, direction: Chosen, weights: Chosen, size: Scalar,
+    stretched: Collection[str] | None = None) -> Chosen:
   """argmax of <direction, v> over the ball, size s_i d_i / |d_i|.
 
   Args:
     ball: the set; its own size is not read.
-    direction: d, float32 or wider.
+    direction: d by path, float32 or wider.
     weights: w, likewise.
     size: the radius.
-    stretched: whether t stretches each leaf; by default all.
+    stretched: the paths that t stretches; None means all.
 
   Returns:
     v; zero for groups whose direction or s_i is zero, never NaN. A direction
     that is not finite gives NaN.
   """
-  scale = lengths(ball, weights, stretched or [True] * len(weights))
+  scale = lengths(ball, weights, stretched)
   if ball.scale == 'adaptive':
-    direction = [s * d for s, d in zip(scale, direction, strict=True)]
-  units, norms = units_and_norms(direction, ball.norm, ball.filter_axis)
-  if ball.tiny:
-    units = [u * (n / (n + ball.tiny))
-             for u, n in zip(units, norms, strict=True)]
-  return [size * s * u for s, u in zip(scale, units, strict=True)]
+    direction = {path: scale[path] * d for path, d in direction.items()}
+  units, _ = units_and_norms(ball, direction, ball.tiny)
+  return {path: size * scale[path] * u for path, u in units.items()}
 
 
 def project(
-    ball: Ball, perturbation: list[Array], weights: list[Array], size: Scalar,
-    stretched: list[bool] | None = None) -> list[Array]:
+    ball: Ball, perturbation: Chosen, weights: Chosen, size: Scalar,
+    stretched: Collection[str] | None = None) -> Chosen:
   """The multiple of each group of v, at most 1, that lies in the ball.
 
   Args:
     ball: the set; its own size is not read.
-    perturbation: v, float32 or wider.
+    perturbation: v by path, float32 or wider.
     weights: w, likewise.
     size: the radius.
-    stretched: whether t stretches each leaf; by default all.
+    stretched: the paths that t stretches; None means all.
 
   Returns:
-    v_i min(1, size s_i / |v_i|).
+    v_i min(1, size s_i / |v_i|). In a stretched ball |v_i / t| takes the place
+    of |v_i|, and entries with t = 0 become 0.
   """
-  scale = lengths(ball, weights, stretched or [True] * len(weights))
+  scale = lengths(ball, weights, stretched)
   if ball.scale != 'adaptive':
-    units, norms = units_and_norms(perturbation, ball.norm, ball.filter_axis)
-    return [jnp.minimum(n, size * s) * u
-            for u, n, s in zip(units, norms, scale, strict=True)]
-  safe = [jnp.where(s > 0, s, 1) for s in scale]
-  units, norms = units_and_norms(
-      [v / s for v, s in zip(perturbation, safe, strict=True)], ball.norm,
-      ball.filter_axis)
-  return [jnp.minimum(n, size) * s * u
-          for u, n, s in zip(units, norms, scale, strict=True)]
+    units, norms = units_and_norms(ball, perturbation)
+    return {path: jnp.minimum(norms[path], size * scale[path]) * u
+            for path, u in units.items()}
+  units, norms = units_and_norms(ball, {
+      path: jnp.where(scale[path] > 0, v, 0) / jnp.where(
+          scale[path] > 0, scale[path], 1)
+      for path, v in perturbation.items()})
+  return {path: jnp.minimum(norms[path], size) * scale[path] * u
+          for path, u in units.items()}

@@ -2,21 +2,31 @@
 
 A `Direction` is a set of pure functions in the style of optax: `init` makes its
 memory, `take` gives the direction d of the next move, `observe` is shown the
-gradients of each step. The ones of the literature are `gradient`, `momentum`
-and `noise`; the sign of the gradient is no direction of its own but the
-farthest point of a ball of single entries (`balls.farthest`).
+gradients of each step. All of them see the perturbed leaves alone, a dict of
+arrays by path in float32 or wider, so that nothing is stored for the others.
+The ones of the literature are `gradient`, `momentum` and `noise`; the sign of
+the gradient is no direction of its own but the farthest point of a ball of
+single entries (`balls.farthest`).
+
+Equal choices give equal directions, so a method is a good static argument of a
+jitted function:
+
+  >>> momentum(0.9) == momentum(0.9), momentum(0.9) == momentum(0.8)
+  (True, False)
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from awp_jax import checks
-from awp_jax.perturbation import balls
-from awp_jax.perturbation.leaves import wide
-from awp_jax.types import Array, Params, Scalar
+from awp_jax.numerics import wide
+from awp_jax.perturbation import balls, leaves
+from awp_jax.perturbation.leaves import Chosen, StackAxes
+from awp_jax.types import Array, Scalar
 
 Source = Literal['gradient', 'memory', 'noise']
 
@@ -29,33 +39,72 @@ class Direction(NamedTuple):
     source: what `take` reads. 'gradient': each move costs a pass, and v is the
       farthest point of the ball along d. 'memory': no pass, and the same point.
       'noise': no pass but a key, and v = size s_i d, of random length.
-    init: params -> memory, a pytree of arrays; () for none.
-    take: (memory, gradients or None, params, key or None) -> d, a pytree like
-      the parameters.
+    init: w -> memory, a pytree of arrays; () for none.
+    take: (memory, gradients or None, w, key or None) -> d, a dict like w.
     observe: (memory, gradients at w + v, gradients that are descended) -> the
       next memory; called once a step.
   """
 
   name: str
   source: Source
-  init: Callable[[Params], Any]
-  take: Callable[[Any, Params | None, Params, Array | None], Params]
-  observe: Callable[[Any, Params, Params], Any]
+  init: Callable[[Chosen], Any]
+  take: Callable[[Any, Chosen | None, Chosen, Array | None], Chosen]
+  observe: Callable[[Any, Chosen, Chosen], Any]
+
+
+def _no_memory(weights: Chosen) -> tuple[()]:
+  del weights
+  return ()
+
+
+def _same_memory(memory: Any, perturbed: Chosen, descended: Chosen) -> Any:
+  del perturbed, descended
+  return memory
+
+
+def _take_gradient(
+    memory: Any, gradients: Chosen | None, weights: Chosen, key: Array | None
+) -> Chosen:
+  del memory, weights, key
+  assert gradients is not None  # the engine makes a pass for this source
+  return gradients
 
 
 def gradient() -> Direction:
   """The gradient of the loss at w + v."""
   return Direction(
-      'gradient', 'gradient', init=lambda params: (),
-      take=lambda memory, gradients, params, key: gradients,
-      observe=lambda memory, perturbed, descended: memory)
+      'gradient', 'gradient', _no_memory, _take_gradient, _same_memory)
+
+
+def _zeros(weights: Chosen) -> Chosen:
+  return {path: jnp.zeros_like(wide(w)) for path, w in weights.items()}
+
+
+def _take_memory(
+    memory: Chosen, gradients: Chosen | None, weights: Chosen,
+    key: Array | None) -> Chosen:
+  del gradients, weights, key
+  return memory
+
+
+@dataclasses.dataclass(frozen=True)
+class _MovingMean:
+  """m <- decay m + (1 - decay) g."""
+
+  decay: Scalar
+
+  def __call__(
+      self, memory: Chosen, perturbed: Chosen, descended: Chosen) -> Chosen:
+    del perturbed
+    return {path: self.decay * m + (1 - self.decay) * descended[path]
+            for path, m in memory.items()}
 
 
 def momentum(decay: Scalar = 0.9) -> Direction:
   """m <- decay m + (1 - decay) g over the descended gradients.
 
   It is the first moment that Adam keeps, and up to a factor, which no ball
-  sees, SGD's momentum. Its memory is one more copy of the parameters, in
+  sees, SGD's momentum. Its memory is one more copy of the perturbed leaves, in
   float32 or wider.
 
   Args:
@@ -66,34 +115,81 @@ def momentum(decay: Scalar = 0.9) -> Direction:
   """
   checks.not_negative('decay', decay)
   return Direction(
-      'momentum', 'memory',
-      init=lambda params: jax.tree.map(
-          lambda w: jnp.zeros_like(wide(w)), params),
-      take=lambda memory, gradients, params, key: memory,
-      observe=lambda memory, perturbed, descended: jax.tree.map(
-          lambda m, g: decay * m + (1 - decay) * g, memory, descended))
+      'momentum', 'memory', _zeros, _take_memory, _MovingMean(decay))
 
 
-def _normal(key: Array | None, params: Params) -> Params:
-  """N(0, 1) of the shapes of the parameters, a key for each leaf."""
+def _take_noise(
+    memory: Any, gradients: Chosen | None, weights: Chosen, key: Array | None
+) -> Chosen:
+  """N(0, 1) of the shapes of the weights, a key for each leaf."""
+  del memory, gradients
   assert key is not None  # `engine.begin` has checked
-  leaves, structure = jax.tree.flatten(params)
-  keys = jax.random.split(key, max(len(leaves), 1))
-  return jax.tree.unflatten(structure, [
-      jax.random.normal(k, leaf.shape, wide(leaf).dtype)
-      for k, leaf in zip(keys, leaves, strict=False)])
+  keys = jax.random.split(key, max(len(weights), 1))
+  return {path: jax.random.normal(k, w.shape, w.dtype)
+          for k, (path, w) in zip(keys, weights.items(), strict=False)}
 
 
 def noise() -> Direction:
   """Independent N(0, 1) at every entry."""
-  return Direction(
-      'noise', 'noise', init=lambda params: (),
-      take=lambda memory, gradients, params, key: _normal(key, params),
-      observe=lambda memory, perturbed, descended: memory)
+  return Direction('noise', 'noise', _no_memory, _take_noise, _same_memory)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SquareSums:
+  """Sums of squares over each filter."""
+
+  filter_axis: int
+  stack_axes: StackAxes
+
+  def __call__(self, values: Chosen) -> Chosen:
+    return {
+        path: balls.filter_sums(
+            jnp.square(wide(x)), self.filter_axis,
+            leaves.num_stack_axes(self.stack_axes, path, x))
+        for path, x in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _FisherInit:
+  """F_j = 0."""
+
+  sums: _SquareSums
+
+  def __call__(self, weights: Chosen) -> Chosen:
+    return _zeros(self.sums(weights))
+
+
+@dataclasses.dataclass(frozen=True)
+class _FisherUpdate:
+  """F_j <- beta F_j + sum over filter j of g^2."""
+
+  beta: Scalar
+  sums: _SquareSums
+
+  def __call__(
+      self, memory: Chosen, perturbed: Chosen, descended: Chosen) -> Chosen:
+    del descended
+    sums = self.sums(perturbed)
+    return {path: self.beta * f + sums[path] for path, f in memory.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShrunkNoise:
+  """N(0, 1) / sqrt(1 + eta F)."""
+
+  eta: Scalar
+
+  def __call__(
+      self, memory: Chosen, gradients: Chosen | None, weights: Chosen,
+      key: Array | None) -> Chosen:
+    drawn = _take_noise(memory, gradients, weights, key)
+    return {path: z / jnp.sqrt(1 + self.eta * memory[path])
+            for path, z in drawn.items()}
 
 
 def adaptive_noise(
-    eta: Scalar, beta: Scalar, filter_axis: int = -1) -> Direction:
+    eta: Scalar, beta: Scalar, filter_axis: int = -1,
+    stack_axes: StackAxes = 0) -> Direction:
   """N(0, 1) / sqrt(1 + eta F_j), smaller where gradients have been large.
 
   F <- beta F + sum over each filter j of g^2, with the gradient at w + v and
@@ -104,22 +200,14 @@ def adaptive_noise(
     eta: >= 0.
     beta: in [0, 1).
     filter_axis: as in `balls.Ball`.
+    stack_axes: as in `balls.Ball`.
 
   Returns:
     The direction; its memory is F, one number for each filter.
   """
   checks.not_negative('eta', eta)
   checks.not_negative('beta', beta)
-
-  def sums(tree: Params) -> Params:
-    return jax.tree.map(
-        lambda g: balls.filter_sums(jnp.square(wide(g)), filter_axis)
-        if jnp.ndim(g) else jnp.square(wide(g)), tree)
-
+  sums = _SquareSums(filter_axis, leaves.as_stack_axes(stack_axes))
   return Direction(
-      'adaptive noise', 'noise',
-      init=lambda params: jax.tree.map(jnp.zeros_like, sums(params)),
-      take=lambda memory, gradients, params, key: jax.tree.map(
-          lambda z, f: z / jnp.sqrt(1 + eta * f), _normal(key, params), memory),
-      observe=lambda memory, perturbed, descended: jax.tree.map(
-          lambda f, s: beta * f + s, memory, sums(perturbed)))
+      'adaptive noise', 'noise', _FisherInit(sums), _ShrunkNoise(eta),
+      _FisherUpdate(beta, sums))

@@ -29,9 +29,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, loops
+from awp_jax import checks, loops, placement
 from awp_jax.perturbation import balls, leaves
 from awp_jax.perturbation.balls import Ball
+from awp_jax.perturbation.leaves import Chosen
 from awp_jax.perturbation.method import Method, MethodState
 from awp_jax.types import Array, Params
 
@@ -40,20 +41,23 @@ PassFn = Callable[[Params], tuple[tuple[Array, Any], Params]]
 
 
 class Ascent(NamedTuple):
-  """A perturbation on its way.
+  """The state of the ascent between moves.
 
   Attributes:
-    perturbation: v so far, a pytree like the parameters; None for zero.
-    total: the sum of gradients, where moves are summed.
-    natural: ((loss, aux), gradients) at w, where the ascent came past them and
-      they are wanted; else None.
+    perturbation: v so far, the perturbed leaves by path; None for zero.
+    total: the sum of gradients, likewise, where moves are summed.
+    natural: ((loss, aux), gradients) at w, if the ascent evaluated them and the
+      method needs them; else None.
     key: for noise; else None.
+    unperturbed_loss: L(w), if the ascent evaluated it on all examples; else
+      None.
   """
 
-  perturbation: Params | None = None
-  total: tuple[Array, ...] | None = None
+  perturbation: Chosen | None = None
+  total: Chosen | None = None
   natural: Any = None
   key: Array | None = None
+  unperturbed_loss: Array | None = None
 
 
 class Descent(NamedTuple):
@@ -63,15 +67,18 @@ class Descent(NamedTuple):
     loss: a L(w) + b L(w + v).
     aux: of the pass that `aux_at` names.
     gradients: of that loss, a pytree like the parameters.
-    perturbation: v, or None for zero.
+    perturbation: v, the perturbed leaves by path; None for zero.
     state: the method's next state.
+    unperturbed_loss: L(w) on the batch of the pass at w + v, if the method
+      evaluated it; else NaN.
   """
 
   loss: Array
   aux: Any
   gradients: Params
-  perturbation: Params | None
+  perturbation: Chosen | None
   state: MethodState
+  unperturbed_loss: Array
 
 
 def begin(
@@ -101,89 +108,95 @@ def begin(
   return Ascent(key=jax.random.fold_in(noise_key, state.step))
 
 
-def _stretched(ball: Ball, params: Params, chosen: Params) -> list[bool]:
+def _stretched(ball: Ball, params: Params) -> frozenset[str]:
+  """The paths that t stretches; read only where the scale is 'adaptive'."""
+  if ball.scale != 'adaptive':
+    return frozenset()
   mask = leaves.is_no_bias if ball.stretched is None else ball.stretched
   flags = jax.tree.leaves(leaves.weight_mask(params, mask))
-  return [flag for flag, is_chosen in zip(
-      flags, jax.tree.leaves(chosen), strict=True) if is_chosen]
+  return frozenset(path for path, flag in zip(
+      leaves.leaf_paths(params), flags, strict=True) if flag)
+
+
+def _sum(a: Chosen, b: Chosen) -> Chosen:
+  return {path: x + b[path] for path, x in a.items()}
 
 
 def move(
-    method: Method, ascent: Ascent, direction: Params, params: Params,
+    method: Method, ascent: Ascent, direction: Chosen, params: Params,
     step: Array, rounds: int = 1) -> Ascent:
   """One move of v along a direction.
 
   Args:
     method: the choices.
     ascent: v so far.
-    direction: d, a pytree like the parameters.
-    params: w.
+    direction: d, the perturbed leaves by path: of a pytree,
+      `leaves.select(tree, method.chosen(params))`.
+    params: w, the whole pytree.
     step: the step count, for sizes that depend on it.
-    rounds: how often the method's moves will be made; they are shorter by that.
+    rounds: how often the method's moves are made; each is shorter by that.
 
   Returns:
     The next v; groups whose direction or weights are zero keep theirs.
   """
   ball, box = method.ball, method.box or method.ball
-  chosen = leaves.weight_mask(params, method.mask)
-  w, d = leaves.pick(params, chosen), leaves.pick(direction, chosen)
-  size = ball.size_at(step)
-  stretched = _stretched(ball, params, chosen)
-  total = ascent.total
+  w, d = leaves.select(params, method.chosen(params)), direction
+  size, stretched = ball.size_at(step), _stretched(ball, params)
+  v, total = ascent.perturbation, ascent.total
+  # The first move ends in the ball anyway, and noise is not cut off.
+  adds = (v is not None and method.moves == 'projected'
+          and method.direction.source != 'noise')
   if method.direction.source == 'noise':
     scale = balls.lengths(ball, w, stretched)
-    v = [size * s * z for s, z in zip(scale, d, strict=True)]
+    moved = {path: size * scale[path] * z for path, z in d.items()}
   elif method.moves == 'summed':
-    total = tuple(d) if total is None else tuple(
-        t + x for t, x in zip(total, d, strict=True))
-    v = balls.farthest(ball, list(total), w, size, stretched)
+    total = d if total is None else _sum(total, d)
+    moved = balls.farthest(ball, total, w, size, stretched)
   else:
     length = size if method.box else size / (method.num_steps * rounds)
-    v = balls.farthest(ball, d, w, length, stretched)
-    if ascent.perturbation is not None:
-      so_far = leaves.pick(ascent.perturbation, chosen)
-      v = [x + y for x, y in zip(so_far, v, strict=True)]
-  # A first move ends in the ball anyway, and noise is not cut off.
-  adds = (ascent.perturbation is not None and method.moves == 'projected'
-          and method.direction.source != 'noise')
+    moved = balls.farthest(ball, d, w, length, stretched)
+    moved = moved if v is None else _sum(v, moved)
   if method.box or adds:
-    v = balls.project(
-        box, v, w, box.size_at(step), _stretched(box, params, chosen))
-  return ascent._replace(
-      perturbation=leaves.put(v, params, chosen), total=total)
+    moved = balls.project(
+        box, moved, w, box.size_at(step), _stretched(box, params))
+  return ascent._replace(perturbation=moved, total=total)
 
 
 def _natural(method: Method, value: Any, gradient: Params) -> Any:
-  """((loss, aux), gradients) at w, without an aux that nobody asks for."""
+  """((loss, aux), gradients) at w, dropping an unused aux."""
   loss, aux = value
   return (loss, aux if method.aux_at == 'natural' else None), gradient
 
 
 def _moves(
     method: Method, state: MethodState, ascent: Ascent, params: Params,
-    gradient_fn: PassFn, rounds: int) -> Ascent:
+    gradient_fn: PassFn, rounds: int, at_natural: Any) -> Ascent:
   """All moves of one call of `ascend`."""
+  chosen = method.chosen(params)
+  w, take = leaves.select(params, chosen), method.direction.take
   if method.direction.source != 'gradient':
-    direction = method.direction.take(
-        state.memory, None, params, ascent.key)
-    return move(method, ascent, direction, params, state.step)
+    return move(method, ascent, take(state.memory, None, w, ascent.key), params,
+                state.step)
+  # Only the first pass of all is at w. Mixing methods share it.
+  at_w = ascent.perturbation is None
+  is_whole = method.examples_below is None
+  shares = (rounds == 1 and method.uses_natural and is_whole
+            and method.natural_batch == 'same')
+
+  def moved(ascent: Ascent, gradient: Params) -> Ascent:
+    direction = take(state.memory, leaves.select(gradient, chosen), w, None)
+    return move(method, ascent, direction, params, state.step, rounds)
 
   def body(ascent: Ascent) -> Ascent:
-    value, gradient = gradient_fn(
-        leaves.perturb(params, ascent.perturbation))
-    direction = method.direction.take(state.memory, gradient, params, None)
-    moved = move(method, ascent, direction, params, state.step, rounds)
-    # The first pass of all is at w: mixing methods need not make it again.
-    shared = (
-        ascent.perturbation is None and rounds == 1 and method.uses_natural
-        and method.natural_batch == 'same' and method.examples_below is None)
-    if not shared:
-      return moved
-    return moved._replace(natural=_natural(method, value, gradient))
+    _, gradient = gradient_fn(leaves.perturb(params, ascent.perturbation))
+    return moved(ascent, gradient)
 
-  ascent = body(ascent)
-  if method.num_steps == 2:
-    return body(ascent)  # nothing to loop over
+  if not at_w:
+    return loops.repeat(method.num_steps, body, ascent)
+  value, gradient = at_natural or gradient_fn(params)
+  ascent = moved(ascent, gradient)._replace(
+      unperturbed_loss=value[0] if is_whole else None,
+      natural=_natural(method, value, gradient) if shares else None)
   return loops.repeat(method.num_steps - 1, body, ascent)
 
 
@@ -192,10 +205,7 @@ def _zeros(tree: Any) -> Any:
 
   def zeros(shape: Any) -> Array:
     leaf = jnp.zeros(shape.shape, shape.dtype)
-    # The attribute's name changed with jax 0.10.
-    tracked = getattr(shape, 'manual_axis_type', None)
-    varies = tuple(getattr(tracked, 'varying', getattr(shape, 'vma', None))
-                   or ())
+    varies = tuple(placement.varying_axes(shape))
     return jax.lax.pcast(leaf, varies, to='varying') if varies else leaf
 
   return jax.tree.map(zeros, tree)
@@ -213,7 +223,7 @@ def _when(
 
 def ascend(
     method: Method, state: MethodState, ascent: Ascent, params: Params,
-    gradient_fn: PassFn, rounds: int = 1) -> Ascent:
+    gradient_fn: PassFn, rounds: int = 1, at_natural: Any = None) -> Ascent:
   """The moves of v.
 
   Args:
@@ -227,6 +237,8 @@ def ascend(
     rounds: how often this function is called in one step, each time with
       another loss: with inputs attacked at the v before, say. The moves are
       shorter by that.
+    at_natural: what `gradient_fn(params)` returns, if it is known already: the
+      first pass is then not made again.
 
   Returns:
     The next v. In steps that the method leaves out v is zero, and the passes
@@ -243,7 +255,8 @@ def ascend(
   if method.is_off:
     return ascent
   return _when(method, state, lambda: _moves(
-      method, state, ascent, params, gradient_fn, rounds)._replace(key=None))
+      method, state, ascent, params, gradient_fn, rounds, at_natural
+  )._replace(key=None))
 
 
 def descend(
@@ -259,8 +272,8 @@ def descend(
     perturbed_fn: params -> ((loss, aux), gradients), the second of
       `gradient_fns`; called at w + v.
     natural_fn: the same on the batch for the pass at w; by default
-      `perturbed_fn`. It is called if `mix` needs it and the ascent did not come
-      past it.
+      `perturbed_fn`. It is called if `mix` needs it and the ascent did not
+      evaluate it.
 
   Returns:
     What the optimizer needs, and the method's next state.
@@ -274,23 +287,42 @@ def descend(
         'natural_args (in descend natural_fn) must be given, got None.')
   v = ascent.perturbation
   (loss, aux), gradient = perturbed_fn(leaves.perturb(params, v))
-  descended = gradient
+  mixed, descended = loss, gradient
+  clean = loss if v is None else ascent.unperturbed_loss
+  active = method.perturbs_at(state.step)
   if method.uses_natural and not method.is_off:
-    at_natural = natural_fn or perturbed_fn
     natural = None if natural_fn else ascent.natural
     if natural is None:
+      at_natural = natural_fn or perturbed_fn
       natural = _when(method, state, lambda: _natural(
           method, *at_natural(params)))
+    if clean is None and natural_fn is None:
+      clean = natural[0][0]
     a, b = method.mix
     if method.is_scheduled:
-      active = method.perturbs_at(state.step)
       a, b = jnp.where(active, a, 0), jnp.where(active, b, 1)
-    loss = a * natural[0][0] + b * loss
+    mixed = a * natural[0][0] + b * loss
     descended = jax.tree.map(
         lambda n, p: (a * n + b * p).astype(p.dtype), natural[1], gradient)
     if method.aux_at == 'natural':
       aux = natural[0][1] if not method.is_scheduled else jax.tree.map(
           lambda n, p: jnp.where(active, n, p), natural[0][1], aux)
-  memory = method.direction.observe(state.memory, gradient, descended)
+  if clean is None:
+    clean = jnp.full_like(loss, jnp.nan)
+  if method.is_scheduled:
+    # A step left out evaluates L(w) in its only pass.
+    clean = jnp.where(active, clean, loss)
   return Descent(
-      loss, aux, descended, v, MethodState(state.step + 1, memory))
+      mixed, aux, descended, v,
+      MethodState(state.step + 1, _observe(method, state, params, gradient,
+                                           descended)), clean)
+
+
+def _observe(
+    method: Method, state: MethodState, params: Params, perturbed: Params,
+    descended: Params) -> Any:
+  """The next memory, of the perturbed leaves."""
+  chosen = method.chosen(params)
+  return method.direction.observe(
+      state.memory, leaves.select(perturbed, chosen),
+      leaves.select(descended, chosen))

@@ -4,7 +4,7 @@ Each is a few choices of the one engine; none has code of its own:
 
   >>> awp(gamma=0.01).ball
   Ball(size=0.01, norm='tensor', scale='relative', filter_axis=-1, tiny=0.0, \
-floor=0.0, stretched=None)
+floor=0.0, stretched=None, stack_axes=0)
 """
 
 from typing import Literal
@@ -12,21 +12,22 @@ from typing import Literal
 from awp_jax import checks
 from awp_jax.perturbation import directions
 from awp_jax.perturbation.balls import Ball, Size
-from awp_jax.perturbation.leaves import Mask, is_any, is_weight
-from awp_jax.perturbation.method import DecayAt, Method, mixture, size_of
+from awp_jax.perturbation.leaves import Mask, StackAxes, is_any, is_weight
+from awp_jax.perturbation.method import Method, UpdateAt, mixture, size_of
 from awp_jax.types import Scalar
 
 
 def awp(
     gamma: Size = 0.01, *, num_steps: int = 1, mask: Mask = is_weight,
-    decay_at: DecayAt = 'perturbed') -> Method:
+    update_at: UpdateAt = 'perturbed', stack_axes: StackAxes = 0) -> Method:
   """v_l <- project(v_l + (gamma / K) |w_l| g_l / |g_l|), K times.
 
   Args:
     gamma: |v_l| / |w_l|, or a function of the step count.
     num_steps: K.
     mask: which leaves.
-    decay_at: where weight decay acts.
+    update_at: the parameters that the optimizer is shown.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method.
@@ -36,13 +37,14 @@ def awp(
     NeurIPS 2020.
   """
   return Method(
-      'AWP', Ball(size_of('gamma', gamma)), num_steps=num_steps, mask=mask,
-      decay_at=decay_at)
+      'AWP', Ball(size_of('gamma', gamma), stack_axes=stack_axes),
+      num_steps=num_steps, mask=mask, update_at=update_at)
 
 
 def rwp(
     gamma: Size = 0.01, *, c_min: Scalar | None = 1.7, num_steps: int = 10,
-    mask: Mask = is_weight, decay_at: DecayAt = 'perturbed') -> Method:
+    mask: Mask = is_weight, update_at: UpdateAt = 'perturbed',
+    stack_axes: StackAxes = 0) -> Method:
   """Robust weight perturbation: only examples with a small loss push.
 
     D <- D + grad (1/B) sum of the losses < c_min, at w + v;
@@ -57,7 +59,8 @@ def rwp(
       CIFAR-100; None for none.
     num_steps: ascent passes.
     mask: which leaves.
-    decay_at: where weight decay acts.
+    update_at: the parameters that the optimizer is shown.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method.
@@ -68,13 +71,14 @@ def rwp(
   if c_min is not None:
     checks.not_negative('c_min', c_min)
   return Method(
-      'RWP', Ball(size_of('gamma', gamma), 'tree'), num_steps=num_steps,
-      moves='summed', examples_below=c_min, mask=mask, decay_at=decay_at)
+      'RWP', Ball(size_of('gamma', gamma), 'tree', stack_axes=stack_axes),
+      num_steps=num_steps, moves='summed', examples_below=c_min, mask=mask,
+      update_at=update_at)
 
 
 def wt_awp(
     gamma: Size = 0.7, *, mask: Mask, lam: Scalar = 0.5, tiny: float = 1e-5,
-    decay_at: DecayAt = 'natural') -> Method:
+    update_at: UpdateAt = 'natural', stack_axes: StackAxes = 0) -> Method:
   """Weighted truncated AWP: (1 - lam) L(w) + lam L(w + v), in some layers.
 
     v_l = gamma |w_l| g_l / (|g_l| + tiny)
@@ -87,7 +91,8 @@ def wt_awp(
       default, as a tree of parameters does not say which layer comes first.
     lam: the weight of the perturbed loss in [0, 1], 0.5 to 0.7 in the paper.
     tiny: as in the published code, for a gradient that nearly vanishes.
-    decay_at: where weight decay acts.
+    update_at: the parameters that the optimizer is shown.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method.
@@ -97,8 +102,9 @@ def wt_awp(
     Generalization in Graph Neural Networks, AAAI 2023.
   """
   return Method(
-      'WT-AWP', Ball(size_of('gamma', gamma), tiny=tiny), mask=mask,
-      mix=mixture('lam', lam), decay_at=decay_at)
+      'WT-AWP',
+      Ball(size_of('gamma', gamma), tiny=tiny, stack_axes=stack_axes),
+      mask=mask, mix=mixture('lam', lam), update_at=update_at)
 
 
 def sam(
@@ -150,7 +156,7 @@ def asam(
 def sign(
     gamma: Size = 0.01, *, num_steps: int = 1,
     natural_weight: Scalar = 0, perturbed_weight: Scalar = 1,
-    mask: Mask = is_weight) -> Method:
+    mask: Mask = is_weight, stack_axes: StackAxes = 0) -> Method:
   """Mismatch: every entry errs in its worst direction, by a relative error.
 
     v_ij <- v_ij + (gamma / K) |w_ij| sign(g_ij),   within +- gamma |w_ij|
@@ -161,6 +167,7 @@ def sign(
     natural_weight: of L(w) in the loss.
     perturbed_weight: of L(w + v) in the loss.
     mask: which leaves.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method. The published attack ascends another loss, the divergence of the
@@ -171,14 +178,16 @@ def sign(
     Adversarial Regularization, ICLR 2022.
   """
   return Method(
-      'sign', Ball(size_of('gamma', gamma), 'element'), num_steps=num_steps,
-      mask=mask, mix=(natural_weight, perturbed_weight))
+      'sign',
+      Ball(size_of('gamma', gamma), 'element', stack_axes=stack_axes),
+      num_steps=num_steps, mask=mask, mix=(natural_weight, perturbed_weight))
 
 
 def boxed_awp(
     adv_lr: Size = 1.0, adv_eps: Size = 0.01, *,
     gradient: Literal['replace', 'add'] = 'replace', num_steps: int = 1,
-    tiny: float = 1e-6, mask: Mask = is_weight) -> Method:
+    tiny: float = 1e-6, mask: Mask = is_weight, stack_axes: StackAxes = 0
+) -> Method:
   """AWP as in competitions on text: a move per tensor, clipped per entry.
 
     v <- clip(v + adv_lr (|w_l| + tiny) g_l / (|g_l| + tiny)), +- adv_eps |w_ij|
@@ -191,20 +200,24 @@ def boxed_awp(
     num_steps: moves, each of adv_lr.
     tiny: as in the published code.
     mask: which leaves.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method. In the widespread code a second move is relative to |w_l + v_l|.
   """
   checks.one_of('gradient', gradient, ('replace', 'add'))
   return Method(
-      'boxed AWP', Ball(size_of('adv_lr', adv_lr), tiny=tiny, floor=tiny),
+      'boxed AWP',
+      Ball(size_of('adv_lr', adv_lr), tiny=tiny, floor=tiny,
+           stack_axes=stack_axes),
       box=Ball(size_of('adv_eps', adv_eps), 'element'), num_steps=num_steps,
       mask=mask, mix=(0, 1) if gradient == 'replace' else (1, 1))
 
 
 def momentum_awp(
     adv_lr: Size = 1e-3, adv_eps: Size | None = 1e-3, *, decay: Scalar = 0.9,
-    tiny: float = 1e-6, mask: Mask = is_weight) -> Method:
+    tiny: float = 1e-6, mask: Mask = is_weight, stack_axes: StackAxes = 0
+) -> Method:
   """AWP along the first moment of the gradients: no pass for the ascent.
 
     v_l = adv_lr (|w_l| + tiny) m_l / (|m_l| + tiny),  clipped as in `boxed_awp`
@@ -215,6 +228,7 @@ def momentum_awp(
     decay: of m; the optimizer's, so that m is Adam's first moment.
     tiny: as in the published code.
     mask: which leaves.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method; its state holds m. The first step is a plain one.
@@ -223,5 +237,7 @@ def momentum_awp(
   if adv_eps is not None:
     box = Ball(size_of('adv_eps', adv_eps), 'element')
   return Method(
-      'momentum AWP', Ball(size_of('adv_lr', adv_lr), tiny=tiny, floor=tiny),
+      'momentum AWP',
+      Ball(size_of('adv_lr', adv_lr), tiny=tiny, floor=tiny,
+           stack_axes=stack_axes),
       direction=directions.momentum(decay), box=box, mask=mask)

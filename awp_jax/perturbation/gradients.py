@@ -16,7 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, loops
+from awp_jax import checks, loops, placement
+from awp_jax.perturbation import leaves
 from awp_jax.perturbation.method import Method
 from awp_jax.types import Array, LossFn, Params, Scalar
 
@@ -41,6 +42,19 @@ def mean_below(threshold: Scalar) -> Reduce:
   return reduce
 
 
+def _check_replicated(params: Params, axis_name: str | None) -> None:
+  varying = [
+      path for path, leaf in zip(
+          leaves.leaf_paths(params), jax.tree.leaves(params), strict=True)
+      if axis_name in placement.varying_axes(leaf)]
+  if varying:
+    raise ValueError(
+        f'parameters must be replicated over axis {axis_name!r}, but these '
+        f'vary over it: {", ".join(varying[:5])}. Their norms would be those '
+        'of a shard. For sharded parameters use jax.jit without axis_name. A '
+        'noise_key must be the same on all devices.')
+
+
 def averaged_value_and_grad(
     loss_fn: LossFn, *, has_aux: bool = False, axis_name: str | None = None,
     reduce: Reduce = mean_loss) -> Callable[..., tuple[Any, Params]]:
@@ -61,7 +75,10 @@ def averaged_value_and_grad(
 
   Returns:
     A function of `loss_fn`'s arguments that returns (value, gradients), the
-    value being (loss, aux) with `has_aux`. aux is this device's own.
+    value being (loss, aux) with `has_aux`. aux is this device's own. It raises
+    a ValueError if a parameter varies over `axis_name`: under `shard_map` every
+    device must hold all of them. Sharded parameters need no `axis_name`, but
+    `jax.jit` and the shardings of its arguments.
   """
 
   def averaged(params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -73,6 +90,7 @@ def averaged_value_and_grad(
     return loss, aux
 
   def value_and_grad(params: Params, *args: Any, **kwargs: Any) -> Any:
+    _check_replicated(params, axis_name)
     (loss, aux), gradients = jax.value_and_grad(averaged, has_aux=True)(
         params, *args, **kwargs)
     if axis_name is not None:
@@ -115,16 +133,21 @@ def gradient_fns(
 
 
 def _split(args: Any, parts: int) -> Any:
-  """[B, ...] -> [parts, B / parts, ...] at every leaf."""
+  """[B, ...] -> [parts, B / parts, ...]: example i goes to part i % parts.
+
+  Contiguous parts of a batch that is sharded over devices would lie on one
+  device each, and every device would compute all of them.
+  """
 
   def split(leaf: Array) -> Array:
     shape = jnp.shape(leaf)
     if not shape or shape[0] % parts:
       raise ValueError(
           f'num_microbatches={parts} must divide the leading axis of every '
-          f'positional argument behind the parameters, got shape {shape}; pass '
-          'what is not a batch by keyword.')
-    return jnp.reshape(leaf, (parts, shape[0] // parts, *shape[1:]))
+          f'positional argument behind the parameters, got shape {shape}; bind '
+          'what is not a batch: functools.partial(loss_fn, key=key).')
+    return jnp.swapaxes(
+        jnp.reshape(leaf, (shape[0] // parts, parts, *shape[1:])), 0, 1)
 
   return jax.tree.map(split, args)
 
@@ -141,13 +164,15 @@ def accumulated(
   Args:
     loss_fn: `loss_fn(params, *args, **kwargs)` -> mean loss or losses [B]. It
       must not couple the examples, as batch statistics do.
-    num_microbatches: parts of equal size that every positional argument is
-      cut into along its leading axis. Keyword arguments (a dropout key, say)
-      are handed to each part as they are.
+    num_microbatches: k parts of equal size that every positional argument is
+      cut into along its leading axis: part j has the examples j, j + k, j + 2k,
+      ... What is not a batch (a dropout key, say) is bound beforehand,
+      `functools.partial(loss_fn, key=key)`, or handed in by keyword.
     has_aux: whether `loss_fn` returns a pair.
 
   Returns:
-    A loss function. Its aux, if any, has a new leading axis, the parts.
+    A loss function. Losses [B] keep the order of the examples. Its aux, if any,
+    has a new leading axis, the parts.
 
   Raises:
     ValueError: for parts that are not equal.
@@ -158,14 +183,9 @@ def accumulated(
     parts = _split(args, num_microbatches)
     part_fn = jax.checkpoint(
         lambda part: loss_fn(params, *part, **kwargs))
-    if loops.unrolls():
-      outs = [part_fn(jax.tree.map(lambda leaf, i=i: leaf[i], parts))
-              for i in range(num_microbatches)]
-      out = jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-    else:
-      out = jax.lax.map(part_fn, parts)
+    out = loops.mapped(num_microbatches, part_fn, parts)
     losses, aux = out if has_aux else (out, None)
-    losses = jnp.mean(losses) if losses.ndim == 1 else losses.reshape(-1)
+    losses = jnp.mean(losses) if losses.ndim == 1 else losses.T.reshape(-1)
     return (losses, aux) if has_aux else losses
 
   return loss

@@ -1,4 +1,4 @@
-"""Which leaves of a pytree of parameters are meant, and their norms.
+"""Which leaves of a pytree of parameters are perturbed, and their norms.
 
 A mask chooses leaves in one of four ways, all turned into a pytree of bools:
 
@@ -14,25 +14,45 @@ A mask chooses leaves in one of four ways, all turned into a pytree of bools:
     ...
   ValueError: mask 'head/*' matches no leaf; there are: in/bias, in/kernel, \
 out/kernel.
+
+Between `select` and `restore` the chosen leaves are a dict by path, in float32
+or wider; nothing is stored for the others:
+
+  >>> v = select(params, weight_mask(params, 'out/*'))
+  >>> {path: leaf.shape for path, leaf in v.items()}
+  {'out/kernel': (3, 1)}
+  >>> print(perturb(params, v)['out']['kernel'].T)
+  [[2. 2. 2.]]
+  >>> print(restore(v, params)['in']['bias'])
+  [0. 0. 0.]
 """
 
+from collections.abc import Mapping
 import fnmatch
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from awp_jax import checks, numerics
 from awp_jax.types import Array, LeafPredicate, Params, Scalar
 
 #: Which leaves are perturbed: a predicate of (path, leaf), a pattern of paths
 #: or several, or a pytree of bools like the parameters.
 Mask = LeafPredicate | Params | str | tuple[str, ...]
 
+#: How many leading axes of a leaf count layers, as under `nn.scan`: one number
+#: for all leaves, or numbers by pattern of paths, the first that matches.
+StackAxes: TypeAlias = int | Mapping[str, int] | tuple[tuple[str, int], ...]
+
+#: The chosen leaves by path, in float32 or wider.
+Chosen: TypeAlias = dict[str, Array]
+
 
 def is_weight(path: str, leaf: Array) -> bool:
-  """Whether a leaf has two axes or more, as kernels do and biases do not."""
-  del path
-  return jnp.ndim(leaf) > 1
+  """Whether a leaf has two axes or more and is not named bias or scale."""
+  return leaf.ndim > 1 and path.split('/')[-1] not in ('bias', 'scale')
 
 
 def is_any(path: str, leaf: Array) -> bool:
@@ -42,38 +62,116 @@ def is_any(path: str, leaf: Array) -> bool:
 
 
 def is_no_bias(path: str, leaf: Array) -> bool:
-  """Whether the last part of the path is no 'bias'; scales count as weights."""
+  """Whether a leaf is not named bias; scales count as weights here."""
   del leaf
   return path.split('/')[-1] != 'bias'
 
 
+def _is_variable(node: Any) -> bool:
+  """Whether a node is an `nnx.Variable`; nnx itself is not imported."""
+  return any(c.__name__ == 'Variable' and c.__module__.startswith('flax.nnx')
+             for c in type(node).__mro__)
+
+
 def leaf_paths(tree: Params) -> list[str]:
-  """The paths of the leaves, like 'conv1/kernel', in the leaves' order."""
-  return [
-      jax.tree_util.keystr(path, simple=True, separator='/')
-      for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+  """The paths of the leaves, like 'conv1/kernel', in the leaves' order.
+
+  The attribute `value`, in which an `nnx.Variable` holds its array, is no part
+  of a path: linen, nnx and Equinox models have paths of the same form.
+
+  Args:
+    tree: any pytree.
+
+  Returns:
+    A path for each leaf.
+
+  Raises:
+    ValueError: if two leaves have the same path.
+  """
+  paths = []
+  for path, node in jax.tree_util.tree_leaves_with_path(
+      tree, is_leaf=_is_variable):
+    inner: list[Any] = [()]
+    if _is_variable(node):
+      inner = [keys[1:] for keys, _ in jax.tree_util.tree_leaves_with_path(
+          node)]
+    paths += [jax.tree_util.keystr((*path, *keys), simple=True, separator='/')
+              for keys in inner]
+  if len(set(paths)) < len(paths):
+    twice = sorted({path for path in paths if paths.count(path) > 1})
+    raise ValueError(
+        f'every leaf needs a path of its own, got twice: {", ".join(twice)}.')
+  return paths
 
 
-def _matches(params: Params, patterns: tuple[str, ...]) -> Params:
-  paths = leaf_paths(params)
+def as_stack_axes(value: StackAxes) -> int | tuple[tuple[str, int], ...]:
+  """Checks `stack_axes` and makes it hashable.
+
+  Args:
+    value: a whole number >= 0, or such numbers by pattern.
+
+  Returns:
+    The number, or pairs of pattern and number.
+
+  Raises:
+    ValueError: for anything else.
+  """
+  if isinstance(value, Mapping | tuple | list):
+    pairs = tuple(dict(value).items())
+    for pattern, number in pairs:
+      checks.count(f'stack_axes of {pattern!r}', number, minimum=0)
+    return pairs
+  checks.count('stack_axes', value, minimum=0)
+  return int(value)
+
+
+def num_stack_axes(stack_axes: StackAxes, path: str, leaf: Array) -> int:
+  """How many leading axes of a leaf count layers, at most all of them."""
+  spec = as_stack_axes(stack_axes)
+  number = spec if isinstance(spec, int) else next(
+      (count for pattern, count in spec if fnmatch.fnmatchcase(path, pattern)),
+      0)
+  return min(number, jnp.ndim(leaf))
+
+
+def _check_patterns(
+    name: str, patterns: tuple[str, ...], paths: list[str]) -> None:
   for pattern in patterns:
     if not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
       raise ValueError(
-          f'mask {pattern!r} matches no leaf; there are: {", ".join(paths)}.')
-  return jax.tree.unflatten(jax.tree.structure(params), [
-      any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-      for path in paths])
+          f'{name} {pattern!r} matches no leaf; there are: '
+          f'{", ".join(paths)}.')
 
 
-def weight_mask(params: Params, mask: Mask = is_weight) -> Params:
+def _by_predicate(
+    params: Params, mask: LeafPredicate, stack_axes: StackAxes) -> Params:
+  """The predicate sees one layer of a leaf that stacks several."""
+  paths, spec = leaf_paths(params), as_stack_axes(stack_axes)
+  if not isinstance(spec, int):
+    _check_patterns('stack_axes', tuple(p for p, _ in spec), paths)
+  flat, structure = jax.tree.flatten(params)
+  counts = [num_stack_axes(spec, path, leaf)
+            for path, leaf in zip(paths, flat, strict=True)]
+  layers: list[Any] = [leaf if not count else jax.ShapeDtypeStruct(
+      jnp.shape(leaf)[count:], leaf.dtype)
+            for count, leaf in zip(counts, flat, strict=True)]
+  return jax.tree.unflatten(structure, [
+      bool(mask(path, leaf)) for path, leaf in zip(paths, layers, strict=True)])
+
+
+def weight_mask(
+    params: Params, mask: Mask = is_weight, stack_axes: StackAxes = 0
+) -> Params:
   """True at each leaf that is to be perturbed.
 
   Args:
     params: any pytree of arrays.
-    mask: a predicate of (path, leaf), the path being like 'conv1/kernel'; a
-      pattern such as 'conv1/*' that whole paths must match, or a tuple of
-      patterns of which one must; or the finished pytree of bools, which is
-      checked and returned.
+    mask: a pytree of bools like `params`, which is returned as it is; a pattern
+      such as 'conv1/*' that whole paths must match, or a tuple of patterns of
+      which one must; or a predicate of (path, leaf), the path being like
+      'conv1/kernel'.
+    stack_axes: how many leading axes of a leaf count layers, as in
+      `balls.Ball`. A predicate is given the shape of one layer.
 
   Returns:
     A pytree of Python bools with the structure of `params`.
@@ -86,12 +184,15 @@ def weight_mask(params: Params, mask: Mask = is_weight) -> Params:
     mask = (mask,)
   if isinstance(mask, tuple | list) and mask and all(
       isinstance(pattern, str) for pattern in mask):
-    return _matches(params, tuple(mask))
-  if callable(mask):
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: bool(mask(
-            jax.tree_util.keystr(path, simple=True, separator='/'), leaf)),
-        params)
+    patterns = tuple(mask)
+    _check_patterns('mask', patterns, leaf_paths(params))
+    mask = lambda path, leaf: any(  # noqa: E731
+        fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+  flags = jax.tree.leaves(mask)
+  # A pytree of bools may be callable, as Equinox modules are.
+  is_tree = flags and all(isinstance(flag, bool | np.bool_) for flag in flags)
+  if callable(mask) and not is_tree:
+    return _by_predicate(params, mask, stack_axes)
   wanted: Any = jax.tree.structure(params)
   got: Any = jax.tree.structure(mask)
   if got != wanted:
@@ -101,37 +202,45 @@ def weight_mask(params: Params, mask: Mask = is_weight) -> Params:
   return mask
 
 
-def wide(leaf: Array) -> Array:
-  """Half precision is widened: its range is too short for squares."""
-  leaf = jnp.asarray(leaf)
-  return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+def select(tree: Params, chosen: Params) -> Chosen:
+  """The chosen leaves of a tree by path, in float32 or wider."""
+  return {
+      path: numerics.wide(leaf) for path, flag, leaf in zip(
+          leaf_paths(tree), jax.tree.leaves(chosen), jax.tree.leaves(tree),
+          strict=True) if flag}
 
 
-def pick(tree: Params, chosen: Params) -> list[Array]:
-  """The chosen leaves of a tree, in float32 or wider."""
-  return [wide(leaf) for flag, leaf in zip(
-      jax.tree.leaves(chosen), jax.tree.leaves(tree), strict=True) if flag]
+def restore(values: Chosen | None, params: Params) -> Params:
+  """A pytree like `params`, in its dtypes: `values`, and zeros elsewhere."""
+  flat, structure = jax.tree.flatten(params)
+  return jax.tree.unflatten(structure, [
+      values[path].astype(w.dtype) if values and path in values
+      else jnp.zeros_like(w)
+      for path, w in zip(leaf_paths(params), flat, strict=True)])
 
 
-def put(values: list[Array], params: Params, chosen: Params) -> Params:
-  """The inverse of `pick`: dtypes of `params`, zeros on the other leaves."""
-  rest = iter(values)
-  return jax.tree.map(
-      lambda flag, w: next(rest).astype(w.dtype) if flag
-      else jnp.zeros_like(w), chosen, params)
+def perturb(params: Params, perturbation: Chosen | None) -> Params:
+  """w + v, added in float32 or wider; `params` itself where v is None.
 
+  Args:
+    params: w.
+    perturbation: v by path, from `select`.
 
-def perturb(params: Params, perturbation: Params | None) -> Params:
-  """w + v; `params` itself where v is None."""
+  Returns:
+    A pytree like `params`, in its dtypes.
+  """
   if perturbation is None:
     return params
-  return jax.tree.map(jnp.add, params, perturbation)
+  flat, structure = jax.tree.flatten(params)
+  return jax.tree.unflatten(structure, [
+      (numerics.wide(w) + perturbation[path]).astype(w.dtype)
+      if path in perturbation else w
+      for path, w in zip(leaf_paths(params), flat, strict=True)])
 
 
 def global_norm(tree: Params) -> Array:
   """sqrt of the sum of squares over all leaves, in float32 or wider."""
-  squares = [jnp.sum(jnp.square(wide(leaf))) for leaf in jax.tree.leaves(tree)]
-  return jnp.sqrt(jnp.sum(jnp.stack(squares))) if squares else jnp.float32(0)
+  return numerics.global_norm(jax.tree.leaves(tree))
 
 
 def relative_norm(
@@ -140,10 +249,7 @@ def relative_norm(
   """|v| / |w| over the chosen leaves; 0 for no perturbation or w = 0."""
   if perturbation is None:
     return jnp.float32(0)
-  chosen = jax.tree.map(
-      lambda m, w: w if m else jnp.zeros_like(w), weight_mask(params, mask),
-      params)
-  norm = global_norm(chosen)
+  norm = global_norm(select(params, weight_mask(params, mask)))
   return global_norm(perturbation) / jnp.where(norm > 0, norm, 1)
 
 

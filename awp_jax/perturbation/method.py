@@ -13,24 +13,26 @@ the batch B', where weight decay acts, and in which steps it is done at all.
 `methods` names those of the literature. One of one's own:
 
   >>> method = Method('per filter', Ball(0.1, 'filter'), mask='*/kernel')
-  >>> method.num_steps, method.mix, method.decay_at
+  >>> method.num_steps, method.mix, method.update_at
   (1, (0, 1), 'natural')
 """
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
+import warnings
 
+import jax
 import jax.numpy as jnp
 
-from awp_jax import checks
+from awp_jax import checks, numerics
 from awp_jax.perturbation import directions, leaves
 from awp_jax.perturbation.balls import Ball, Size
 from awp_jax.perturbation.directions import Direction
 from awp_jax.perturbation.leaves import Mask
 from awp_jax.types import Array, Params, Scalar
 
-DecayAt = Literal['perturbed', 'natural']
-DECAY_AT: tuple[DecayAt, ...] = ('perturbed', 'natural')
+UpdateAt = Literal['perturbed', 'natural']
+UPDATE_AT: tuple[UpdateAt, ...] = ('perturbed', 'natural')
 Moves = Literal['projected', 'summed']
 MOVES: tuple[Moves, ...] = ('projected', 'summed')
 Batch = Literal['same', 'other']
@@ -72,10 +74,12 @@ class Method:
     natural_batch: whether the gradient at w is taken on the 'same' batch (and
       then shared with the ascent's first pass) or an 'other'.
     aux_at: the pass whose aux (running statistics, say) is handed out.
-    decay_at: the parameters that the optimizer is shown, hence those that
-      weight decay acts on: 'perturbed' (w + v) or 'natural' (w).
+    update_at: the parameters that the optimizer is shown, hence those that its
+      weight decay acts on: 'perturbed' (w + v) or 'natural' (w). Optimizers
+      that keep or bound the parameters themselves need 'natural'; see
+      `steps.apply_at_perturbed`.
     start: the first step, counted from 0, that perturbs.
-    every: from there on, one step in so many perturbs.
+    every: perturbs every `every`-th step from `start`.
   """
 
   name: str
@@ -88,8 +92,8 @@ class Method:
   examples_below: Scalar | None = None
   mix: tuple[Scalar, Scalar] = (0, 1)
   natural_batch: Batch = 'same'
-  aux_at: DecayAt = 'perturbed'
-  decay_at: DecayAt = 'natural'
+  aux_at: UpdateAt = 'perturbed'
+  update_at: UpdateAt = 'natural'
   start: int = 0
   every: int = 1
 
@@ -97,10 +101,12 @@ class Method:
     checks.count('num_steps', self.num_steps)
     checks.one_of('moves', self.moves, MOVES)
     checks.one_of('natural_batch', self.natural_batch, BATCHES)
-    checks.one_of('aux_at', self.aux_at, DECAY_AT)
-    checks.one_of('decay_at', self.decay_at, DECAY_AT)
+    checks.one_of('aux_at', self.aux_at, UPDATE_AT)
+    checks.one_of('update_at', self.update_at, UPDATE_AT)
     checks.count('start', self.start, minimum=0)
     checks.count('every', self.every)
+    if isinstance(self.mask, list):
+      object.__setattr__(self, 'mask', tuple(self.mask))
     if self.direction.source != 'gradient' and (
         self.num_steps > 1 or self.examples_below is not None):
       raise ValueError(
@@ -115,13 +121,25 @@ class Method:
       params: w.
 
     Returns:
-      The state.
+      The state. Its memory holds the perturbed leaves alone.
 
     Raises:
       ValueError: if the mask does not fit the parameters.
+
+    .. note::
+      Warns if perturbed parameters are in half precision, where the sum w + v
+      rounds most of a small v away. Keep float32 master weights, and cast them
+      inside the loss function.
     """
-    leaves.weight_mask(params, self.mask)
-    return MethodState(jnp.int32(0), self.direction.init(params))
+    chosen = self.chosen(params)
+    if not self.is_off:
+      _warn_of_half_precision(params, chosen)
+    return MethodState(
+        jnp.int32(0), self.direction.init(leaves.select(params, chosen)))
+
+  def chosen(self, params: Params) -> Params:
+    """True at each leaf that is perturbed, a pytree like `params`."""
+    return leaves.weight_mask(params, self.mask, self.ball.stack_axes)
 
   @property
   def is_off(self) -> bool:
@@ -150,6 +168,19 @@ class Method:
     """Whether the pass at w counts."""
     a = self.mix[0]
     return self.aux_at == 'natural' or not leaves.is_off(a)
+
+
+def _warn_of_half_precision(params: Params, chosen: Params) -> None:
+  half = [
+      path for path, leaf, flag in zip(
+          leaves.leaf_paths(params), jax.tree.leaves(params),
+          jax.tree.leaves(chosen), strict=True)
+      if flag and numerics.wide_dtype(leaf.dtype) != leaf.dtype]
+  if half:
+    warnings.warn(
+        f'{len(half)} perturbed parameters are in half precision, among them '
+        f'{half[0]}: w + v rounds most of a small v away. Keep float32 master '
+        'weights and cast them inside the loss function.', stacklevel=3)
 
 
 def size_of(name: str, value: Size) -> Size:

@@ -7,8 +7,8 @@
   Traceback (most recent call last):
     ...
   ValueError: option of method 'rwp' must be one of 'gamma', 'c_min', \
-'num_steps', 'mask', 'decay_at', 'start', 'every', got 'cmin'. Did you mean \
-'c_min'?
+'num_steps', 'mask', 'update_at', 'stack_axes', 'start', 'every', got 'cmin'. \
+Did you mean 'c_min'?
 
 `docs/weight_perturbation.md` has the table of the choices and which method
 turns into which. Every method takes the choices that it does not fix as
@@ -39,6 +39,7 @@ from awp_jax.perturbation.noise_methods import frwp as frwp
 from awp_jax.perturbation.noise_methods import m_arwp as m_arwp
 from awp_jax.perturbation.noise_methods import m_rwp as m_rwp
 from awp_jax.perturbation.noise_methods import random as random
+from awp_jax.types import Array, Scalar
 
 
 def start_after(method: Method, num_steps: int) -> Method:
@@ -70,6 +71,17 @@ def every_k(method: Method, k: int) -> Method:
   return dataclasses.replace(method, every=k)
 
 
+@dataclasses.dataclass(frozen=True)
+class _ScaledSize:
+  """A size that depends on the step, times a factor."""
+
+  factor: float
+  size: Callable[[Array], Scalar]
+
+  def __call__(self, step: Array) -> Scalar:
+    return self.factor * self.size(step)
+
+
 def scaled(method: Method, factor: float) -> Method:
   """The method with perturbations `factor` times as large.
 
@@ -90,7 +102,7 @@ def scaled(method: Method, factor: float) -> Method:
     if factor == 0:
       return dataclasses.replace(ball, size=0.0)
     if callable(size):
-      return dataclasses.replace(ball, size=lambda step: factor * size(step))
+      return dataclasses.replace(ball, size=_ScaledSize(factor, size))
     return dataclasses.replace(ball, size=factor * size)
 
   if factor == 1:

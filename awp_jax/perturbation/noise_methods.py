@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from awp_jax import checks
 from awp_jax.perturbation import directions
 from awp_jax.perturbation.balls import Ball, Size
-from awp_jax.perturbation.leaves import Mask, is_any
+from awp_jax.perturbation.leaves import Mask, StackAxes, is_any
 from awp_jax.perturbation.method import Batch, Method, mixture, size_of
 from awp_jax.types import Array, Scalar
 
 
 def random(
-    sigma: Size = 0.01, *, mask: Mask = is_any, filter_axis: int = -1
-) -> Method:
+    sigma: Size = 0.01, *, mask: Mask = is_any, filter_axis: int = -1,
+    stack_axes: StackAxes = 0) -> Method:
   """v_j ~ N(0, sigma^2 |w_j|^2) for each filter j; gradient at w + v alone.
 
   Leaves of one axis are one group. There is no ascent pass.
@@ -33,19 +33,22 @@ def random(
     sigma: the standard deviation of an entry relative to |w_j|.
     mask: which leaves.
     filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key`.
   """
   return Method(
       'random',
-      Ball(size_of('sigma', sigma), 'filter', filter_axis=filter_axis),
+      Ball(size_of('sigma', sigma), 'filter', filter_axis=filter_axis,
+           stack_axes=stack_axes),
       direction=directions.noise(), mask=mask)
 
 
 def m_rwp(
     sigma: Size = 0.015, *, lam: Scalar = 0.5, natural_batch: Batch = 'same',
-    mask: Mask = is_any, filter_axis: int = -1) -> Method:
+    mask: Mask = is_any, filter_axis: int = -1,
+    stack_axes: StackAxes = 0) -> Method:
   """lam grad L(w + r) + (1 - lam) grad L(w), r as in `random`.
 
   Args:
@@ -55,6 +58,7 @@ def m_rwp(
       published code does with two successive batches.
     mask: which leaves.
     filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key`. aux comes from the pass at w, as the
@@ -65,13 +69,14 @@ def m_rwp(
     Generalization, TMLR 2024.
   """
   return dataclasses.replace(
-      random(sigma, mask=mask, filter_axis=filter_axis), name='m-RWP',
+      random(sigma, mask=mask, filter_axis=filter_axis,
+             stack_axes=stack_axes), name='m-RWP',
       mix=mixture('lam', lam), natural_batch=natural_batch, aux_at='natural')
 
 
 def frwp(
     gamma: Size = 0.01, *, alpha: Scalar = 0.5, mask: Mask = is_any,
-    filter_axis: int = -1) -> Method:
+    filter_axis: int = -1, stack_axes: StackAxes = 0) -> Method:
   """alpha grad L(w + r; B1) + (1 - alpha) grad L(w; B2), r as in `random`.
 
   B1 is the batch among the arguments, B2 that among `natural_args`.
@@ -82,6 +87,7 @@ def frwp(
     alpha: the weight of the perturbed loss, in [0, 1].
     mask: which leaves.
     filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key` and `natural_args`.
@@ -91,13 +97,15 @@ def frwp(
     code spreads B1 and B2 over two devices.
   """
   return dataclasses.replace(
-      random(size_of('gamma', gamma), mask=mask, filter_axis=filter_axis),
+      random(size_of('gamma', gamma), mask=mask, filter_axis=filter_axis,
+             stack_axes=stack_axes),
       name='FRWP', mix=mixture('alpha', alpha), natural_batch='other')
 
 
 def arwp(
     sigma: Size = 0.01, *, eta: Scalar = 0.1, beta: Scalar = 0.99,
-    mask: Mask = is_any, filter_axis: int = -1) -> Method:
+    mask: Mask = is_any, filter_axis: int = -1,
+    stack_axes: StackAxes = 0) -> Method:
   """As `random`, r_j divided by sqrt(1 + eta F_j).
 
   F_j <- beta F_j + sum over filter j of the squared gradients at w + r.
@@ -109,6 +117,7 @@ def arwp(
     beta: in [0, 1).
     mask: which leaves.
     filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key`. Its state holds F.
@@ -117,14 +126,16 @@ def arwp(
     Li et al., as in `m_rwp`.
   """
   return dataclasses.replace(
-      random(sigma, mask=mask, filter_axis=filter_axis), name='ARWP',
-      direction=directions.adaptive_noise(eta, beta, filter_axis))
+      random(sigma, mask=mask, filter_axis=filter_axis,
+             stack_axes=stack_axes), name='ARWP',
+      direction=directions.adaptive_noise(
+          eta, beta, filter_axis, stack_axes))
 
 
 def m_arwp(
     sigma: Size = 0.015, *, lam: Scalar = 0.5, eta: Scalar = 0.1,
     beta: Scalar = 0.99, natural_batch: Batch = 'same', mask: Mask = is_any,
-    filter_axis: int = -1) -> Method:
+    filter_axis: int = -1, stack_axes: StackAxes = 0) -> Method:
   """The mixture of `m_rwp` with the noise of `arwp`.
 
   Args:
@@ -135,6 +146,7 @@ def m_arwp(
     natural_batch: as in `m_rwp`.
     mask: which leaves.
     filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key`. Its state holds F.
@@ -144,8 +156,20 @@ def m_arwp(
   """
   return dataclasses.replace(
       m_rwp(sigma, lam=lam, natural_batch=natural_batch, mask=mask,
-            filter_axis=filter_axis), name='m-ARWP',
-      direction=directions.adaptive_noise(eta, beta, filter_axis))
+            filter_axis=filter_axis, stack_axes=stack_axes), name='m-ARWP',
+      direction=directions.adaptive_noise(
+          eta, beta, filter_axis, stack_axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CosineIncrease:
+  first: float
+  factor: float
+  num_steps: int
+
+  def __call__(self, step: Array) -> Array:
+    rise = (1 - jnp.cos(math.pi * step / self.num_steps)) / 2
+    return self.first * (1 + self.factor * rise)
 
 
 def cosine_increase(
@@ -163,5 +187,4 @@ def cosine_increase(
   checks.not_negative('first', first)
   checks.not_negative('factor', factor)
   checks.count('num_steps', num_steps)
-  return lambda step: first * (
-      1 + factor * (1 - jnp.cos(math.pi * step / num_steps)) / 2)
+  return _CosineIncrease(first, factor, num_steps)

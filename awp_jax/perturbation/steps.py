@@ -21,20 +21,19 @@ In place of `jax.value_and_grad`, or of the whole step:
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from awp_jax import checks
 from awp_jax.perturbation import engine, leaves
 from awp_jax.perturbation.gradients import gradient_fns
-from awp_jax.perturbation.method import DECAY_AT, DecayAt, Method, MethodState
+from awp_jax.perturbation.leaves import Chosen
+from awp_jax.perturbation.method import UPDATE_AT, Method, MethodState, UpdateAt
 from awp_jax.types import Array, LossFn, Params, PerturbedOutput
 
 
-def weight_perturbation(
+def find_perturbation(
     method: Method, loss_fn: LossFn, *, has_aux: bool = False,
-    axis_name: str | None = None) -> Callable[..., Params | None]:
+    axis_name: str | None = None) -> Callable[..., Params]:
   """The perturbation alone.
 
   Args:
@@ -45,19 +44,19 @@ def weight_perturbation(
 
   Returns:
     A function `(params, method_state, *args, noise_key=None, **kwargs)` -> v, a
-    pytree like the parameters; None, without a pass, where the method's size is
-    the number 0.
+    pytree like the parameters; zeros, without a pass, where the method's size
+    is the number 0.
   """
   ascent_fn, _ = gradient_fns(
       method, loss_fn, has_aux=has_aux, axis_name=axis_name)
 
   def perturbation_fn(
       params: Params, method_state: MethodState, *args: Any,
-      noise_key: Array | None = None, **kwargs: Any) -> Params | None:
-    ascent = engine.begin(method, method_state, noise_key)
-    return engine.ascend(
-        method, method_state, ascent, params,
-        lambda shifted: ascent_fn(shifted, *args, **kwargs)).perturbation
+      noise_key: Array | None = None, **kwargs: Any) -> Params:
+    ascent = engine.ascend(
+        method, method_state, engine.begin(method, method_state, noise_key),
+        params, lambda shifted: ascent_fn(shifted, *args, **kwargs))
+    return leaves.restore(ascent.perturbation, params)
 
   return perturbation_fn
 
@@ -106,8 +105,9 @@ def perturbed_value_and_grad(
       a pair of that and aux.
     has_aux: whether `loss_fn` returns a pair.
     axis_name: under `pmap`, `shard_map` or `vmap(axis_name=...)`, the axis that
-      the examples are spread over. Losses and gradients are averaged over it,
-      the adversary's too: there is one v for the whole batch.
+      the examples are spread over and the parameters replicated over. Losses
+      and gradients are averaged over it, the adversary's too: there is one v
+      for the whole batch. Sharded parameters need `jax.jit` and no `axis_name`.
 
   Returns:
     A function `(params, method_state, *args, natural_args=None, noise_key=None,
@@ -131,27 +131,36 @@ def perturbed_value_and_grad(
 
 def apply_at_perturbed(
     tx: optax.GradientTransformation, params: Params, opt_state: Any,
-    perturbation: Params | None, gradients: Params, *,
-    decay_at: DecayAt = 'perturbed') -> tuple[Params, Any]:
+    perturbation: Chosen | None, gradients: Params, *,
+    update_at: UpdateAt = 'perturbed') -> tuple[Params, Any]:
   """The optimizer's step from w, with gradients taken at w + v.
 
   Args:
     tx: the optimizer.
     params: w.
     opt_state: its state.
-    perturbation: v, or None for zero.
+    perturbation: v by path, as in `engine.Descent`; None for zero.
     gradients: the gradient at w + v.
-    decay_at: the parameters that `tx` is shown, hence those that weight decay
-      acts on: 'perturbed' (w + v, as in the code of AWP) or 'natural' (w).
+    update_at: the parameters that `tx` is shown, hence those that its weight
+      decay acts on: 'perturbed' (w + v, as in the code of AWP) or 'natural'
+      (w).
 
   Returns:
     The next w and the next optimizer state.
 
   Raises:
-    ValueError: for an unknown `decay_at`.
+    ValueError: for an unknown `update_at`.
+
+  .. note::
+    'perturbed' is meant for weight decay. It is wrong for optimizers that keep,
+    bound or measure the parameters they are shown, since these then see w + v:
+    `optax.contrib.schedule_free` (drifts, even at a learning rate of 0),
+    `optax.keep_params_nonnegative` (w may become negative), `optax.lamb` and
+    `optax.lars` (their ratios are those of w + v), Lookahead, and projections
+    in general. Give them update_at='natural'.
   """
-  checks.one_of('decay_at', decay_at, DECAY_AT)
-  shown = (leaves.perturb(params, perturbation) if decay_at == 'perturbed'
+  checks.one_of('update_at', update_at, UPDATE_AT)
+  shown = (leaves.perturb(params, perturbation) if update_at == 'perturbed'
            else params)
   updates, opt_state = tx.update(gradients, opt_state, shown)
   return optax.apply_updates(params, updates), opt_state
@@ -162,7 +171,8 @@ def perturbed_step(
     params: Params, opt_state: Any, method_state: MethodState, *args: Any,
     natural_args: tuple[Any, ...] | None = None,
     noise_key: Array | None = None, has_aux: bool = False,
-    axis_name: str | None = None, **kwargs: Any) -> PerturbedOutput:
+    axis_name: str | None = None, return_perturbation: bool = True,
+    **kwargs: Any) -> PerturbedOutput:
   """One step of training with perturbed weights.
 
   Pure: jit it, with `method`, `loss_fn`, `tx` and the keywords closed over.
@@ -179,10 +189,13 @@ def perturbed_step(
     noise_key: as in `perturbed_value_and_grad`.
     has_aux: as in `perturbed_value_and_grad`.
     axis_name: as in `perturbed_value_and_grad`.
+    return_perturbation: whether v is part of the output. Without it a jitted
+      step needs one buffer of the size of the parameters less.
     **kwargs: handed to `loss_fn`, in every pass.
 
   Returns:
-    A `PerturbedOutput`. Its perturbation is zeros where there is none.
+    A `PerturbedOutput`. Its perturbation is zeros where there is none, and
+    None without `return_perturbation`.
 
   Raises:
     ValueError: if the method draws noise and there is no key, or needs another
@@ -192,9 +205,10 @@ def perturbed_step(
       params, method_state, args, kwargs, natural_args, noise_key)
   new_params, opt_state = apply_at_perturbed(
       tx, params, opt_state, out.perturbation, out.gradients,
-      decay_at=method.decay_at)
-  v = out.perturbation
-  if v is None:
-    v = jax.tree.map(jnp.zeros_like, params)
+      update_at=method.update_at)
+  v = None
+  if return_perturbation:
+    v = leaves.restore(out.perturbation, params)
   return PerturbedOutput(
-      new_params, opt_state, out.state, out.loss, out.aux, v)
+      new_params, opt_state, out.state, out.loss, out.aux, v,
+      out.unperturbed_loss)

@@ -35,6 +35,7 @@ import optax
 
 from awp_jax.perturbation import engine, leaves
 from awp_jax.perturbation.engine import Ascent
+from awp_jax.perturbation.leaves import Chosen
 from awp_jax.perturbation.method import Method, MethodState
 from awp_jax.types import Array, Params
 
@@ -57,18 +58,20 @@ class Pending(NamedTuple):
   """A step of transparent mode that is under way.
 
   Attributes:
-    phase: which of its gradients is awaited, from 0.
-    params: w; the loop sees w + v.
-    ascent: v so far, the sum of gradients, and the gradient at w where wanted.
+    phase: the number of gradients received so far.
+    weights: the perturbed leaves of w by path; the loop sees w + v. The other
+      leaves are those that the loop sees.
+    ascent: v so far, the sum of gradients, and the gradient at w if the method
+      needs it.
   """
 
   phase: Array
-  params: Params
+  weights: Chosen
   ascent: Ascent
 
 
 def _valued(gradients: Params) -> Any:
-  """A pass's answer, of which only the gradients are known."""
+  """((loss, aux), gradients) of a pass, with a loss that is never read."""
   return (jnp.float32(0), None), gradients
 
 
@@ -86,9 +89,9 @@ def _check(method: Method, noise_key: Array | None) -> None:
 def _descend_updates(
     tx: optax.GradientTransformation, method: Method, opt_state: Any,
     params: Params, out: engine.Descent) -> tuple[Params, Any]:
-  """The optimizer's updates from w, decay acting where the method says."""
+  """The optimizer's updates from w, shown what `update_at` names."""
   shown = params
-  if method.decay_at == 'perturbed':
+  if method.update_at == 'perturbed':
     shown = leaves.perturb(params, out.perturbation)
   return tx.update(out.gradients, opt_state, shown)
 
@@ -107,6 +110,7 @@ def perturbed_optimizer(
     transparent: whether several calls of `update` make a step. The gradient of
       the first is taken at w, those of the others at the parameters that the
       updates lead to: `method.num_steps` moves, then the optimizer's step.
+      Parameters and state may be donated to a jitted call.
 
   Returns:
     A transformation whose `update` needs the parameters. In opaque mode it also
@@ -153,32 +157,50 @@ def _opaque_descent(
     grad_fn: Callable[[Params], Params], noise_key: Array | None
 ) -> engine.Descent:
   """A whole step, the gradients at w being known."""
-
-  def ascent_fn(shifted: Params) -> Any:
-    # The engine's first pass is at w: at this very object.
-    return _valued(gradients if shifted is params else grad_fn(shifted))
+  at_natural = _valued(gradients)
+  ascent = engine.ascend(
+      method, state, engine.begin(method, state, noise_key), params,
+      lambda shifted: _valued(grad_fn(shifted)), at_natural=at_natural)
 
   def perturbed_fn(shifted: Params) -> Any:
-    if shifted is params or not method.is_scheduled:
-      return ascent_fn(shifted)
+    if ascent.perturbation is None:  # switched off: the pass is at w
+      return at_natural
+    if not method.is_scheduled:
+      return _valued(grad_fn(shifted))
     return _valued(jax.lax.cond(
         method.perturbs_at(state.step), lambda: grad_fn(shifted),
         lambda: gradients))
 
-  ascent = engine.ascend(
-      method, state, engine.begin(method, state, noise_key), params, ascent_fn)
   return engine.descend(
-      method, state, ascent, params, perturbed_fn,
-      lambda _: _valued(gradients))
+      method, state, ascent, params, perturbed_fn, lambda _: at_natural)
 
 
 def _first_pending(method: Method, params: Params) -> Pending:
-  """No step under way, in the shapes of one."""
-  zeros = jax.tree.map(jnp.zeros_like, params)
-  total = tuple(leaves.pick(zeros, leaves.weight_mask(params, method.mask)))
-  return Pending(jnp.int32(0), params, Ascent(
-      zeros, total if method.moves == 'summed' else None,
-      zeros if method.uses_natural else None))
+  """No step under way, in the shapes of one and in buffers of its own."""
+  chosen = method.chosen(params)
+
+  def zeros(tree: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, tree)
+
+  wide = leaves.select(params, chosen)
+  return Pending(jnp.int32(0), zeros(_narrow(wide, params)), Ascent(
+      zeros(wide), zeros(wide) if method.moves == 'summed' else None,
+      zeros(params) if method.uses_natural else None))
+
+
+def _narrow(values: Chosen, params: Params) -> Chosen:
+  """The values in the dtypes of the parameters."""
+  dtypes = dict(zip(leaves.leaf_paths(params), (
+      leaf.dtype for leaf in jax.tree.leaves(params)), strict=True))
+  return {path: x.astype(dtypes[path]) for path, x in values.items()}
+
+
+def _with_weights(params: Params, weights: Chosen) -> Params:
+  """The parameters with some leaves replaced."""
+  flat, structure = jax.tree.flatten(params)
+  return jax.tree.unflatten(structure, [
+      weights.get(path, leaf)
+      for path, leaf in zip(leaves.leaf_paths(params), flat, strict=True)])
 
 
 def _move(
@@ -192,7 +214,10 @@ def _move(
     return jax.tree.map(lambda x, y: jnp.where(is_first, x, y), new, old)
 
   # At the first of the gradients the loop's parameters are w itself.
-  w = newest(params, pending.params)
+  chosen = method.chosen(params)
+  weights = newest(
+      _narrow(leaves.select(params, chosen), params), pending.weights)
+  w = _with_weights(params, weights)
   natural = pending.ascent.natural
   key = engine.begin(method, counted, noise_key).key
   so_far = jax.tree.map(
@@ -200,15 +225,16 @@ def _move(
       pending.ascent._replace(natural=None))
   moved = engine.move(
       method, so_far,
-      method.direction.take(counted.memory, gradients, w, key), w,
-      counted.step)
+      method.direction.take(
+          counted.memory, leaves.select(gradients, chosen),
+          leaves.select(w, chosen), key), w, counted.step)
   if method.is_scheduled:
     active = method.perturbs_at(counted.step)
     moved = jax.tree.map(lambda x: jnp.where(active, x, 0), moved)
   updates = jax.tree.map(
-      lambda x, v, p: x + v - p, w, moved.perturbation, params)
+      jnp.subtract, leaves.perturb(w, moved.perturbation), params)
   return updates, state._replace(pending=Pending(
-      pending.phase + 1, w, moved._replace(
+      pending.phase + 1, weights, moved._replace(
           natural=None if natural is None else newest(gradients, natural))))
 
 
@@ -217,7 +243,7 @@ def _finish(
     gradients: Params, params: Params) -> tuple[Params, PerturbedState]:
   """The gradient at w + v: the parameters become the next w."""
   pending = state.pending
-  w, ascent = pending.params, pending.ascent
+  w, ascent = _with_weights(params, pending.weights), pending.ascent
   out = engine.descend(
       method, state.method_state, ascent._replace(natural=None), w,
       lambda _: _valued(gradients), lambda _: _valued(ascent.natural))
