@@ -1,6 +1,11 @@
 # Two commands on a bare machine: `make demo` and `make test`.
 
-PYTHON ?= python3
+# The newest of these that runs and can make environments: the newest jax needs
+# Python 3.12. A name on the path may be a shim of a version that is not chosen.
+PYTHONS := python3.13 python3.12 python3 python3.11
+USABLE := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in $(PYTHONS); do \
+  $$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 
@@ -27,6 +32,8 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 $(VENV)/.installed: requirements.txt pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'No Python 3.11 or later that can make' \
+	  'environments was found. Name one: make PYTHON=...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -r requirements.txt

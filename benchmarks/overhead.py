@@ -58,17 +58,17 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
   x = jax.random.uniform(jax.random.key(0), size)
   y = jax.random.randint(jax.random.key(1), size[:1], 0, 10)
   variables = jax.jit(model.init)(jax.random.key(2), x)
-  state = awp_jax.TrainState.create(
-      apply_fn=model.apply, params=variables['params'],
-      batch_stats=variables['batch_stats'], tx=optax.chain(
-          optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9)))
+  model_state: dict[str, Any] = {
+      'apply_fn': model.apply, 'params': variables['params'],
+      'batch_stats': variables['batch_stats'], 'tx': optax.chain(
+          optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9))}
   made = {
       'AT': awp_jax.standard(), 'TRADES': awp_jax.trades(),
       'MART': awp_jax.mart()}
 
-  def call(objective: Any, perturbation: awp_jax.WeightPerturbation) -> Any:
-    memory = perturbation.as_method().init(state.params).memory
-    first = state.replace(step=jnp.int32(0), memory=memory)
+  def call(objective: Any, perturbation: awp_jax.Method | None) -> Any:
+    first = awp_jax.TrainState.create(
+        method=perturbation, **model_state).replace(step=jnp.int32(0))
     # The policy without passes that only move statistics.
     step = jax.jit(lambda state: awp_jax.train_step(
         state, (x, y), jax.random.key(3), objective=objective,
@@ -82,15 +82,14 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
 
   if options.methods:
     named = {
-        text: awp_jax.WeightPerturbation(method=awp_jax.methods.make(
-            name, **keywords))
+        text: awp_jax.methods.make(name, **keywords)
         for text in options.methods
         for name, keywords in (setup.parse_call(text),)}
     return {
         name: call(made['AT'], perturbation) for name, perturbation in {
-            'AT': awp_jax.WeightPerturbation(), **named}.items()}
+            'AT': None, **named}.items()}
   return {
-      name + suffix: call(objective, awp_jax.WeightPerturbation(gamma=gamma))
+      name + suffix: call(objective, awp_jax.methods.awp(gamma))
       for name, objective in made.items()
       for suffix, gamma in (('', 0.0), ('-AWP', 0.01))}
 

@@ -1,5 +1,10 @@
-"""PreActResNet-18 for PyTorch, reading this library's weights."""
+"""PreActResNet for PyTorch, reading this library's weights.
 
+Names and layouts are those of the AWP authors' networks.
+"""
+
+from collections.abc import Sequence
+import re
 from typing import Any
 
 import torch
@@ -10,14 +15,16 @@ from torch.nn import functional
 class Block(nn.Module):
   """Normalise, convolve, twice; the shortcut sees the normalised input."""
 
-  def __init__(self, into: int, out: int, stride: int) -> None:
+  def __init__(
+      self, into: int, out: int, stride: int, norm: type[nn.Module]) -> None:
     super().__init__()
-    self.bn1, self.bn2 = nn.BatchNorm2d(into), nn.BatchNorm2d(out)
+    self.bn1, self.bn2 = norm(into), norm(out)
     self.conv1 = nn.Conv2d(into, out, 3, stride, 1, bias=False)
     self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
     self.shortcut = None
     if stride != 1 or into != out:
-      self.shortcut = nn.Conv2d(into, out, 1, stride, bias=False)
+      self.shortcut = nn.Sequential(
+          nn.Conv2d(into, out, 1, stride, bias=False))
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
     """Maps features [B, C, H, W] to the block's."""
@@ -26,26 +33,34 @@ class Block(nn.Module):
     return past + self.conv2(functional.relu(self.bn2(self.conv1(out))))
 
 
-class PreActResNet18(nn.Module):
-  """Four stages of two blocks, 64 to 512 channels."""
+class PreActResNet(nn.Module):
+  """Four stages, each twice as wide as the one before.
 
-  def __init__(self) -> None:
+  Args:
+    classes: Number of logits.
+    width: Channels of the first stage.
+    blocks: Of each stage.
+    norm: Layer that normalises the features.
+  """
+
+  def __init__(
+      self, classes: int = 10, width: int = 64,
+      blocks: Sequence[int] = (2, 2, 2, 2),
+      norm: type[nn.Module] = nn.BatchNorm2d) -> None:
     super().__init__()
-    self.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    into = 64
-    for stage, out in enumerate((64, 128, 256, 512)):
-      for i in range(2):
-        stride = 2 if stage and not i else 1
-        self.add_module(f'layer{stage + 1}_{i}', Block(into, out, stride))
+    self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+    into = width
+    for stage, count in enumerate(blocks):
+      out, layers = width * 2 ** stage, []
+      for i in range(count):
+        layers.append(Block(into, out, 2 if stage and not i else 1, norm))
         into = out
-    self.bn, self.linear = nn.BatchNorm2d(512), nn.Linear(512, 10)
+      self.add_module(f'layer{stage + 1}', nn.Sequential(*layers))
+    self.bn, self.linear = norm(into), nn.Linear(into, classes)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Maps images [B, 3, 32, 32] to logits [B, 10]."""
-    x = self.conv1(x)
-    for stage in range(4):
-      for i in range(2):
-        x = getattr(self, f'layer{stage + 1}_{i}')(x)
+    """Maps images [B, 3, H, W] to logits [B, classes]."""
+    x = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
     return self.linear(functional.relu(self.bn(x)).mean((2, 3)))
 
 
@@ -53,16 +68,23 @@ _NAMES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
           'mean': 'running_mean', 'var': 'running_var'}
 
 
-def load(weights: Any) -> PreActResNet18:
-  """A network in eval mode from flat Flax variables, params/conv1/kernel."""
+def load(weights: Any) -> PreActResNet:
+  """A PreActResNet-18 in eval mode from flat Flax variables.
+
+  Args:
+    weights: Arrays by path, params/layer1_0/conv1/kernel.
+  """
   state = {}
   for path in weights:
     *parts, leaf = path.split('/')[1:]
     value = torch.tensor(weights[path])
     if leaf == 'kernel':
       value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
-    state['.'.join([*parts, _NAMES[leaf]])] = value.contiguous()
-  model = PreActResNet18()
+    name = '.'.join([*parts, _NAMES[leaf]])
+    name = re.sub(r'^(layer\d)_', r'\1.', name)
+    name = name.replace('.shortcut.', '.shortcut.0.')
+    state[name] = value.contiguous()
+  model = PreActResNet()
   missing, unexpected = model.load_state_dict(state, strict=False)
   if unexpected or any('num_batches' not in name for name in missing):
     raise ValueError(f'weights do not fit: {missing}, {unexpected}.')

@@ -59,7 +59,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
         state, (x, y), jax.random.key(3), objective=awp_jax.standard(),
         threat=awp_jax.ThreatModel('Linf', 8 / 255),
         attack=awp_jax.Attack(2 / 255, 10),
-        perturbation=awp_jax.WeightPerturbation(options.gamma),
+        perturbation=awp_jax.methods.awp(options.gamma),
         statistics='reference')[0]
 
   started = time.perf_counter()

@@ -1,8 +1,11 @@
-"""Eight virtual CPU devices, before jax is imported."""
+"""Eight virtual CPU devices and a compilation cache, before jax is imported."""
 
+import atexit
 from importlib import metadata
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Low LLVM optimisation halves the time that the suite spends compiling, and the
 # old code generator takes another third off it. XLA refuses flags that it does
@@ -14,13 +17,31 @@ os.environ['XLA_FLAGS'] = (
         if metadata.version('jaxlib').startswith(('0.10.', '0.11.')) else ''))
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+# Many tests compile the same programs. The cache is shared with the other
+# worker and with the commands that tests start. To keep it from one session to
+# the next, name its folder by JAX_COMPILATION_CACHE_DIR.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  cache = tempfile.mkdtemp(prefix='awp_jax_tests_')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
+  atexit.register(shutil.rmtree, cache, ignore_errors=True)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+
 import jax
 import numpy as np
 import pytest
 
+from tests import strict
+
 #: Folders of reference trajectories and of prepared data. They are not part of
 #: the repository; tests that need them are skipped without.
 FIXTURES = os.environ.get('AWP_TEST_FIXTURES')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Registers CI's rules where the environment asks for them."""
+  if os.environ.get('AWP_TEST_STRICT'):
+    config.pluginmanager.register(
+        strict.Strict(strict.read(strict.ALLOWED.read_text())))
 
 
 @pytest.fixture

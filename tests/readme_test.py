@@ -43,12 +43,3 @@ def test_public_functions_are_typed_and_documented():
       arguments = code.co_varnames[:code.co_argcount + code.co_kwonlyargcount]
       assert set(arguments) <= set(member.__annotations__), name
       assert 'return' in member.__annotations__, name
-
-
-def test_library_knows_nothing_of_the_experiments():
-  forbidden = ('experiments', 'tensorflow', 'ml_collections')
-  for path in (ROOT / 'awp_jax').rglob('*.py'):
-    for line in path.read_text().splitlines():
-      words = line.split()
-      if words and words[0] in ('import', 'from'):
-        assert not words[1].startswith(forbidden), f'{path}: {line}'

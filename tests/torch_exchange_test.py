@@ -554,6 +554,7 @@ def torch_logits(torch, tensors, x):
       features, tensors[f'{classifier}.weight'], tensors[f'{classifier}.bias'])
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize('name,legacy', [
     ('PreActResNet-18', True), ('PreActResNet-50', False), ('WRN-10-1', False),
     ('WRN-16-2', True)])
@@ -595,6 +596,7 @@ def test_logits_equal_those_of_pytorch(name, legacy, tmp_path):
       apply(from_torch(state_dict, found), x), logits, atol=1e-4)
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize('legacy', [False, True])
 def test_tensors_of_every_kind_from_pytorch(legacy, tmp_path):
   torch = pytest.importorskip('torch')
@@ -624,6 +626,7 @@ def test_tensors_of_every_kind_from_pytorch(legacy, tmp_path):
       read_state_dict(tmp_path / 'a.pt')
 
 
+@pytest.mark.torch
 def test_pickled_module_is_refused(tmp_path):
   torch = pytest.importorskip('torch')
   torch.save(torch.nn.Linear(2, 3), tmp_path / 'a.pt')

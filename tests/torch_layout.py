@@ -1,8 +1,17 @@
-"""The fixtures' PyTorch names and layouts, as our parameter trees."""
+"""Trajectories of PyTorch: names and layouts, and our steps beside them."""
 
+import functools
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+import awp_jax
+from awp_jax.models import PreActResNet
+
+MEAN, STD = (.4914, .4822, .4465), (.2471, .2435, .2616)
 _NAMES = {'bias': 'bias', 'running_mean': 'mean', 'running_var': 'var'}
 
 
@@ -31,3 +40,83 @@ def variables(archive, prefix):
       node = node.setdefault(part, {})
     node[name] = jnp.asarray(value)
   return out
+
+
+class End(NamedTuple):
+  """Where a trajectory ends, as flat dictionaries of the archive's names.
+
+  Attributes:
+    losses: [T], of each step at w + v.
+    params: Parameters.
+    batch_stats: Running statistics.
+    momentum: Of SGD.
+  """
+
+  losses: np.ndarray
+  params: dict
+  batch_stats: dict
+  momentum: dict
+
+
+def recorded(archive):
+  """The end that an archive holds."""
+  last = variables(archive, 'final/')
+  return End(archive['loss'], **last,
+             momentum=variables(archive, 'momentum/')['params'])
+
+
+def follow(archive, objective, *, norm='Linf', statistics, normalised,
+           optimisation=0):
+  """The end that our steps reach from an archive's start.
+
+  Args:
+    archive: As benchmarks/parity_trajectory.py writes it.
+    objective: AT or TRADES.
+    norm: Of the threat model.
+    statistics: Policy for the running statistics.
+    normalised: Whether the network normalises by CIFAR-10's statistics.
+    optimisation: LLVM's level. XLA runs convolutions in float64 as plain loops,
+      which large networks need optimised.
+  """
+  setting = {key[4:]: archive[key].item() for key in archive.files
+             if key.startswith('cfg/')}
+  model = PreActResNet(
+      len(archive['init/linear.bias']),
+      depth=18 if 'init/layer1.1.conv1.weight' in archive else 10,
+      width=len(archive['init/conv1.weight']), param_dtype=jnp.float64,
+      mean=MEAN if normalised else (0.0,), std=STD if normalised else (1.0,))
+  first = variables(archive, 'init/')
+  state = awp_jax.TrainState.create(
+      apply_fn=model.apply, params=first['params'],
+      batch_stats=first['batch_stats'], tx=optax.chain(
+          optax.add_decayed_weights(setting['weight_decay']),
+          optax.sgd(setting['lr'], setting['momentum'])))
+
+  @functools.partial(
+      jax.jit,
+      compiler_options={'xla_backend_optimization_level': optimisation})
+  def step(state, x, y, start):
+    return awp_jax.train_step(
+        state, (x, y), jax.random.key(0), objective=objective,
+        threat=awp_jax.ThreatModel(norm, setting['eps']),
+        attack=awp_jax.Attack(setting['alpha'], setting['K'], start=start),
+        perturbation=awp_jax.methods.awp(setting['gamma']),
+        statistics=statistics)
+
+  losses = []
+  for x, y, delta in zip(
+      *(archive[key] for key in ('x', 'y', 'delta0')), strict=True):
+    x, delta = (value.transpose(0, 2, 3, 1) for value in (x, delta))
+    state, metrics = step(state, x, y, x + delta)
+    losses.append(metrics.loss)
+  (momentum,) = (
+      node.trace for node in jax.tree.leaves(
+          state.opt_state, is_leaf=lambda n: isinstance(n, optax.TraceState))
+      if isinstance(node, optax.TraceState))
+  return End(np.asarray(losses), state.params, state.batch_stats, momentum)
+
+
+def distance(a, b):
+  """The largest difference between two trees of one structure."""
+  return max(jax.tree.leaves(jax.tree.map(
+      lambda x, y: float(np.abs(x - y).max()), a, b)))
