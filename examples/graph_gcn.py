@@ -100,7 +100,7 @@ def load(path: pathlib.Path) -> Graph:
     labels = file['labels'].astype(np.int32)
   adjacency = ((adjacency + adjacency.T) > 0).astype(np.float32)
   component = sp.csgraph.connected_components(adjacency)[1]
-  largest = np.flatnonzero(component == np.bincount(component).argmax())
+  largest = np.flatnonzero(component == np.argmax(np.bincount(component)))
   adjacency = adjacency[largest][:, largest].tolil()
   adjacency.setdiag(1)
   scale = sp.diags(np.asarray(adjacency.sum(0)).ravel() ** -0.5)

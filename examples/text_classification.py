@@ -190,7 +190,7 @@ def compare(arguments: Any) -> Iterator[report.Row]:
   """Rows without and with AWP."""
   csv_file = arguments.csv
   texts = read_csv(csv_file) if csv_file else scipy_docs()
-  largest = np.bincount(texts.labels).max() / len(texts.labels)
+  largest = np.max(np.bincount(texts.labels)) / len(texts.labels)
   print(f'{len(texts.labels)} texts of {len(texts.classes)} classes; the '
         f'largest is {100 * largest:.2f} %')
   boxed = methods.boxed_awp(arguments.adv_lr, arguments.adv_eps)

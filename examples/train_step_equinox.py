@@ -1,0 +1,59 @@
+"""Adversarial training of an Equinox module by `train_step`.
+
+  python examples/train_step_equinox.py
+
+`train_step` takes any model as a forward function, `(params, batch_stats, x,
+train, key) -> (logits, batch_stats)`. The perceptron, with dropout and without
+running statistics, is that of `equinox_model.py`; the accuracies are under
+attack.
+"""
+
+from collections.abc import Sequence
+import pathlib
+import sys
+from typing import Any
+
+# So that the command above finds the library and the folder of examples.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import equinox as eqx
+import jax
+
+from awp_jax import TrainState
+from examples import equinox_model, report, robust_digits
+
+
+def parts(seed: int) -> Any:
+  """The arrays of a perceptron, and the rest of it."""
+  return eqx.partition(
+      equinox_model.Perceptron(jax.random.key(seed)), eqx.is_inexact_array)
+
+
+#: The perceptron without its arrays: the same whatever the seed.
+STATIC = parts(seed=0)[1]
+
+
+def forward_fn(
+    params: Any, batch_stats: Any, x: jax.Array, train: bool,
+    key: jax.Array | None) -> tuple[jax.Array, Any]:
+  """Logits; there are no running statistics to move."""
+  model, x = eqx.combine(params, STATIC), x.reshape(len(x), -1)
+  if not train:
+    return jax.vmap(model)(x), batch_stats
+  assert key is not None
+  return jax.vmap(model)(x, jax.random.split(key, len(x))), batch_stats
+
+
+def make_state(seed: int) -> TrainState:
+  """The state before the first step."""
+  return TrainState.create(
+      forward_fn=forward_fn, params=parts(seed)[0], tx=robust_digits.TX)
+
+
+def main(argv: Sequence[str] | None = None) -> list[report.Row]:
+  """Prints robust test accuracies of AT without and with AWP."""
+  return robust_digits.main(__doc__, make_state, argv)
+
+
+if __name__ == '__main__':
+  main()
