@@ -1,7 +1,8 @@
 """Natural and robust accuracy of a batch, under PGD.
 
 An example counts as robust if the model gives it its label at x and at the x'
-that the attack ends with. Logits that are not finite count as wrong at either.
+that each restart of the attack ends with. Logits that are not finite count as
+wrong at either.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, objectives
+from awp_jax import checks, numerics, objectives
 from awp_jax.attacks import pgd as pgd_lib
 from awp_jax.attacks.pgd import Attack
 from awp_jax.threat import ThreatModel
@@ -52,7 +53,8 @@ def eval_step(
 
   Args:
     state: the model, its parameters and running statistics.
-    batch: (images [B, ...], floating; labels [B] or [B, C]; valid [B] bools);
+    batch: (images [B, ...], floating, cast to float32 where they are narrower;
+      labels [B] or [B, C]; valid [B] bools);
       examples that are not valid fill up a batch and count for nothing.
     key: a PRNG key, the batch's own; under an axis the device's index is folded
       in.
@@ -70,6 +72,7 @@ def eval_step(
   """
   images, labels, valid = batch
   checks.floating('images', images)
+  images = numerics.wide(images)
   if axis_name is not None:
     key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
@@ -85,7 +88,8 @@ def eval_step(
     out = pgd_lib.run_pgd(
         key, loss_fn, (), images, threat, step_size=attack.step_size,
         num_steps=attack.num_steps, start=attack.start,
-        restarts=attack.restarts)
+        restarts=attack.restarts, broken_fn=lambda x: ~objectives.is_correct(
+            logits_fn(x), labels))
     natural, robust = logits_fn(images), logits_fn(out.x_adv)
   is_natural = objectives.is_correct(natural, labels)
   is_robust = is_natural & objectives.is_correct(robust, labels)

@@ -39,7 +39,14 @@ import numpy as np
 
 from awp_jax import checks, numerics, objectives, placement
 from awp_jax.attacks import pgd as pgd_lib
-from awp_jax.perturbation.leaves import Mask, is_weight, weight_mask
+from awp_jax.perturbation.leaves import (
+    Mask,
+    StackAxes,
+    is_weight,
+    leaf_paths,
+    num_stack_axes,
+    weight_mask,
+)
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, Params
 
@@ -63,7 +70,8 @@ class Measure(Protocol):
 
 def normalised(
     direction: Params, params: Params, *, norm: Norm = 'filter',
-    mask: Mask = is_weight, filter_axis: int = -1) -> Params:
+    mask: Mask = is_weight, filter_axis: int = -1, stack_axes: StackAxes = 0
+) -> Params:
   """A direction scaled to the weights: d_j <- d_j |w_j| / |d_j|.
 
   Args:
@@ -73,7 +81,9 @@ def normalised(
       'layer', whole leaves, as AWP measures its v.
     mask: which leaves move; the others get zeros.
     filter_axis: the axis of the output filters: the last in Flax and Keras, the
-      first in PyTorch's layout.
+      first in PyTorch's layout. Stack axes do not count.
+    stack_axes: how many leading axes of a leaf count layers, as in
+      `awp_jax.Ball`: each layer has norms of its own.
 
   Returns:
     The direction, a pytree like `params`. A slice of zeros in d or in w gives
@@ -89,22 +99,27 @@ def normalised(
         f'direction must be a pytree like the parameters, {wanted}, got '
         f'{jax.tree.structure(direction)}.')
 
-  def scale(d: Array, w: Array) -> Array:
-    axes = tuple(range(w.ndim))
-    if norm == 'filter':
-      axes = tuple(i for i in axes if i != filter_axis % w.ndim)
+  def scale(d: Array, w: Array, stacked: int) -> Array:
+    axes = tuple(range(stacked, w.ndim))
+    if norm == 'filter' and axes:
+      axes = tuple(i for i in axes if i != axes[filter_axis % len(axes)])
     unit, _ = numerics.unit_and_norm(numerics.wide(d), axes)
     _, length = numerics.unit_and_norm(numerics.wide(w), axes)
     return (length * unit).astype(w.dtype)
 
-  return jax.tree.map(
-      lambda m, d, w: scale(d, w) if m else jnp.zeros_like(w),
-      weight_mask(params, mask), direction, params)
+  flat, structure = jax.tree.flatten(params)
+  flags = jax.tree.leaves(weight_mask(params, mask, stack_axes))
+  return jax.tree.unflatten(structure, [
+      scale(d, w, num_stack_axes(stack_axes, path, w)) if flag
+      else jnp.zeros_like(w) for path, flag, d, w in zip(
+          leaf_paths(params), flags, jax.tree.leaves(direction), flat,
+          strict=True)])
 
 
 def random_direction(
     key: Array, params: Params, *, norm: Norm = 'filter',
-    mask: Mask = is_weight, filter_axis: int = -1) -> Params:
+    mask: Mask = is_weight, filter_axis: int = -1, stack_axes: StackAxes = 0
+) -> Params:
   """A Gaussian direction with the norms of the weights.
 
     d ~ N(0, 1),   d_j <- d_j |w_j| / |d_j|
@@ -116,6 +131,7 @@ def random_direction(
     norm: as in `normalised`.
     mask: as in `normalised`.
     filter_axis: as in `normalised`.
+    stack_axes: as in `normalised`.
 
   Returns:
     The direction, a pytree like `params`, zero on the leaves left alone.
@@ -130,7 +146,7 @@ def random_direction(
       for k, leaf in zip(keys, leaves, strict=False)]
   return normalised(
       jax.tree.unflatten(structure, noise), params, norm=norm, mask=mask,
-      filter_axis=filter_axis)
+      filter_axis=filter_axis, stack_axes=stack_axes)
 
 
 def robust_measure(
@@ -150,9 +166,13 @@ def robust_measure(
 
   Returns:
     A `Measure` of batches (images [B, ...], labels [B]) with the values
-    'natural_loss', 'robust_loss', 'natural_accuracy' and 'robust_accuracy'. An
-    example counts as robust if it is classified right at x and at x', by finite
-    logits. Keep the measure: one object is compiled once for all points, models
+    'natural_loss', 'robust_loss', 'natural_accuracy', 'robust_accuracy' and
+    'nonfinite'. An example counts as robust if it is classified right at x and
+    at x', by finite logits. 'nonfinite' is 1 where the logits or a gradient of
+    the attack had an entry that is not finite: such gradient entries count as
+    0, so the attack is weaker there. Images narrower than float32 are cast to
+    it, and matrix products run at `jax.default_matmul_precision('float32')`.
+    Keep the measure: one object is compiled once for all points, models
     and directions.
 
   Raises:
@@ -162,27 +182,31 @@ def robust_measure(
   checks.count('num_steps', num_steps)
 
   def measure(params: Params, batch: Any, key: Array) -> dict[str, Array]:
-    images, labels = batch
-    x_adv = pgd_lib.pgd(
-        key,
-        lambda x: objectives.cross_entropy(logits_fn(params, x), labels),
-        images, threat, step_size=step_size, num_steps=num_steps, start=start,
-        restarts=restarts)
-    natural, robust = logits_fn(params, images), logits_fn(params, x_adv)
-    is_natural = _is_right(natural, labels)
+    images, labels = numerics.wide(batch[0]), batch[1]
+
+    def loss_fn(x: Array, nothing: Any) -> tuple[Array, Any]:
+      return objectives.cross_entropy(logits_fn(params, x), labels), nothing
+
+    def broken_fn(x: Array) -> Array:
+      return ~objectives.is_correct(logits_fn(params, x), labels)
+
+    # By default accelerators multiply float32 in fewer bits.
+    with jax.default_matmul_precision('float32'):
+      out = pgd_lib.run_pgd(
+          key, loss_fn, (), images, threat, step_size=step_size,
+          num_steps=num_steps, start=start, restarts=restarts,
+          broken_fn=broken_fn)
+      natural, robust = logits_fn(params, images), logits_fn(params, out.x_adv)
+    is_natural = objectives.is_correct(natural, labels)
+    is_finite = jnp.all(jnp.isfinite(natural) & jnp.isfinite(robust), axis=-1)
     return {
         'natural_loss': objectives.cross_entropy(natural, labels),
         'robust_loss': objectives.cross_entropy(robust, labels),
         'natural_accuracy': is_natural,
-        'robust_accuracy': is_natural & _is_right(robust, labels)}
+        'robust_accuracy': is_natural & objectives.is_correct(robust, labels),
+        'nonfinite': out.nonfinite | ~is_finite}
 
   return measure
-
-
-def _is_right(logits: Array, labels: Array) -> Array:
-  """Whether finite logits [B, C] put the label first, [B]."""
-  finite = jnp.all(jnp.isfinite(logits), axis=-1)
-  return finite & (jnp.argmax(logits, axis=-1) == labels)
 
 
 @jax.jit

@@ -5,7 +5,8 @@ a `while` than outside of it (jax issue 12868), so there the loop is written
 out. On every other platform it stays a loop, which compiles once per body.
 
 `repeat` and `mapped` are decided when a program is lowered, by the platform it
-is lowered for:
+is lowered for (where the default device is an accelerator they are plain loops,
+also in a program for its host's CPU):
 
   >>> import jax, jax.numpy as jnp
   >>> traced = jax.jit(lambda x: repeat(3, jnp.sin, x)).trace(jnp.ones(2))
@@ -40,7 +41,8 @@ def platform(name: str) -> Iterator[None]:
   """Within it, loops take the form for a platform.
 
   For programs that run on another platform than the default device's: on the
-  CPU of a machine with an accelerator, say. `repeat` and `mapped` become plain
+  CPU of a machine with an accelerator, say. Functions that were traced before
+  keep the form they have. `repeat` and `mapped` become plain
   loops under any name but 'cpu'.
 
   Args:

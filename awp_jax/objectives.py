@@ -21,6 +21,7 @@ Labels y are integers [B], or probabilities [B, C] where examples are mixed
 """
 
 from collections.abc import Callable
+import functools
 from typing import Literal, NamedTuple
 
 import jax
@@ -134,6 +135,9 @@ def cw_margin(logits: Array, labels: Array) -> Array:
 class Objective(NamedTuple):
   """A pair of losses, and what its published code does beside them.
 
+  Equal arguments of `natural`, `standard`, `trades` and `mart` give one object,
+  so that an objective may be a static argument of a jitted function.
+
   Attributes:
     name: 'AT', 'TRADES', 'MART' or 'natural'.
     attack_loss: (logits at x', logits at x or None, labels) -> losses [B],
@@ -173,6 +177,20 @@ def check_smoothing(smoothing: float) -> None:
     raise ValueError(f'label_smoothing must be below 1, got {smoothing!r}.')
 
 
+def _cached(make: Callable[..., Objective]) -> Callable[..., Objective]:
+  """One object for equal arguments, which a jitted step takes as static."""
+  cached = functools.cache(make)
+
+  def find(*arguments: float) -> Objective:
+    try:
+      hash(arguments)
+    except TypeError:  # a device array
+      return make(*arguments)
+    return cached(*arguments)
+
+  return find
+
+
 def natural(label_smoothing: float = 0.0) -> Objective:
   """Training without an adversary: CE(f(x), y).
 
@@ -180,6 +198,11 @@ def natural(label_smoothing: float = 0.0) -> Objective:
     label_smoothing: of the targets, in [0, 1).
   """
   check_smoothing(label_smoothing)
+  return _natural(label_smoothing)
+
+
+@_cached
+def _natural(label_smoothing: float) -> Objective:
 
   def train_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     del natural
@@ -203,6 +226,11 @@ def standard(label_smoothing: float = 0.0) -> Objective:
     Attacks, ICLR 2018.
   """
   check_smoothing(label_smoothing)
+  return _standard(label_smoothing)
+
+
+@_cached
+def _standard(label_smoothing: float) -> Objective:
 
   def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     del natural
@@ -233,6 +261,11 @@ def trades(beta: float = 6.0, label_smoothing: float = 0.0) -> Objective:
   """
   checks.not_negative('beta', beta)
   check_smoothing(label_smoothing)
+  return _trades(beta, label_smoothing)
+
+
+@_cached
+def _trades(beta: float, label_smoothing: float) -> Objective:
 
   def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     del labels
@@ -274,6 +307,11 @@ def mart(beta: float = 5.0, label_smoothing: float = 0.0) -> Objective:
   """
   checks.not_negative('beta', beta)
   check_smoothing(label_smoothing)
+  return _mart(beta, label_smoothing)
+
+
+@_cached
+def _mart(beta: float, label_smoothing: float) -> Objective:
 
   def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     del natural

@@ -36,7 +36,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awp_jax import alternation, checks, objectives
+from awp_jax import alternation, checks, numerics, objectives
 from awp_jax.attacks import pgd as pgd_lib
 from awp_jax.attacks.pgd import Attack as Attack
 from awp_jax.evaluation_step import EvalMetrics as EvalMetrics
@@ -191,7 +191,8 @@ def train_step(
 
   Args:
     state: model, parameters, running statistics, optimizer state, step count.
-    batch: (images [B, ...], floating, in the threat model's box; labels:
+    batch: (images [B, ...], floating, in the threat model's box, cast to
+      float32 where they are narrower: bfloat16 loses small steps; labels:
       integers [B], or probabilities [B, C] for mixed examples); under an axis,
       this device's part.
     key: the run's PRNG key. The step count is folded in here, and under an axis
@@ -227,6 +228,7 @@ def train_step(
     check_memory(state, perturbation)
   method = perturbation or _OFF
   images, labels = batch
+  images = numerics.wide(images)
   attack_key, dropout_key = jax.random.split(
       _device_key(key, state.step, axis_name))
   as_published = statistics == 'reference'
@@ -250,7 +252,7 @@ def train_step(
   batch_stats, is_right = out.aux
   params, opt_state = steps.apply_at_perturbed(
       state.tx, state.params, state.opt_state, out.perturbation, out.gradients,
-      update_at=method.update_at)
+      update_at=method.update_at, value=out.loss)
   if as_published and objective.reference_pass_after_update:
     _, batch_stats = forward(
         state, params, batch_stats, images, train=True, key=dropout_key)
@@ -259,7 +261,7 @@ def train_step(
       robust_accuracy=_mean(jnp.mean(is_right, dtype=jnp.float32), axis_name),
       gradient_norm=leaves.global_norm(out.gradients),
       perturbation_ratio=leaves.relative_norm(
-          out.perturbation, state.params, method.mask),
+          out.perturbation, state.params, method.chosen(state.params)),
       unperturbed_loss=out.unperturbed_loss)
   return state.replace(
       step=state.step + 1, params=params, opt_state=opt_state,

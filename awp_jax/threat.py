@@ -187,7 +187,7 @@ class ThreatModel:
     L_inf: every entry uniform in [-epsilon, epsilon]. L_2: a uniform
     direction, and a length uniform in [0, epsilon], as the reference draws it
     (a uniform *point* of the ball would nearly always lie on its surface).
-    L_1: normal noise, projected onto ball and box.
+    L_1: normal noise as wide as the box, projected onto ball and box.
 
     Args:
       key: a PRNG key.
@@ -200,7 +200,8 @@ class ThreatModel:
       delta = jax.random.uniform(
           key, x.shape, x.dtype, -self.epsilon, self.epsilon)
     elif self.norm == 'L1':
-      return self.project(x + jax.random.normal(key, x.shape, x.dtype), x)
+      noise = jax.random.normal(key, x.shape, x.dtype)
+      return self.project(x + (self.upper - self.lower) * noise, x)
     else:
       direction_key, length_key = jax.random.split(key)
       lengths_shape = x.shape[:1] + (1,) * len(_over_features(x))

@@ -18,6 +18,7 @@ import importlib.machinery
 import json
 import os
 import pathlib
+import random
 import signal
 import sys
 import tempfile
@@ -235,6 +236,8 @@ def main() -> None:
   parser.add_argument('tests', nargs='+', help='files, or options of pytest')
   parser.add_argument('--jobs', type=int, default=2)
   parser.add_argument('--lines', default='', help='only these, FIRST-LAST')
+  parser.add_argument(
+      '--sample', type=int, help='only so many, drawn without replacement')
   parser.add_argument('--output', type=pathlib.Path, help='a JSON file')
   options = parser.parse_args()
   path = options.module.resolve()
@@ -257,6 +260,10 @@ def main() -> None:
   if options.lines:
     first, last = map(int, options.lines.split('-'))
     mutants = [m for m in mutants if first <= m.line <= last]
+  possible = len(mutants)
+  if options.sample is not None and options.sample < possible:
+    drawn = random.Random(0).sample(range(possible), options.sample)
+    mutants = [mutants[number] for number in sorted(drawn)]
   unchanged = Mutant(0, 'nothing', source)
   started = time.monotonic()
   if run_mutants(path, [unchanged], options.tests, 1, 1e4) != ['survived']:
@@ -266,12 +273,14 @@ def main() -> None:
   verdicts = run_mutants(path, mutants, options.tests, options.jobs, limit)
   seconds = time.monotonic() - started
   counts = {v: verdicts.count(v) for v in ('killed', 'timeout', 'survived')}
-  print(f'{options.module}: {len(mutants)} mutants, {counts}, {seconds:.0f} s')
+  print(f'{options.module}: {len(mutants)} of {possible} mutants, {counts}, '
+        f'{seconds:.0f} s')
   if options.output:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({
         'module': str(options.module), 'tests': options.tests,
-        'mutants': len(mutants), **counts, 'seconds': round(seconds),
+        'possible': possible, 'mutants': len(mutants), **counts,
+        'seconds': round(seconds),
         'survivors': [
             {'line': m.line, 'change': m.change}
             for m, verdict in zip(mutants, verdicts, strict=True)

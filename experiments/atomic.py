@@ -46,6 +46,31 @@ def write_text(path: pathlib.Path, text: str) -> None:
     file.write(text.encode())
 
 
+def create_text(path: pathlib.Path, text: str) -> bool:
+  """Writes UTF-8 text whole unless the file exists.
+
+  Args:
+    path: of the file.
+    text: its content.
+
+  Returns:
+    Whether this call made the file; of concurrent callers one gets True.
+  """
+  temporary = path.with_name(
+      f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}')
+  try:
+    with temporary.open('x') as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.link(temporary, path)
+  except FileExistsError:
+    return False
+  finally:
+    temporary.unlink(missing_ok=True)
+  return True
+
+
 def is_leftover(path: pathlib.Path) -> bool:
   """Whether a file is what a process killed inside `replacing` leaves."""
   return path.name.startswith('.') and path.name.endswith(_SUFFIX)

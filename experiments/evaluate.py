@@ -9,6 +9,7 @@ with the same result.
 """
 
 from collections.abc import Sequence
+import json
 import pathlib
 import re
 from typing import Any
@@ -35,7 +36,7 @@ from experiments import (
 )
 from experiments import evaluation_records as records_lib
 from experiments import subjects as subjects_lib
-from experiments.errors import user_errors
+from experiments.errors import UserError, user_errors
 
 #: Prefix of the versions of AutoAttack in a config's list.
 _AUTO = 'aa-'
@@ -132,7 +133,12 @@ def _facts(
 
 
 def _test_set(run: runs.Run) -> tuple[np.ndarray, np.ndarray]:
-  count = run.config.evaluation.num_examples or len(run.dataset.y_test)
+  there = len(run.dataset.y_test)
+  count = run.config.evaluation.num_examples or there
+  if count > there:
+    raise UserError(
+        f'evaluation.num_examples={count}: there are {there} test images; 0 '
+        'takes all of them.')
   images = run.dataset.x_test[:count]
   pixels = pipeline.to_pixels(jnp.asarray(images), jnp.dtype(jnp.float32))
   return np.asarray(pixels), run.dataset.y_test[:count]
@@ -249,7 +255,8 @@ def evaluate(run: runs.Run) -> dict[str, Any]:
     evaluation the robust accuracy (fractions, with 95 % Wilson intervals),
     seconds, who broke which example, the largest distance, warnings, and the
     precision, devices and versions that judged. Where the best and the last
-    checkpoint have the same weights they are attacked once.
+    checkpoint have the same weights they are attacked once. Attacks of an
+    earlier call on the same models, images and threat model are kept.
 
   Raises:
     ValueError: for a checkpoint that cannot be read.
@@ -273,6 +280,7 @@ def evaluate(run: runs.Run) -> dict[str, Any]:
       'threat': config.threat.to_dict(), 'num_examples': num_examples,
       'dataset': data.describe(run.dataset), 'seed': config.seed,
       'subjects': subjects}
+  _keep_others(values, run.workdir / 'evaluation.json')
   results.write_json(run.workdir / 'evaluation.json', values)
   print(f'\n{run.dataset.name}, {config.threat.norm}, epsilon '
         f'{config.threat.epsilon:.4f}, {num_examples} test images, judged in '
@@ -281,12 +289,29 @@ def evaluate(run: runs.Run) -> dict[str, Any]:
   return values
 
 
+def _keep_others(values: dict[str, Any], path: pathlib.Path) -> None:
+  """Adds earlier evaluations of the same models on the same images."""
+  if not path.exists():
+    return
+  before = json.loads(path.read_text())
+  if any(before.get(name) != values[name] for name in values
+         if name != 'subjects'):
+    return
+  for name, entry in values['subjects'].items():
+    old = before['subjects'].get(name, {})
+    if old.get('weights') == entry['weights']:
+      entry['evaluations'] = {
+          **old['evaluations'], **entry['evaluations']}
+
+
 def _evaluate_subject(
     run: runs.Run, subject: subjects_lib.Subject,
     test_set: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
   """A model's entry in `evaluation.json`."""
   correct = _count_correct(subject, *test_set)
-  entry: dict[str, Any] = {'origin': subject.origin, 'evaluations': {}}
+  entry: dict[str, Any] = {
+      'origin': subject.origin, 'weights': subject.facts['weights'],
+      'evaluations': {}}
   for name in run.config.evaluation.attacks:
     result, judged_by = _evaluate_one(run, subject, name, test_set, correct)
     entry['natural'] = _accuracy(result.natural) | {

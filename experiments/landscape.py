@@ -10,6 +10,7 @@ directions measures the new ones only.
 
 from collections.abc import Callable, Sequence
 import functools
+import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -279,6 +280,13 @@ def measure(run: runs.Run) -> dict[str, Any]:
     found = _measure_subject(subject, records, f'{run.workdir.name} {kind}')
     subjects[kind] = {'step': step} | _entry(found, settings) | {
         'judged_by': records.judged_by}
+    share = max(
+        point['nonfinite'] for points in found.values() for point in points)
+    if share:
+      print(f'{run.workdir.name} {kind}: up to {100 * share:.2f} % of a '
+            "point's images had logits or gradients that are not finite. The "
+            'attack is weaker there, so the robust loss is too low.',
+            flush=True)
   values = {
       'threat': run.config.threat.to_dict(),
       'attack': {'step_size': run.config.attack.step_size,
@@ -317,6 +325,10 @@ def run_all(
     landscapes[name] = measure(run)
     report.write_or_say_why(run, 'landscape')
   print(f'\n{results.table(report_tables.flatness(landscapes))}\n')
+  if len({json.dumps([values['threat'], values['attack']])
+          for values in landscapes.values()}) > 1:
+    print('The runs differ in threat model or attack: their curves do not '
+          'compare.\n')
   if len(landscapes) > 1:
     together = folders[0] / 'figures' / 'landscapes'
     panels.landscapes(together, landscapes)

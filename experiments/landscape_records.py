@@ -13,7 +13,8 @@ from experiments import atomic, judging
 
 #: What is measured at each point.
 METRICS = (
-    'robust_loss', 'robust_accuracy', 'natural_loss', 'natural_accuracy')
+    'robust_loss', 'robust_accuracy', 'natural_loss', 'natural_accuracy',
+    'nonfinite')
 SPLITS = ('train', 'test')
 
 
@@ -88,7 +89,7 @@ class Records:
       self._judge = line['judged_by']
       if self._judge not in self.judged_by:
         self.judged_by.append(self._judge)
-    else:
+    elif line.keys() >= set(METRICS):  # not one of an older version
       self._known[line['series'], line['split'], tuple(line['point'])] = {
           name: line[name] for name in METRICS}
 

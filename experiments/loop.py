@@ -252,6 +252,8 @@ class Loop:
     if epoch % config.eval.every_epochs == 0 or epoch == config.epochs:
       line |= steps.evaluate(self.run, self.eval_fn, self.state)
       self._check_finite(line)
+      if text := _doubt(line):
+        self.progress.say(text)
       line['judged_by'] = judging.judged_by()
     line |= {
         'seconds_training': self.seconds,
@@ -284,6 +286,19 @@ def _all_finite(tree: Any) -> Any:
   return jnp.all(jnp.asarray([
       jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)
       if jnp.issubdtype(leaf.dtype, jnp.floating)]))
+
+
+def _doubt(line: dict[str, Any]) -> str:
+  """A warning where the robust accuracies of an epoch are too high; or ''."""
+  shares = {
+      name.removesuffix('_nonfinite'): value for name, value in line.items()
+      if name.endswith('_nonfinite') and value}
+  if not shares:
+    return ''
+  return 'warning: logits or gradients are not finite on ' + ', '.join(
+      f'{100 * value:.2f} % of the {split} images'
+      for split, value in shares.items()) + (
+          '. The attack is weaker there, so robust accuracy is too high.')
 
 
 def _epoch_text(line: dict[str, Any], epochs: int) -> str:

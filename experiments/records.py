@@ -9,7 +9,15 @@ import pathlib
 import statistics
 from typing import Any, NamedTuple
 
-from experiments import compare, jobs, results, setup, sweep, workdirs
+from experiments import (
+    checkpoints,
+    compare,
+    jobs,
+    results,
+    setup,
+    sweep,
+    workdirs,
+)
 from experiments.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parent / 'configs'
@@ -26,6 +34,7 @@ class Record(NamedTuple):
     config: its fields; empty if it never started.
     lines: of its `metrics.jsonl`.
     measured: by the keys of `measure`; empty before the first evaluation.
+    left_out: why an evaluation of the run is not in the table, or ''.
   """
 
   name: str
@@ -35,6 +44,7 @@ class Record(NamedTuple):
   config: dict[str, Any]
   lines: list[dict[str, Any]]
   measured: dict[str, float]
+  left_out: str = ''
 
 
 def read(workdir: pathlib.Path, name: str) -> Record:
@@ -59,7 +69,8 @@ def read(workdir: pathlib.Path, name: str) -> Record:
   lines = results.read_metrics(workdir / name)
   return Record(
       name, *parsed, sweep.state_of(workdir, name), config, lines,
-      measure(lines, config, workdir / name))
+      measure(lines, config, workdir / name),
+      read_autoattack(workdir / name)[1])
 
 
 def measure(
@@ -92,17 +103,37 @@ def measure(
       'gap': 100 * values['robust_generalisation_gap'],
       'seconds_per_step': seconds / steps,
       'seconds_per_epoch': seconds / len(lines)}
-  autoattack = _autoattack(folder / 'evaluation.json')
+  autoattack, _ = read_autoattack(folder)
   return measured | ({} if autoattack is None else {'autoattack': autoattack})
 
 
-def _autoattack(path: pathlib.Path) -> float | None:
-  """Robust accuracy of the best checkpoint under the standard AutoAttack."""
+def read_autoattack(folder: pathlib.Path) -> tuple[float | None, str]:
+  """Robust accuracy of the best checkpoint under the standard AutoAttack.
+
+  Args:
+    folder: of a run.
+
+  Returns:
+    Per cent on all test images, or None; and why an evaluation that is there
+    does not count, or ''.
+  """
+  path = folder / 'evaluation.json'
   if not path.exists():
-    return None
-  subjects = json.loads(path.read_text())['subjects']
-  entry = subjects.get('best', {}).get('evaluations', {}).get('aa-standard')
-  return None if entry is None else 100 * entry['robust']['accuracy']
+    return None, ''
+  evaluation = json.loads(path.read_text())
+  subject = evaluation['subjects'].get('best', {})
+  entry = subject.get('evaluations', {}).get('aa-standard')
+  if entry is None or subject['origin'].get('checkpoint') != 'best':
+    return None, ''
+  step = checkpoints.Reader(folder, 'best').step()
+  if step is not None and subject['origin']['step'] != step:
+    return None, (
+        f'its AutoAttack is of step {subject["origin"]["step"]}, the best '
+        f'checkpoint is now of step {step}')
+  count, whole = evaluation['num_examples'], evaluation['dataset']['num_test']
+  if count != whole:
+    return None, f'its AutoAttack is on {count} of {whole} test images'
+  return 100 * entry['robust']['accuracy'], ''
 
 
 def changed(label: str, config: dict[str, Any]) -> dict[str, Any]:

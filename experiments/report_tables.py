@@ -33,6 +33,10 @@ def tiles(
         ('robust gap, last',
          f'{100 * summary["robust_generalisation_gap"]:.2f}',
          'points, training less test')]
+    if share := max(best.get('nonfinite', 0), last.get('nonfinite', 0)):
+      found.append((
+          'not finite', _per_cent(share), 'of the test images have logits or '
+          'gradients that are not finite: robust accuracy is too high'))
   for kind, entry in evaluation.get('subjects', {}).items():
     weakest = min(
         entry['evaluations'].items(),

@@ -151,7 +151,8 @@ def accuracies(
     return {
         'epoch': line['epoch'],
         'natural_accuracy': line['test_natural_accuracy'],
-        'robust_accuracy': line['test_robust_accuracy']}
+        'robust_accuracy': line['test_robust_accuracy'],
+        'nonfinite': line.get('test_nonfinite', 0.0)}
 
   tail = [line['test_robust_accuracy'] for line in evaluated(lines)[-6:]]
   return {

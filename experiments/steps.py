@@ -246,7 +246,9 @@ def evaluate_split(
     key: a PRNG key; each batch folds in its number.
 
   Returns:
-    Means by name; accuracies in [0, 1].
+    Means by name; accuracies in [0, 1]. 'nonfinite' is the share of examples
+    with logits or gradients that are not finite: unless it is 0 the attack was
+    weaker than it should be.
   """
   size = run.config.eval.batch_size
   spread = (run.num_devices, size // run.num_devices)
@@ -266,7 +268,8 @@ def evaluate_split(
       'natural_accuracy': sums.natural_correct / sums.examples,
       'robust_accuracy': sums.robust_correct / sums.examples,
       'natural_loss': sums.natural_loss / sums.examples,
-      'robust_loss': sums.robust_loss / sums.examples}
+      'robust_loss': sums.robust_loss / sums.examples,
+      'nonfinite': sums.nonfinite / sums.examples}
 
 
 def evaluate(

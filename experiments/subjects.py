@@ -18,7 +18,7 @@ class Subject(NamedTuple):
   """A model under evaluation.
 
   Attributes:
-    name: 'best', 'last', or the stem of a PyTorch file.
+    name: 'best', 'last', or 'torch-' and the stem of a PyTorch file.
     origin: which checkpoint it is, as plain values.
     facts: what its logits depend on, as plain values.
     logits_fn: images [B, ...] -> logits [B, C].
@@ -102,7 +102,7 @@ def _torch_subject(run: runs.Run, path: pathlib.Path) -> Subject:
   digest = hashlib.sha256(path.read_bytes()).hexdigest()
   variables = torch_exchange.from_torch(state_dict, model)
   return Subject(
-      path.stem, {'torch_checkpoint': path.name, 'sha256': digest},
+      f'torch-{path.stem}', {'torch_checkpoint': path.name, 'sha256': digest},
       {'weights': digest, 'mean': list(mean), 'std': list(std)},
       functools.partial(
           judging.logits, judging.network(model),

@@ -95,6 +95,7 @@ def notes(groups: dict[str, list[records.Record]]) -> list[str]:
   for name, runs in groups.items():
     if runs[0].state.error:
       found.append(f'{name}: {runs[0].state.error}')
+    found += [f'{run.name}: {run.left_out}.' for run in runs if run.left_out]
     fields = records.changed(runs[0].label, runs[0].config)
     if fields:
       found.append(

@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments import atomic, results, setup
+from experiments import atomic, setup
 from experiments.configs import base
 from experiments.errors import UserError
 
@@ -25,6 +25,10 @@ FREE_GROUPS = ('evaluation.', 'landscape.')
 #: Fields that may differ when a run is read: where its images lie now. That
 #: they are the same images is checked.
 READER_FIELDS = (*FREE_FIELDS, 'npz_path')
+
+
+#: What a trainer locks. A hidden file: it says nothing to a reader.
+LOCK = '.lock'
 
 
 class WorkdirBusy(UserError):
@@ -64,7 +68,7 @@ def open_workdir(
   path = folder / 'config.json'
   foreign = [
       file for file in folder.iterdir()
-      if file != path and not atomic.is_leftover(file)]
+      if file not in (path, folder / LOCK) and not atomic.is_leftover(file)]
   if path.exists():
     _check_same(folder, _plain(config))
   elif foreign:
@@ -75,7 +79,7 @@ def open_workdir(
 
 
 def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Writes `config.json` unless it is there.
+  """Writes `config.json`, or checks the one that is there.
 
   Not before all else is known to work: a mistyped `npz_path` shall not keep the
   corrected one out.
@@ -83,10 +87,15 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
   Args:
     folder: of `open_workdir`.
     config: of the run.
+
+  Raises:
+    UserError: if another process has just claimed the folder for another
+      config.
   """
-  path = folder / 'config.json'
-  if not path.exists():
-    results.write_json(path, _plain(config))
+  path, wanted = folder / 'config.json', _plain(config)
+  text = json.dumps(wanted, indent=2) + '\n'
+  if path.exists() or not atomic.create_text(path, text):
+    _check_same(folder, wanted)
 
 
 def stored_fields(workdir: pathlib.Path) -> dict[str, Any]:
@@ -193,11 +202,12 @@ def reader_config(
       {name: stored[name] for name in _plain(config)}, _plain(config),
       READER_FIELDS)
   if differing:
+    named = '--config' if overrides is None else 'these fields'
     raise UserError(
         f'the workdir {str(workdir)!r} holds the run of another config; it '
-        f'differs in {", ".join(differing)}. Leave these fields out: they are '
-        f'read from the folder. {", ".join(READER_FIELDS)} and those that '
-        f'begin with {" or ".join(FREE_GROUPS)} may differ.')
+        f'differs in {", ".join(differing)}. Leave {named} out: the config of '
+        f'the run is read from the folder. {", ".join(READER_FIELDS)} and '
+        f'those that begin with {" or ".join(FREE_GROUPS)} may differ.')
   return config
 
 
@@ -205,7 +215,8 @@ def reader_config(
 def locked(workdir: pathlib.Path) -> Iterator[None]:
   """Keeps other trainers out of a run's folder; readers need no lock.
 
-  The lock is on `config.json` and ends with the process, however that ends.
+  The lock is on a file of its own, which is never replaced, and ends with the
+  process, however that ends.
 
   Args:
     workdir: of `claim`.
@@ -219,7 +230,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   with contextlib.ExitStack() as stack:
     try:
       # Network file systems lock only what is open for writing.
-      file = stack.enter_context((workdir / 'config.json').open('r+'))
+      file = stack.enter_context((workdir / LOCK).open('a'))
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise WorkdirBusy(

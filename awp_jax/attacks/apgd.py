@@ -107,7 +107,10 @@ def apgd_spec(
 
   return AttackSpec(
       name, build, num_targets=num_targets if targeted else 0,
-      min_classes=fewest)
+      min_classes=fewest, settings={
+          'attack': 'apgd', 'loss': loss, 'num_steps': num_steps,
+          'restarts': restarts, 'targeted': bool(targeted),
+          'num_targets': num_targets, 'large_start': large_start})
 
 
 def apgd(

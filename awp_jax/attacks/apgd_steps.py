@@ -159,7 +159,8 @@ def start(
     noise = threats.unit_l2(noise, 1e-12)
   if threat.norm == 'L1':
     radius = jnp.full(x.shape[0], schedule.epsilon[0], x.dtype)
-    begin = _project(x + noise, x, threat, radius)
+    width = threat.upper - threat.lower
+    begin = _project(x + width * noise, x, threat, radius)
   else:
     begin = threat.clip(x + threat.epsilon * noise)
   none = jnp.zeros(x.shape[0], x.dtype)

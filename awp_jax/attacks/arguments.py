@@ -1,7 +1,7 @@
 """Checks of what is handed to an evaluation, before anything compiles."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -58,17 +58,50 @@ class Traced(NamedTuple):
     program: the trace, on two images.
     num_classes: C.
     dtype: of the logits.
+    product: the narrowest floating type of an operand of its matrix products
+      and convolutions, or a lower precision that one of them asks for;
+      'float32' or wider where there is neither.
   """
 
   program: jax.extend.core.ClosedJaxpr
   num_classes: int
   dtype: np.dtype
+  product: str
+
+
+def _products(program: Any) -> Iterator[Any]:
+  """The matrix products and convolutions of a program and those inside it."""
+  for equation in program.eqns:
+    if equation.primitive.name in ('dot_general', 'conv_general_dilated'):
+      yield equation
+    for inner in jax.tree.leaves(
+        list(equation.params.values()),
+        is_leaf=lambda value: hasattr(value, 'eqns')):
+      if hasattr(inner, 'eqns'):
+        yield from _products(inner)
+
+
+def _narrowest_product(program: jax.extend.core.ClosedJaxpr) -> str:
+  """`Traced.product` of a program traced at precision 'float32'."""
+  narrowest = np.dtype(np.float64)
+  for equation in _products(program):
+    for operand in equation.invars:
+      dtype = operand.aval.dtype
+      if jnp.issubdtype(dtype, jnp.floating):
+        narrowest = min(narrowest, np.dtype(dtype), key=lambda d: d.itemsize)
+    asked = equation.params['precision']
+    for precision in asked if isinstance(asked, tuple) else (asked,):
+      if precision not in (None, jax.lax.Precision.HIGHEST):
+        return str(precision)
+  return str(narrowest)
 
 
 def trace_model(
     logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool
 ) -> Traced:
   """Traces the model once; nothing is compiled.
+
+  Call it where verdicts are made, at `jax.default_matmul_precision('float32')`.
 
   Args:
     logits_fn: the model.
@@ -93,7 +126,9 @@ def trace_model(
   if shape[1] < 2:
     raise ValueError(
         f'logits_fn must give logits of at least 2 classes, got {shape[1]}.')
-  return Traced(program, int(shape[1]), np.dtype(logits.dtype))
+  return Traced(
+      program, int(shape[1]), np.dtype(logits.dtype),
+      _narrowest_product(program))
 
 
 def check_specs(

@@ -4,7 +4,7 @@ An attack of one's own is an `AttackSpec` whose `build` returns an `Attack`.
 `awp_jax.evaluate` and `awp_jax.auto_attack(attacks=...)` run it beside others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -88,6 +88,10 @@ class AttackSpec(NamedTuple):
     needs_images: whether inputs must be [B, H, W, C].
     num_draws: over how many draws of a randomised model its gradients are
       averaged, unless the evaluation says; more than 1 needs such a model.
+    settings: all that `build` depends on, by name: plain values, or functions
+      of arrays, which are told apart by their traces. Records of an
+      interrupted evaluation are resumed only where these are the same; None
+      means that they are not known, and nothing is resumed.
   """
 
   name: str
@@ -97,6 +101,7 @@ class AttackSpec(NamedTuple):
   min_classes: int = 2
   needs_images: bool = False
   num_draws: int | None = None
+  settings: Mapping[str, Any] | None = None
 
 
 @jax.jit

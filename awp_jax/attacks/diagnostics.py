@@ -8,6 +8,7 @@ import warnings
 import jax
 import numpy as np
 
+from awp_jax.attacks.arguments import Traced
 from awp_jax.attacks.contract import AttackSpec
 from awp_jax.attacks.results import (
     Anomalies,
@@ -19,6 +20,10 @@ from awp_jax.types import Array
 
 #: Relative differences of logits above this are no rounding.
 _SAME = 1e-3
+
+_IN_FLOAT32 = (
+    'Robust accuracy is comparable in float32 only: build the model with '
+    'dtype=float32 and the same weights.')
 
 #: How much accuracy Square may take after gradients were used.
 _SQUARE_GAIN = 0.002
@@ -107,13 +112,13 @@ def check_logits(logits: np.ndarray) -> tuple[int, bool]:
 
 
 def about_logits(
-    nonfinite: int, probable: bool, dtype: np.dtype) -> list[AttackWarning]:
+    nonfinite: int, probable: bool, traced: Traced) -> list[AttackWarning]:
   """Warns of what the natural logits show.
 
   Args:
     nonfinite: of how many images they are not finite.
     probable: whether they look like probabilities.
-    dtype: of the logits.
+    traced: the model.
   """
   found = []
   if nonfinite:
@@ -125,11 +130,14 @@ def about_logits(
     found.append(warn(
         'probabilities', 'the outputs are probabilities, not logits: their '
         'gradients vanish where the model is sure. Leave out the softmax.'))
-  if dtype.itemsize < 4:
+  if traced.dtype.itemsize < 4:
     found.append(warn(
-        'half-precision', f'the model returns {dtype} logits, whose largest '
-        'entries often tie. Robust accuracy is comparable in float32 only: '
-        'build the model with dtype=float32 and the same weights.'))
+        'half-precision', f'the model returns {traced.dtype} logits, whose '
+        f'largest entries often tie. {_IN_FLOAT32}'))
+  elif traced.product not in ('float32', 'float64'):
+    found.append(warn(
+        'half-precision', 'the model computes matrix products or convolutions '
+        f'in {traced.product}. {_IN_FLOAT32}'))
   return found
 
 
@@ -152,6 +160,29 @@ def check_classes(
           'few-classes', f'{spec.name} with {num_classes} classes: '
           f'{"; ".join(told)}.', spec.name))
   return found
+
+
+def looks_channels_first(shape: tuple[int, ...]) -> bool:
+  """Whether an image of this shape seems to be [C, H, W]: 1 or 3 channels."""
+  return len(shape) == 3 and shape[0] in (1, 3) and shape[2] > 4
+
+
+def check_layout(
+    specs: Sequence[AttackSpec], shape: tuple[int, ...]) -> list[AttackWarning]:
+  """Warns where an attack reads images by place and they look channels-first.
+
+  Args:
+    specs: the attacks.
+    shape: of an image.
+  """
+  if not looks_channels_first(shape):
+    return []
+  return [
+      warn('layout', f'{spec.name} reads images of shape {shape} as [H, W, C], '
+           'channels last. If they are [C, H, W], its windows are no squares '
+           'and the robust accuracy is too high: give them as [H, W, C] and '
+           'transpose inside logits_fn.', spec.name)
+      for spec in specs if spec.needs_images]
 
 
 def after_attack(

@@ -133,6 +133,7 @@ def _check_model(
 def _make_job(setting: _Setting, spec: AttackSpec, num_draws: int) -> Job:
   model = average_gradients(setting.model, num_draws)
   attack = spec.build(model, setting.court.threat)
+  checks.count(f'num_runs of attack {spec.name!r}', attack.num_runs)
   return Job(
       attack, engine.make_advance(attack, model.takes_key),
       jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode())),
@@ -167,6 +168,10 @@ def _taken_over(
         f'{record.attack} on {len(record.indices)} examples where {name} on '
         f'{len(indices)} is due. The arguments, batch and group sizes must be '
         'those of the interrupted run.')
+  if not identity:
+    raise ValueError(
+        'EvalOptions.done cannot be resumed: an attack of this evaluation does '
+        'not say what it depends on. Give its AttackSpec its `settings`.')
   if record.identity != identity:
     raise ValueError(
         'EvalOptions.done belongs to another evaluation: key, model, weights, '
@@ -258,7 +263,7 @@ def _make_setting(
   name = ''
   if options.progress is not None or options.done:
     name = identity.identify(
-        key, traced.program, images, labels, threat, specs,
+        key, traced, images, labels, threat, specs,
         {'num_draws': options.num_draws, 'batch_size': batch_size,
          'attack_precision': options.attack_precision})
   court = judging.Court(
@@ -300,7 +305,8 @@ def evaluate(
   arguments.check_images(images, threat)
   if images.dtype != np.float32 and images.dtype != np.float64:
     images = images.astype(np.float32)
-  traced = arguments.trace_model(logits_fn, images, options.takes_key)
+  with jax.default_matmul_precision(JUDGING_PRECISION):
+    traced = arguments.trace_model(logits_fn, images, options.takes_key)
   arguments.check_labels(labels, len(images), traced.num_classes)
   arguments.check_specs(
       specs, images.ndim, options.takes_key, options.num_draws)
@@ -311,13 +317,14 @@ def evaluate(
       setting.court, images, setting.labels,
       max(spec.num_targets for spec in specs))
   found = diagnostics.about_logits(
-      natural.nonfinite, natural.probable and options.check_model, traced.dtype)
+      natural.nonfinite, natural.probable and options.check_model, traced)
   if options.check_model:
     if not options.takes_key:
       found += _check_model(setting, logits_fn)
     found += diagnostics.check_classes(specs, traced.num_classes)
+    found += diagnostics.check_layout(specs, images.shape[1:])
   judged = results.Judgement(
-      natural.dtype, str(traced.dtype), JUDGING_PRECISION,
+      natural.dtype, str(traced.dtype), traced.product, JUDGING_PRECISION,
       tuple(device.device_kind for device in natural.devices),
       identity.versions())
   return _run(setting, natural, specs, options, found, judged)

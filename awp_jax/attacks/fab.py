@@ -265,7 +265,10 @@ def fab_spec(
     return Attack(
         runs, lambda examples: start(examples, threat, restarts), step)
 
-  return AttackSpec(name, build, num_targets=num_targets if targeted else 0)
+  return AttackSpec(
+      name, build, num_targets=num_targets if targeted else 0, settings={
+          'attack': 'fab', 'targeted': targeted, 'num_steps': num_steps,
+          'restarts': restarts, 'num_targets': num_targets})
 
 
 def fab(

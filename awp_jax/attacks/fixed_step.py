@@ -106,7 +106,10 @@ def pgd_spec(
     return Attack(
         restarts, lambda examples: _start(examples, threat, random_start), step)
 
-  return AttackSpec(name, build, white_box=source_fn is None)
+  return AttackSpec(name, build, white_box=source_fn is None, settings={
+      'attack': 'pgd', 'step_size': step_size, 'num_steps': num_steps,
+      'loss': loss, 'restarts': restarts, 'random_start': random_start,
+      'source_fn': source_fn})
 
 
 def cw_attack(

@@ -17,6 +17,7 @@ import jax.extend
 import jaxlib
 import numpy as np
 
+from awp_jax.attacks import arguments
 from awp_jax.attacks.contract import AttackSpec
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
@@ -64,29 +65,50 @@ def hash_array(values: np.ndarray) -> str:
   return digest.hexdigest()
 
 
+def _setting(name: str, value: Any, traced: arguments.Traced) -> Any:
+  """A value of `AttackSpec.settings` as a plain one."""
+  if not callable(value):
+    return value
+  if name == 'loss':
+    whole = jax.ShapeDtypeStruct((2,), np.int32)
+    specs: tuple[Any, ...] = (
+        jax.ShapeDtypeStruct((2, traced.num_classes), np.float32), whole, whole)
+  else:
+    specs = tuple(traced.program.in_avals[:1])
+  return hash_program(jax.make_jaxpr(value)(*specs))
+
+
 def identify(
-    key: Array, program: jax.extend.core.ClosedJaxpr, images: np.ndarray,
+    key: Array, traced: arguments.Traced, images: np.ndarray,
     labels: np.ndarray, threat: ThreatModel, specs: Sequence[AttackSpec],
     settings: dict[str, Any]) -> str:
   """The identity of an evaluation.
 
   Args:
     key: a PRNG key.
-    program: the trace of the model.
+    traced: the model.
     images: [N, ...].
     labels: [N].
     threat: the threat model.
-    specs: the attacks; their names stand for them.
-    settings: plain values that verdicts depend on.
+    specs: the attacks.
+    settings: other plain values that verdicts depend on.
 
   Returns:
-    A hash, as hexadecimal digits.
+    A hash, as hexadecimal digits; '' if an attack does not say what it depends
+    on.
   """
+  if any(spec.settings is None for spec in specs):
+    return ''
+  attacks = [
+      [spec.name, spec.num_targets, spec.num_draws, {
+          name: _setting(name, value, traced)
+          for name, value in (spec.settings or {}).items()}]
+      for spec in specs]
   values = {
       'key': np.asarray(jax.random.key_data(key)).tolist(),
-      'model': hash_program(program), 'images': hash_array(images),
+      'model': hash_program(traced.program), 'images': hash_array(images),
       'labels': hash_array(labels), 'threat': dataclasses.asdict(threat),
-      'attacks': [spec.name for spec in specs], 'versions': versions(),
+      'attacks': attacks, 'versions': versions(),
       **settings}
   text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()

@@ -20,12 +20,13 @@ FGSM is the single step of size epsilon from x; CW_inf is PGD on
   [[0.75 0.25]]
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, loops
+from awp_jax import checks, loops, numerics
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, InputLossFn, StatefulInputLossFn
 
@@ -59,7 +60,7 @@ class PGDOutput(NamedTuple):
   """What an attack leaves behind.
 
   Attributes:
-    x_adv: x', like x.
+    x_adv: x', shaped like x, in float32 or wider.
     state: the last state of the loss.
     nonfinite: [B], whether the start or any gradient of the example had an
       entry that is not finite.
@@ -73,7 +74,7 @@ class PGDOutput(NamedTuple):
 def _start_point(
     key: Array, x: Array, threat: ThreatModel, start: Start | Array) -> Array:
   if not isinstance(start, str):
-    return start
+    return start.astype(x.dtype)
   if start == 'random':
     return threat.random_start(key, x)
   if start == 'gaussian':
@@ -85,6 +86,7 @@ def _start_point(
 def _check(
     x: Array, start: Start | Array, step_size: float, num_steps: int,
     restarts: int) -> None:
+  checks.floating('x', x)
   checks.positive('step_size', step_size)
   checks.count('num_steps', num_steps)
   checks.count('restarts', restarts)
@@ -109,7 +111,8 @@ def run_pgd(
     key: Array, loss_fn: StatefulInputLossFn, state: Any, x: Array,
     threat: ThreatModel, *, step_size: float, num_steps: int,
     start: Start | Array = 'random', restarts: int = 1,
-    gradient_floor: float = 0.0) -> PGDOutput:
+    gradient_floor: float = 0.0,
+    broken_fn: Callable[[Array], Array] | None = None) -> PGDOutput:
   """`pgd_with_state`, which also returns where gradients were not finite.
 
   Args:
@@ -123,11 +126,14 @@ def run_pgd(
     start: as in `pgd`.
     restarts: as in `pgd`.
     gradient_floor: added to |g|_2 where an L_2 step divides by it.
+    broken_fn: x' [B, ...] -> bools [B], whether the model fails there. A
+      restart where it does is kept before one that has a higher loss.
 
   Returns:
-    A `PGDOutput`.
+    A `PGDOutput`, in float32 or wider: steps of 2 / 255 are lost in bfloat16.
   """
   _check(x, start, step_size, num_steps, restarts)
+  x = numerics.wide(x)
 
   def summed(x_adv: Array, state: Any) -> tuple[Array, Any]:
     losses, state = loss_fn(x_adv, state)
@@ -156,6 +162,8 @@ def run_pgd(
     losses, state = loss_fn(out.x_adv, out.state)
     # No loss is above a NaN: there the model has failed.
     losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
+    if broken_fn is not None:
+      losses = jnp.where(broken_fn(out.x_adv), jnp.inf, losses)
     better = losses > best_losses
     best_losses = jnp.where(better, losses, best_losses)
     best = jnp.where(
@@ -218,7 +226,8 @@ def pgd(
       with the highest final loss.
 
   Returns:
-    x' shaped like `x`, inside ball and box, with no gradient through it.
+    x' shaped like `x`, inside ball and box, with no gradient through it; in
+    float32 where `x` is narrower, since small steps are lost in bfloat16.
 
   Raises:
     ValueError: for a step size, number of steps, start or number of restarts

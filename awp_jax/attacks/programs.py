@@ -47,7 +47,9 @@ def constants_as_arguments(
               closed.jaxpr, consts, *flat))
       consts = closed.consts
       if devices:
-        consts = placement.everywhere(consts, devices)
+        # The call may stand inside a trace, whose tracers must not be kept.
+        with jax.ensure_compile_time_eval():
+          consts = placement.everywhere(consts, devices)
       programs[signature] = run, consts, jax.tree.structure(out)
     run, consts, out_structure = programs[signature]
     return jax.tree.unflatten(out_structure, run(consts, leaves))

@@ -17,7 +17,7 @@ from awp_jax import checks
 WarningKind = Literal[
     'randomized', 'probabilities', 'zero-gradients', 'square-stronger',
     'few-classes', 'non-finite', 'batch-dependent', 'non-finite-gradient',
-    'outside', 'half-precision']
+    'outside', 'half-precision', 'layout']
 
 
 class RobustnessWarning(UserWarning):
@@ -129,6 +129,8 @@ class Judgement(NamedTuple):
   Attributes:
     dtype: of the images that the model was given.
     logits_dtype: of the logits that it returned.
+    product_dtype: the narrowest type of an operand of its matrix products and
+      convolutions, or a lower precision that one of them asks for.
     matmul_precision: of matrix products and convolutions, as
       `jax.default_matmul_precision` takes it.
     devices: the kind of each device.
@@ -137,6 +139,7 @@ class Judgement(NamedTuple):
 
   dtype: str
   logits_dtype: str
+  product_dtype: str
   matmul_precision: str
   devices: tuple[str, ...]
   versions: dict[str, str]

@@ -148,7 +148,9 @@ def spsa_spec(
 
     return Attack(1, _start, step)
 
-  return AttackSpec(name, build, white_box=False)
+  return AttackSpec(name, build, white_box=False, settings={
+      'attack': 'spsa', 'num_steps': num_steps, 'num_samples': num_samples,
+      'radius': radius, 'step_size': step_size})
 
 
 def spsa(

@@ -9,7 +9,6 @@ window gives up, laid out as two opposite bumps.
 
 import functools
 from typing import Any, NamedTuple
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ from awp_jax import threat as threats
 from awp_jax.attacks import contract, evaluation, square_patterns
 from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
 from awp_jax.attacks.model import Model, misclassified
-from awp_jax.attacks.results import RobustnessWarning
 from awp_jax.attacks.square_patterns import Course, pattern, window_sides
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
@@ -216,20 +214,6 @@ def advance(
       state.time + 1), report
 
 
-def looks_channels_first(shape: tuple[int, ...]) -> bool:
-  """Whether an image of this shape seems to be [C, H, W]: 1 or 3 channels."""
-  return len(shape) == 3 and shape[0] in (1, 3) and shape[2] > 4
-
-
-def _warn_of_layout(shape: tuple[int, ...]) -> None:
-  if looks_channels_first(shape):
-    warnings.warn(
-        f'Square reads images of shape {shape} as [H, W, C], channels last. If '
-        'they are [C, H, W], its windows are no squares and the robust accuracy'
-        ' is too high: give them as [H, W, C] and transpose inside logits_fn.',
-        RobustnessWarning, stacklevel=2)
-
-
 def square_spec(
     name: str = 'square', *, num_queries: int = 5000, p_init: float = 0.8,
     restarts: int = 1, rescale: bool = False) -> AttackSpec:
@@ -241,21 +225,17 @@ def square_spec(
   course = Course(num_queries, p_init, rescale)
 
   def build(model: Model, threat: ThreatModel) -> Attack:
-    # The engine starts many batches.
-    warn_once = functools.cache(_warn_of_layout)
-
-    def init(examples: Examples) -> SquareState:
-      warn_once(examples.images.shape[1:])
-      return start(examples, threat)
-
     def step(examples: Examples, state: SquareState) -> tuple[Any, Report]:
       keys = contract.step_keys(examples.keys, state.time)
       logits = model.logits(state.x, keys)
       return advance(state, logits, examples, threat, course)
 
-    return Attack(restarts, init, step)
+    return Attack(restarts, lambda examples: start(examples, threat), step)
 
-  return AttackSpec(name, build, white_box=False, needs_images=True)
+  return AttackSpec(
+      name, build, white_box=False, needs_images=True, settings={
+          'attack': 'square', 'num_queries': num_queries, 'p_init': p_init,
+          'restarts': restarts, 'rescale': rescale})
 
 
 def square(

@@ -159,6 +159,8 @@ def move(
   if method.box or adds:
     moved = balls.project(
         box, moved, w, box.size_at(step), _stretched(box, params))
+  # A size may be wider than the weights: a schedule's float64 in 64-bit mode.
+  moved = {path: x.astype(d[path].dtype) for path, x in moved.items()}
   return ascent._replace(perturbation=moved, total=total)
 
 

@@ -46,13 +46,13 @@ def _check_replicated(params: Params, axis_name: str | None) -> None:
   varying = [
       path for path, leaf in zip(
           leaves.leaf_paths(params), jax.tree.leaves(params), strict=True)
-      if axis_name in placement.varying_axes(leaf)]
+      if axis_name is not None and placement.varying_axes(leaf)]
   if varying:
     raise ValueError(
-        f'parameters must be replicated over axis {axis_name!r}, but these '
-        f'vary over it: {", ".join(varying[:5])}. Their norms would be those '
-        'of a shard. For sharded parameters use jax.jit without axis_name. A '
-        'noise_key must be the same on all devices.')
+        f'parameters must be replicated where axis_name={axis_name!r} is given,'
+        f' but these vary over a mesh axis: {", ".join(varying[:5])}. Their '
+        'norms would be those of a shard. For sharded parameters use jax.jit '
+        'without axis_name. A noise_key must be the same on all devices.')
 
 
 def averaged_value_and_grad(
@@ -76,9 +76,10 @@ def averaged_value_and_grad(
   Returns:
     A function of `loss_fn`'s arguments that returns (value, gradients), the
     value being (loss, aux) with `has_aux`. aux is this device's own. It raises
-    a ValueError if a parameter varies over `axis_name`: under `shard_map` every
-    device must hold all of them. Sharded parameters need no `axis_name`, but
-    `jax.jit` and the shardings of its arguments.
+    a ValueError if a parameter varies over any mesh axis, where `shard_map`
+    tracks that (`check_vma=True`): every device must hold all of them. Sharded
+    parameters need no `axis_name`, but `jax.jit` and the shardings of its
+    arguments.
   """
 
   def averaged(params: Params, *args: Any, **kwargs: Any) -> Any:

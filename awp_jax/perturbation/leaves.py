@@ -67,17 +67,23 @@ def is_no_bias(path: str, leaf: Array) -> bool:
   return path.split('/')[-1] != 'bias'
 
 
-def _is_variable(node: Any) -> bool:
-  """Whether a node is an `nnx.Variable`; nnx itself is not imported."""
-  return any(c.__name__ == 'Variable' and c.__module__.startswith('flax.nnx')
-             for c in type(node).__mro__)
+#: Classes of flax that hold one array of parameters, by name and module; flax
+#: itself is not imported.
+_BOXES = (('Variable', 'flax.nnx'), ('AxisMetadata', 'flax.core'))
+
+
+def _is_box(node: Any) -> bool:
+  """Whether a node is an `nnx.Variable` or a boxed parameter of linen."""
+  return any(base.__name__ == name and base.__module__.startswith(module)
+             for base in type(node).__mro__ for name, module in _BOXES)
 
 
 def leaf_paths(tree: Params) -> list[str]:
   """The paths of the leaves, like 'conv1/kernel', in the leaves' order.
 
-  The attribute `value`, in which an `nnx.Variable` holds its array, is no part
-  of a path: linen, nnx and Equinox models have paths of the same form.
+  The attribute `value`, in which an `nnx.Variable` and linen's `nn.Partitioned`
+  hold their array, is no part of a path: linen, nnx and Equinox models have
+  paths of the same form.
 
   Args:
     tree: any pytree.
@@ -90,9 +96,9 @@ def leaf_paths(tree: Params) -> list[str]:
   """
   paths = []
   for path, node in jax.tree_util.tree_leaves_with_path(
-      tree, is_leaf=_is_variable):
+      tree, is_leaf=_is_box):
     inner: list[Any] = [()]
-    if _is_variable(node):
+    if _is_box(node):
       inner = [keys[1:] for keys, _ in jax.tree_util.tree_leaves_with_path(
           node)]
     paths += [jax.tree_util.keystr((*path, *keys), simple=True, separator='/')
@@ -188,14 +194,15 @@ def weight_mask(
     _check_patterns('mask', patterns, leaf_paths(params))
     mask = lambda path, leaf: any(  # noqa: E731
         fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-  flags = jax.tree.leaves(mask)
-  # A pytree of bools may be callable, as Equinox modules are.
-  is_tree = flags and all(isinstance(flag, bool | np.bool_) for flag in flags)
-  if callable(mask) and not is_tree:
-    return _by_predicate(params, mask, stack_axes)
   wanted: Any = jax.tree.structure(params)
   got: Any = jax.tree.structure(mask)
-  if got != wanted:
+  # A pytree of bools may be callable, as Equinox modules are, and a predicate
+  # may be a pytree.
+  is_tree = got == wanted and all(
+      isinstance(flag, bool | np.bool_) for flag in jax.tree.leaves(mask))
+  if callable(mask) and not is_tree:
+    return _by_predicate(params, mask, stack_axes)
+  if not is_tree:
     raise ValueError(
         'mask must be a predicate of (path, leaf), a pattern of paths, or a '
         f'pytree of bools like the parameters, {wanted}, got {got}.')

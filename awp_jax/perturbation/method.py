@@ -105,7 +105,8 @@ class Method:
     checks.one_of('update_at', self.update_at, UPDATE_AT)
     checks.count('start', self.start, minimum=0)
     checks.count('every', self.every)
-    if isinstance(self.mask, list):
+    if isinstance(self.mask, list) and all(
+        isinstance(pattern, str) for pattern in self.mask):
       object.__setattr__(self, 'mask', tuple(self.mask))
     if self.direction.source != 'gradient' and (
         self.num_steps > 1 or self.examples_below is not None):

@@ -114,7 +114,9 @@ def perturbed_value_and_grad(
     **kwargs)` -> ((value, gradients), next method state), the value being
     (loss, aux) with `has_aux`. `natural_args` are the arguments of the pass at
     w, by default `args`; `noise_key`, for methods that draw noise, is a PRNG
-    key that may be the same in every step and must be on all devices.
+    key that may be the same in every step and must be on all devices. These
+    two names never reach the loss; bind arguments of the loss that are called
+    like them, by `functools.partial`.
   """
   descent = _descent(method, loss_fn, has_aux, axis_name)
 
@@ -132,7 +134,8 @@ def perturbed_value_and_grad(
 def apply_at_perturbed(
     tx: optax.GradientTransformation, params: Params, opt_state: Any,
     perturbation: Chosen | None, gradients: Params, *,
-    update_at: UpdateAt = 'perturbed') -> tuple[Params, Any]:
+    update_at: UpdateAt = 'perturbed', value: Array | None = None
+) -> tuple[Params, Any]:
   """The optimizer's step from w, with gradients taken at w + v.
 
   Args:
@@ -144,6 +147,9 @@ def apply_at_perturbed(
     update_at: the parameters that `tx` is shown, hence those that its weight
       decay acts on: 'perturbed' (w + v, as in the code of AWP) or 'natural'
       (w).
+    value: the loss at w + v, for optimizers that take it as an extra argument,
+      such as `optax.contrib.reduce_on_plateau`. Those that evaluate the loss
+      themselves, by `value_fn`, are not supported.
 
   Returns:
     The next w and the next optimizer state.
@@ -162,7 +168,9 @@ def apply_at_perturbed(
   checks.one_of('update_at', update_at, UPDATE_AT)
   shown = (leaves.perturb(params, perturbation) if update_at == 'perturbed'
            else params)
-  updates, opt_state = tx.update(gradients, opt_state, shown)
+  extra = {} if value is None else {'value': value, 'grad': gradients}
+  updates, opt_state = optax.with_extra_args_support(tx).update(
+      gradients, opt_state, shown, **extra)
   return optax.apply_updates(params, updates), opt_state
 
 
@@ -191,7 +199,9 @@ def perturbed_step(
     axis_name: as in `perturbed_value_and_grad`.
     return_perturbation: whether v is part of the output. Without it a jitted
       step needs one buffer of the size of the parameters less.
-    **kwargs: handed to `loss_fn`, in every pass.
+    **kwargs: handed to `loss_fn`, in every pass. The keywords above never reach
+      it; bind arguments of the loss that are called like them, by
+      `functools.partial`.
 
   Returns:
     A `PerturbedOutput`. Its perturbation is zeros where there is none, and
@@ -205,7 +215,7 @@ def perturbed_step(
       params, method_state, args, kwargs, natural_args, noise_key)
   new_params, opt_state = apply_at_perturbed(
       tx, params, opt_state, out.perturbation, out.gradients,
-      update_at=method.update_at)
+      update_at=method.update_at, value=out.loss)
   v = None
   if return_perturbation:
     v = leaves.restore(out.perturbation, params)

@@ -88,12 +88,14 @@ def _check(method: Method, noise_key: Array | None) -> None:
 
 def _descend_updates(
     tx: optax.GradientTransformation, method: Method, opt_state: Any,
-    params: Params, out: engine.Descent) -> tuple[Params, Any]:
+    params: Params, out: engine.Descent, extra: dict[str, Any]
+) -> tuple[Params, Any]:
   """The optimizer's updates from w, shown what `update_at` names."""
   shown = params
   if method.update_at == 'perturbed':
     shown = leaves.perturb(params, out.perturbation)
-  return tx.update(out.gradients, opt_state, shown)
+  return optax.with_extra_args_support(tx).update(
+      out.gradients, opt_state, shown, **extra)
 
 
 def perturbed_optimizer(
@@ -113,7 +115,8 @@ def perturbed_optimizer(
       Parameters and state may be donated to a jitted call.
 
   Returns:
-    A transformation whose `update` needs the parameters. In opaque mode it also
+    A transformation whose `update` needs the parameters. Other keywords are
+    handed on to `tx`. In opaque mode it also
     needs `grad_fn=`, params -> gradients of the same batch, averaged over
     devices; the gradients handed in are those at w. Steps that the method
     leaves out cost no call of `grad_fn`; in transparent mode every step takes
@@ -132,21 +135,20 @@ def perturbed_optimizer(
       gradients: Params, state: PerturbedState, params: Params | None = None,
       *, grad_fn: Callable[[Params], Params] | None = None, **extra: Any
   ) -> tuple[Params, PerturbedState]:
-    del extra
     if params is None:
       raise ValueError('params must be handed to update, got None.')
     if transparent:
       return jax.lax.cond(
           state.pending.phase < method.num_steps,
           lambda: _move(method, state, gradients, params, noise_key),
-          lambda: _finish(tx, method, state, gradients, params))
+          lambda: _finish(tx, method, state, gradients, params, extra))
     if grad_fn is None:
       raise ValueError(
           'grad_fn must be handed to update: params -> gradients, got None.')
     out = _opaque_descent(
         method, state.method_state, params, gradients, grad_fn, noise_key)
     updates, opt_state = _descend_updates(
-        tx, method, state.opt_state, params, out)
+        tx, method, state.opt_state, params, out, extra)
     return updates, PerturbedState(opt_state, out.state)
 
   return optax.GradientTransformationExtraArgs(init, update)
@@ -240,14 +242,18 @@ def _move(
 
 def _finish(
     tx: optax.GradientTransformation, method: Method, state: PerturbedState,
-    gradients: Params, params: Params) -> tuple[Params, PerturbedState]:
+    gradients: Params, params: Params, extra: dict[str, Any]
+) -> tuple[Params, PerturbedState]:
   """The gradient at w + v: the parameters become the next w."""
   pending = state.pending
   w, ascent = _with_weights(params, pending.weights), pending.ascent
   out = engine.descend(
       method, state.method_state, ascent._replace(natural=None), w,
       lambda _: _valued(gradients), lambda _: _valued(ascent.natural))
-  updates, opt_state = _descend_updates(tx, method, state.opt_state, w, out)
-  updates = jax.tree.map(lambda x, u, p: x + u - p, w, updates, params)
+  updates, opt_state = _descend_updates(
+      tx, method, state.opt_state, w, out, extra)
+  # In the type of the parameters, as those of `_move` are.
+  updates = jax.tree.map(
+      lambda x, u, p: (x + u - p).astype(p.dtype), w, updates, params)
   return updates, PerturbedState(
       opt_state, out.state, pending._replace(phase=jnp.int32(0)))
