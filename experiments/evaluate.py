@@ -290,18 +290,25 @@ def evaluate(run: runs.Run) -> dict[str, Any]:
 
 
 def _keep_others(values: dict[str, Any], path: pathlib.Path) -> None:
-  """Adds earlier evaluations of the same models on the same images."""
+  """Adds earlier evaluations of these and other models on the same images."""
+
+  def facts(values: dict[str, Any]) -> dict[str, Any]:
+    # Where the images lie is not what they are.
+    dataset = {name: value for name, value in values['dataset'].items()
+               if name != 'source'}
+    return {**values, 'dataset': dataset, 'subjects': None}
+
   if not path.exists():
     return
   before = json.loads(path.read_text())
-  if any(before.get(name) != values[name] for name in values
-         if name != 'subjects'):
+  if facts(before) != facts(values):
     return
   for name, entry in values['subjects'].items():
     old = before['subjects'].get(name, {})
     if old.get('weights') == entry['weights']:
       entry['evaluations'] = {
           **old['evaluations'], **entry['evaluations']}
+  values['subjects'] = {**before['subjects'], **values['subjects']}
 
 
 def _evaluate_subject(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import awp_jax
 from awp_jax.attacks import contract, diagnostics, results
 from awp_jax.attacks import model as models
 
@@ -225,3 +226,25 @@ def test_batch_dependence_needs_more_than_rounding():
     if found:
       assert found[0].kind == 'batch-dependent'
       assert 0 < found[0].num_examples <= 4
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ((1, 0), '^count must be .* got 0'),
+    ((-1, 3), '^successes must be .* got -1'),
+    ((4, 3), 'at most count, got 4 of 3'), ((1, 3, 1.0), 'level .* got 1.0')])
+def test_bad_fractions(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    awp_jax.confidence_interval(*arguments)
+
+
+def test_interval_of_95_per_cent_and_records_of_plain_values():
+  assert awp_jax.confidence_interval(5, 9) == awp_jax.confidence_interval(
+      5, 9, 0.95)
+  record = awp_jax.BatchResult(
+      'a', np.arange(2), np.zeros(2, bool), np.zeros((0, 1)), np.zeros(0),
+      results.Anomalies(1, 2, 3, 4, 5), 1.5, 'hash')
+  again = awp_jax.BatchResult.from_arrays(record.to_arrays())
+  assert [type(value) for value in (
+      again.attack, again.seconds, again.identity)] == [str, float, str]
+  assert (again.attack, again.seconds, again.anomalies, again.identity) == (
+      'a', 1.5, results.Anomalies(1, 2, 3, 4, 5), 'hash')

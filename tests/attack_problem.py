@@ -33,7 +33,8 @@ def threshold(x):
   return jnp.stack([-margin, margin], axis=-1)
 
 
-def scripted(points, claims, *, runs=1, nonfinite=None, name='scripted'):
+def scripted(points, claims, *, runs=1, nonfinite=None, name='scripted',
+             settings=None):
   """An attack that visits given points and claims success at some of them.
 
   Args:
@@ -42,6 +43,7 @@ def scripted(points, claims, *, runs=1, nonfinite=None, name='scripted'):
     runs: how many.
     nonfinite: [runs, steps]: when a run reports a non-finite gradient.
     name: of the attack.
+    settings: what its records depend on.
 
   Returns:
     The spec.
@@ -61,4 +63,5 @@ def scripted(points, claims, *, runs=1, nonfinite=None, name='scripted'):
 
   return AttackSpec(
       name, lambda model, threat: Attack(
-          runs, lambda examples: jnp.zeros_like(examples.labels), step))
+          runs, lambda examples: jnp.zeros_like(examples.labels), step),
+      settings=settings)

@@ -1,6 +1,7 @@
 """What counts as robust: judged in float32, inside the ball, never by NaN."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,16 @@ import pytest
 
 import awp_jax
 from awp_jax import loops
-from awp_jax.attacks import apgd, autoattack, fab, fixed_step, spsa
+from awp_jax.attacks import (
+    apgd,
+    arguments,
+    autoattack,
+    diagnostics,
+    fab,
+    fixed_step,
+    identity,
+    spsa,
+)
 from awp_jax.attacks.evaluation import evaluate
 from awp_jax.threat import ThreatModel
 from tests.attack_problem import KEY, QUIET, network, scripted, threshold
@@ -367,7 +377,7 @@ def test_precision_of_verdicts_and_attacks(asked, inside):
         np.zeros(8, int), ThreatModel('Linf', 0.1), step_size=0.1, num_steps=1,
         options=dataclasses.replace(QUIET, attack_precision=asked))
   # The first trace counts the classes.
-  assert seen[0] == 'tensorfloat32' and set(seen[1:]) == inside
+  assert seen[0] == 'float32' and set(seen[1:]) == inside
   assert seen[1] == 'float32'
   judged = result.judged
   assert judged.matmul_precision == 'float32'
@@ -414,7 +424,7 @@ def shifted(by, wrap=lambda f: f):
 @pytest.mark.parametrize('wrap', (lambda f: f, jax.jit))
 def test_records_of_another_evaluation_are_refused(wrap, tmp_path):
   images, labels = np.full((8, 1), 0.45, np.float32), np.zeros(8, int)
-  spec = scripted(lambda e, t: e.images + 0.06, [[1]])
+  spec = scripted(lambda e, t: e.images + 0.06, [[1]], settings={'by': 0.06})
   same = dict(
       key=KEY, logits_fn=shifted(0.01, wrap), images=images, labels=labels,
       threat=ThreatModel('Linf', 0.1), specs=(spec,))
@@ -439,12 +449,134 @@ def test_records_of_another_evaluation_are_refused(wrap, tmp_path):
   for changed in (
       {'key': jax.random.key(1)}, {'logits_fn': shifted(0.02, wrap)},
       {'threat': ThreatModel('Linf', 0.2)}, {'images': moved},
-      {'threat': ThreatModel('L2', 0.1)}):
+      {'threat': ThreatModel('L2', 0.1)},
+      {'specs': (spec._replace(settings={'by': 0.07}),)},
+      {'specs': (spec._replace(num_targets=1),)}):
     with pytest.raises(ValueError, match='another evaluation'):
       evaluate(**{**same, **changed}, options=done)
   with pytest.raises(ValueError, match='another evaluation'):
     evaluate(**same, options=dataclasses.replace(
         done, attack_precision='bfloat16'))
+  with pytest.raises(ValueError, match='Give its AttackSpec its `settings`'):
+    evaluate(**{**same, 'specs': (spec._replace(settings=None),)}, options=done)
+
+
+def margin_loss(scale):
+  return lambda z, y, t: scale * (jnp.max(z, -1) - z[jnp.arange(len(y)), y])
+
+
+def other_model(by):
+  return lambda x: threshold(x + by)
+
+
+@pytest.mark.parametrize('one,other', [
+    (awp_jax.apgd_spec('a', loss='ce', num_steps=2),
+     awp_jax.apgd_spec('a', loss='ce', num_steps=3)),
+    (awp_jax.apgd_spec('a', loss='ce', num_steps=2),
+     awp_jax.apgd_spec('a', loss='ce', num_steps=2, restarts=5)),
+    (awp_jax.apgd_spec('a', loss=margin_loss(1.0)),
+     awp_jax.apgd_spec('a', loss=margin_loss(2.0))),
+    (awp_jax.fab_spec('a', targeted=False, num_steps=2),
+     awp_jax.fab_spec('a', targeted=False, num_steps=3)),
+    (awp_jax.square_spec('a', num_queries=2),
+     awp_jax.square_spec('a', num_queries=2, p_init=0.5)),
+    (awp_jax.spsa_spec('a', num_samples=4), awp_jax.spsa_spec('a')),
+    (awp_jax.pgd_spec('a', step_size=0.1, num_steps=1),
+     awp_jax.pgd_spec('a', step_size=0.2, num_steps=1)),
+    tuple(awp_jax.pgd_spec(
+        'a', step_size=0.1, num_steps=1, source_fn=other_model(by))
+          for by in (0.0, 0.1))])
+def test_identity_knows_every_setting_of_an_attack(one, other):
+  images = np.full((2, 1), 0.3, np.float32)
+  traced = arguments.trace_model(threshold, images, False)
+
+  def identity_of(spec):
+    return identity.identify(
+        KEY, traced, images, np.zeros(2, int), ThreatModel('Linf', 0.1),
+        (spec,), {})
+
+  assert identity_of(one) == identity_of(one) != ''
+  assert identity_of(one) != identity_of(other)
+  assert identity_of(one) != identity_of(one._replace(num_draws=20))
+
+
+def test_warns_of_products_in_half_precision():
+  weights = jnp.ones((1, 2), jnp.float32)
+
+  def low(x):
+    return jnp.dot(
+        x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
+    ).astype(jnp.float32)
+
+  def asked(x):
+    return jax.jit(lambda x: jnp.dot(x, weights, precision='bfloat16'))(x)
+
+  def full(x):
+    return x @ weights
+
+  for logits_fn, product in (
+      (low, 'bfloat16'), (asked, 'DEFAULT'), (full, 'float32')):
+    with warnings.catch_warnings(record=True) as caught:
+      warnings.simplefilter('always')
+      result = evaluate(
+          KEY, logits_fn, np.full((2, 1), 0.3, np.float32), np.zeros(2, int),
+          ThreatModel('Linf', 0.1),
+          (scripted(lambda e, t: e.images, [[0]]),), options=QUIET)
+    assert result.judged.product_dtype == product
+    assert result.judged.logits_dtype == 'float32'
+    assert (('half-precision', '') in kinds(result)) == (product != 'float32')
+    assert bool(caught) == (product != 'float32')
+
+
+@pytest.mark.parametrize('shape, warns', (
+    ((3, 32, 32), True), ((1, 28, 28), True), ((3, 5, 5), True),
+    ((3, 32, 4), False), ((32, 32, 3), False), ((28, 28, 1), False),
+    ((2, 32, 32), False), ((4, 9, 8), False)))
+def test_warns_of_channels_first(shape, warns):
+  specs = (awp_jax.square_spec(num_queries=2), scripted(None, [[0]]))
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    found = diagnostics.check_layout(specs, shape)
+  assert [(w.kind, w.attack) for w in found] == [('layout', 'square')] * warns
+  assert [w.category for w in caught] == [awp_jax.RobustnessWarning] * warns
+  if warns:
+    assert f'{shape} as [H, W, C], channels last' in found[0].message
+
+
+def test_layout_is_in_the_result():
+  with pytest.warns(awp_jax.RobustnessWarning, match='channels last'):
+    result = evaluate(
+        KEY, lambda x: x.reshape(x.shape[0], -1)[:, :2],
+        np.full((2, 3, 6, 6), 0.5, np.float32), np.zeros(2, int),
+        ThreatModel('Linf', 0.1), (awp_jax.square_spec(num_queries=1),),
+        options=dataclasses.replace(QUIET, check_model=True))
+  assert ('layout', 'square') in kinds(result)
+
+
+def test_an_attack_of_no_runs_is_an_error():
+  spec = scripted(lambda e, t: e.images, [[0]])
+  empty = spec._replace(
+      build=lambda m, t: spec.build(m, t)._replace(num_runs=0))
+  with pytest.raises(ValueError, match=r"num_runs of attack 'scripted'.*got 0"):
+    evaluate(KEY, threshold, np.full((2, 1), 0.3, np.float32), np.zeros(2, int),
+             ThreatModel('Linf', 0.1), (empty,), options=QUIET)
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_attacks_share_a_model_over_devices_in_a_compiled_loop(count):
+  # As on accelerators, where the step of an attack is traced inside a loop.
+  logits_fn, images, labels = network(count=8)
+  threat = ThreatModel('Linf', RADII['Linf'])
+  specs = [awp_jax.apgd_spec(name, loss=name, num_steps=3)
+           for name in ('ce', 'margin')]
+  found = []
+  for where, devices in (('cpu', None), ('gpu', jax.devices()[:count])):
+    with loops.platform(where):
+      found.append(evaluate(
+          KEY, logits_fn, images, labels, threat, specs,
+          options=dataclasses.replace(QUIET, batch_size=8, devices=devices)))
+  np.testing.assert_array_equal(found[0].robust, found[1].robust)
+  assert 0 < found[0].robust_accuracy < 1
 
 
 def test_a_loss_of_ones_own():

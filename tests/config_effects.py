@@ -108,27 +108,32 @@ def small_state(run):
       batch_stats={})
 
 
-def of_objects(config):
-  """Losses, network, schedule, optimizer."""
-  built = setup.build(config)
-  objective, found = built.objective, {}
+def of_objective(objective):
+  """What an objective computes, and the passes that it asks for."""
   adv, natural = LOGITS
-  found['train_loss'] = objective.train_loss(adv, natural, LABELS)
-  found['attack_loss'] = objective.attack_loss and objective.attack_loss(
-      adv, natural, LABELS)
-  for name in ('name', 'attack_mode', 'reference_passes'):
-    found[f'objective.{name}'] = getattr(objective, name)
-  found['schedule'] = optimization.build_schedule(config, 3)(
-      jnp.arange(3 * config.epochs))
-  tx = optimization.build_optimizer(config, 3)
-  params = {'kernel': jnp.asarray(LOGITS[0]), 'bias': jnp.ones(3)}
-  state = tx.init(params)
-  for _ in range(2):
-    updates, state = tx.update(
-        jax.tree.map(lambda w: jnp.cos(3 * w), params), state, params)
-  found['updates'] = np.concatenate(
-      [updates['kernel'].ravel(), updates['bias']])
-  return found
+  found = {
+      f'objective.{name}': getattr(objective, name)
+      for name in ('name', 'attack_mode', 'passes', 'reference_passes')}
+  return found | {
+      'train_loss': objective.train_loss(adv, natural, LABELS),
+      'attack_loss': objective.attack_loss and objective.attack_loss(
+          adv, natural, LABELS)}
+
+
+@jax.enable_x64(True)
+def of_optimizer(tx):
+  """Its first eight updates of a kernel and a bias, [8, 27].
+
+  Step k's gradient is cos((3 + k) w), at the same parameters w.
+  """
+  params = {'kernel': jnp.asarray(LOGITS[0], float), 'bias': jnp.ones(3)}
+  state, seen = tx.init(params), []
+  for step in range(8):
+    gradients = {
+        name: jnp.cos((3 + step) * w) for name, w in params.items()}
+    updates, state = tx.update(gradients, state, params)
+    seen.append(np.concatenate([updates['kernel'].ravel(), updates['bias']]))
+  return np.stack(seen)
 
 
 def of_model(config):
@@ -149,6 +154,9 @@ def of_preparation(run, spies):
   found['extra'] = [args for args, _ in spies['extra'].calls]
   found['init_from'] = [args for args, _ in spies['read'].calls]
   state = jax.eval_shape(lambda: runs.initial_state(run))
+  found['schedule'] = optimization.build_schedule(run.config, 3)(
+      jnp.arange(3 * run.config.epochs))
+  found['updates'] = of_optimizer(state.tx)
   found['average'] = state.average is not None
   found['memory'] = bool(jax.tree.leaves(state.memory))
   return found
@@ -187,7 +195,7 @@ def of_train_step(run, monkeypatch):
             for name, value in kwargs['attack']._asdict().items()}
   method = kwargs['perturbation']
   found['alternations'] = kwargs['alternations']
-  return found | {
+  return found | of_objective(kwargs['objective']) | {
       'method.name': method.name, 'method.size': method.ball.size,
       'method.num_steps': method.num_steps,
       'method.update_at': method.update_at}
@@ -196,7 +204,8 @@ def of_train_step(run, monkeypatch):
 def of_eval_step(run, monkeypatch):
   step = Spy(lambda *_, **__: awp_jax.EvalMetrics(*(
       jnp.ones(()) for _ in awp_jax.EvalMetrics._fields)))
-  counts = Spy(lambda run, fn, state, images, *_: {'n': len(images)})
+  counts = Spy(lambda run, fn, state, images, labels, key: {
+      'n': len(images), 'key': np.asarray(jax.random.key_data(key))})
   with monkeypatch.context() as patch:
     patch.setattr(awp_jax, 'eval_step', step)
     state = jax.eval_shape(lambda: runs.initial_state(run))
@@ -207,7 +216,7 @@ def of_eval_step(run, monkeypatch):
         np.zeros((run.num_devices, size), int),
         np.ones((run.num_devices, size), bool), jax.random.key(0))
     patch.setattr(steps, 'evaluate_split', counts)
-    found = steps.evaluate(run, None, small_state(run))
+    found = steps.evaluate(run, None, small_state(run).replace(step=5))
   ((args, kwargs),) = step.calls
   found |= {f'eval.threat.{name}': value
             for name, value in plain(kwargs['threat']).items()}
@@ -309,7 +318,7 @@ def effects(config):
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     stack.enter_context(contextlib.redirect_stdout(None))
     run, spies = prepared(config, pathlib.Path(folder, 'run'), monkeypatch)
-    found = of_objects(config) | of_model(config)
+    found = of_model(config)
     monkeypatch.setattr(setup, 'build_model', lambda config, dataset: TinyNet())
     found |= of_preparation(run, spies)
     monkeypatch.setattr(results, 'versions', dict)  # slow to look up

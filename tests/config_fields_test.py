@@ -21,9 +21,6 @@ SMALL = {
     'landscape.plane_points': 3,
     'evaluation.attacks': ('fgsm', 'pgd-20', 'cw-100', 'aa-standard')}
 
-#: Stands for any value but the one before.
-OTHER = object()
-
 
 @dataclasses.dataclass
 class Row:
@@ -94,6 +91,30 @@ def of_steps(total, per_epoch, log_every=2, checkpoint_every=0, best=(1, 2)):
   return {'looks': looks, 'saves': saves, 'evaluations': evaluations}
 
 
+def updates(
+    name='sgd', at=None, momentum=0.9, nesterov=False, b2=0.999,
+    weight_decay=5e-4, l1=0.0, decay='all', clip_norm=np.inf):
+  """SGD or AdamW by their formulas, at given rates: `of_optimizer`."""
+  w = np.concatenate([LOGITS[0].ravel().astype(float), np.ones(3)])
+  is_weight = np.arange(27) < 24
+  decayed = weight_decay * w * (is_weight if decay == 'weights' else 1)
+  found, mean, square = [], 0.0, 0.0
+  for step, rate in enumerate((at or rates(4))[:8]):
+    g = np.cos((3 + step) * w)
+    g = g * min(1, clip_norm / np.linalg.norm(g)) + l1 * np.sign(w) * is_weight
+    if name == 'adamw':
+      mean = momentum * mean + (1 - momentum) * g
+      square = b2 * square + (1 - b2) * g ** 2
+      unbiased = mean / (1 - momentum ** (step + 1))
+      root = np.sqrt(square / (1 - b2 ** (step + 1)))
+      found.append(-rate * (unbiased / (root + 1e-8) + decayed))
+      continue
+    g = g + decayed
+    mean = momentum * mean + g
+    found.append(-rate * (g + momentum * mean if nesterov else mean))
+  return np.stack(found)
+
+
 def shorter(total, per_epoch, **more):
   return of_steps(total, per_epoch) | {
       'steps': list(range(total)), 'factors': [1.0] * total} | more
@@ -110,6 +131,16 @@ SHRINK = {'guard.action': 'shrink'}
 EXTRA = {'extra.path': 'a.npz', 'extra.fraction': 0.5}
 KEYS = [jax.random.key_data(key)
         for key in jax.random.split(jax.random.key(3), 5)]
+
+
+def eval_key(seed, step, split):
+  """Of the evaluation of a split after a step."""
+  key = jax.random.split(jax.random.key(seed), 5)[4]
+  for number in (step, split):
+    key = jax.random.fold_in(key, number)
+  return jax.random.key_data(key)
+
+
 BOX = {'lower': 0.0, 'upper': 1.0}
 SERIES = {  # three random directions on two splits, the worst one, the plane
     'directions': (1,) * 8 + (2,), 'points': (3,) * 8 + (9,),
@@ -122,9 +153,20 @@ def landscape(**changes):
   return {f'landscape.{name}': value for name, value in changes.items()}
 
 
+def threats(threat):
+  """The threat of four evaluations, a landscape, its two gradients."""
+  return {
+      'judged.threat': (threat,) * 4, 'landscape.threat': threat,
+      'landscape.gradient.threat': [threat] * 2}
+
+
 #: Field -> its change.
 TABLE = {
-    'seed': Row(3, {'keys': KEYS, 'judged.key': ([0, 3],) * 4}),
+    'seed': Row(
+        3, {'keys': KEYS, 'judged.key': ([0, 3],) * 4,
+            **{f'{split}_key': eval_key(3, 5, number) for number, split in
+               enumerate(('train', 'test', 'validation'))}},
+        {'num_validation': 8}),
     'data_seed': Row(
         3, {'load.seed': 3, 'validation': [(8, 3)]}, {'num_validation': 8}),
     'dataset': Row('digits', {'load.name': 'digits'}),
@@ -133,7 +175,8 @@ TABLE = {
     'num_train': Row(48, {'load.num_train': 48}),
     'num_test': Row(24, {'load.num_test': 24}),
     'num_validation': Row(8, shorter(
-        12, 3, validation=[(8, 0)], validation_n=8, sizes=[16])),
+        12, 3, validation=[(8, 0)], validation_n=8, sizes=[16],
+        validation_key=eval_key(0, 5, 2), updates=updates(at=rates(3)))),
     'extra.path': Row('b.npz', {'extra': [('b.npz',)]}, EXTRA),
     'extra.fraction': Row(0.25, {'mixed': [(12, 4)]}, EXTRA),
     'augmentation.pad': Row(2, {'policy.pad': 2}),
@@ -157,6 +200,7 @@ TABLE = {
     'init_from': Row('w.pt', {'init_from': [('w.pt',)]}),
     'objective': Row('TRADES', {
         'objective.name': 'TRADES', 'objective.attack_mode': 'eval',
+        'objective.passes': ('adversarial', 'natural'),
         'objective.reference_passes': ('adversarial', 'natural', 'natural'),
         'attack_loss': divergence(),
         'train_loss': cross_entropy(NATURAL) + 6 * divergence()}),
@@ -166,10 +210,10 @@ TABLE = {
     'label_smoothing': Row(0.1, {'train_loss': cross_entropy(ADV, 0.1)}),
     'threat.norm': Row('L2', {
         'threat.norm': 'L2', 'eval.threat.norm': 'L2',
-        'judged.threat': ({'norm': 'L2', 'epsilon': EPS, **BOX},) * 4}),
+        **threats({'norm': 'L2', 'epsilon': EPS, **BOX})}),
     'threat.epsilon': Row(0.05, {
         'threat.epsilon': 0.05, 'eval.threat.epsilon': 0.05,
-        'judged.threat': ({'norm': 'Linf', 'epsilon': 0.05, **BOX},) * 4,
+        **threats({'norm': 'Linf', 'epsilon': 0.05, **BOX}),
         'judged.steps': [0.05, STEP, STEP]}),
     'attack.step_size': Row(0.02, {
         'attack.step_size': 0.02, 'landscape.step_size': 0.02,
@@ -193,27 +237,37 @@ TABLE = {
     'awp.update_at': Row('natural', {'method.update_at': 'natural'}),
     'statistics': Row('perturbed', {'statistics': 'perturbed'}),
     'epochs': Row(3, rescheduled(
-        functools.partial(rates, epochs=3), **shorter(12, 4))),
+        functools.partial(rates, epochs=3), **shorter(12, 4),
+        updates=updates(at=rates(4, epochs=3)))),
     'batch_size': Row(24, shorter(
-        12, 3, batch=(3, 8, 8, 3), labels=(3,))),
-    'optimizer.name': Row('adamw', {'updates': OTHER}),
+        12, 3, batch=(3, 8, 8, 3), labels=(3,),
+        updates=updates(at=rates(3)))),
+    'optimizer.name': Row('adamw', {'updates': updates('adamw')}),
     'optimizer.learning_rate': Row(0.2, rescheduled(
-        functools.partial(rates, rate=0.2), updates=OTHER)),
-    'optimizer.momentum': Row(0.5, {'updates': OTHER}),
-    'optimizer.nesterov': Row(True, {'updates': OTHER}),
-    'optimizer.b2': Row(0.9, {'updates': OTHER}, {'optimizer.name': 'adamw'}),
-    'optimizer.weight_decay': Row(0.1, {'updates': OTHER}),
-    'optimizer.l1': Row(0.1, {'updates': OTHER}),
-    'optimizer.decay': Row('weights', {'updates': OTHER}),
-    'optimizer.clip_norm': Row(0.5, {'updates': OTHER}),
-    'optimizer.schedule': Row('cosine', rescheduled(cosine, updates=OTHER)),
+        functools.partial(rates, rate=0.2),
+        updates=updates(at=rates(4, rate=0.2)))),
+    'optimizer.momentum': Row(0.5, {'updates': updates(momentum=0.5)}),
+    'optimizer.nesterov': Row(True, {'updates': updates(nesterov=True)}),
+    'optimizer.b2': Row(
+        0.9, {'updates': updates('adamw', b2=0.9)},
+        {'optimizer.name': 'adamw'}),
+    'optimizer.weight_decay': Row(0.1, {'updates': updates(weight_decay=0.1)}),
+    'optimizer.l1': Row(0.1, {'updates': updates(l1=0.1)}),
+    'optimizer.decay': Row('weights', {'updates': updates(decay='weights')}),
+    'optimizer.clip_norm': Row(0.5, {'updates': updates(clip_norm=0.5)}),
+    'optimizer.schedule': Row('cosine', rescheduled(
+        cosine, updates=updates(at=cosine(4)))),
     'optimizer.warmup_epochs': Row(1.0, {
-        'updates': OTHER,
+        'updates': updates(at=[0.025, 0.05, 0.075, 0.1, *rates(4)[4:]]),
         'schedule': [0.1 / 3, 0.2 / 3, 0.1, *rates(3)[3:]]}),
     'optimizer.decay_factor': Row(
-        0.5, rescheduled(functools.partial(rates, factor=0.5))),
+        0.5, rescheduled(
+            functools.partial(rates, factor=0.5),
+            updates=updates(at=rates(4, factor=0.5)))),
     'optimizer.decay_at': Row(
-        (0.25,), rescheduled(functools.partial(rates, at=(0.25,)))),
+        (0.25,), rescheduled(
+            functools.partial(rates, at=(0.25,)),
+            updates=updates(at=rates(4, at=(0.25,))))),
     'ema_decay': Row(0.9, {'average': True, 'decay': [0.9]}),
     # The second epoch is the best.
     'early_stopping_epochs': Row(
@@ -234,12 +288,13 @@ TABLE = {
     'evaluation.attacks': Row(('spsa',), {
         'judged.specs': (['spsa'],), 'judged.images': (24,),
         'judged.batch_size': (64,), 'judged.key': ([0, 0],),
-        'judged.threat': OTHER, 'judged.steps': []}),
+        'judged.threat': ({'norm': 'Linf', 'epsilon': EPS, **BOX},),
+        'judged.steps': []}),
     'evaluation.num_examples': Row(5, {'judged.images': (5,) * 4}),
     'evaluation.batch_size': Row(4, {'judged.batch_size': (4,) * 4}),
     'evaluation.save_examples': Row(True, {'judged.saved': 4}),
     'evaluation.torch_checkpoint': Row(
-        __file__, {'judged.subjects': ['config_fields_test']}),
+        __file__, {'judged.subjects': ['torch-config_fields_test']}),
     'landscape.num_train': Row(24, landscape(
         images=(24, 16) * 4 + (24,), batch_size=(24,) * 9) | {
             'landscape.gradient.batch_size': [24] * 2}),
@@ -305,7 +360,7 @@ def test_a_field_has_its_effect_and_no_other(field, before):
       if name not in old or name not in new or not same(old[name], new[name])}
   assert differing == row.changes.keys()
   for name, value in row.changes.items():
-    assert value is OTHER or same(value, new[name]), (name, new[name])
+    assert same(value, new[name]), (name, new[name])
 
 
 def test_effects_are_repeatable_and_compared_by_value():

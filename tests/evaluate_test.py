@@ -15,17 +15,22 @@ import pytest
 import awp_jax
 from awp_jax.attacks import evaluation as evaluation_lib
 from experiments import (
+    checkpoints,
     evaluate,
+    identity,
     initial,
     judging,
+    loop,
     report,
     results,
     runs,
     setup,
+    steps,
     subjects,
     train,
     workdirs,
 )
+from experiments.errors import UserError
 from tests import train_test
 
 ATTACKS = ('fgsm', 'pgd-2', 'cw-2', 'apgd-ce')
@@ -119,6 +124,69 @@ def test_evaluation_in_training_is_in_float32_and_of_the_average(evaluated):
   for other in (
       loss(exact, to_float32(last)), loss(HalfNet(), average)):
     assert abs(other / wanted - 1) > 2e-5
+
+
+class BrokenNet(train_test.TinyNet):
+  """Bright images have a gradient of NaN, and finite logits, when judged."""
+
+  @nn.compact
+  def __call__(self, x, train=False):
+    if not train:
+      fine = x.mean(axis=(1, 2, 3), keepdims=True) < 0.6
+      x = x + jnp.sqrt(fine + 0 * x) - fine  # sqrt'(0) * 0
+    return super().__call__(x, train)
+
+
+def test_gradients_that_are_not_finite_are_told(
+    evaluated, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(
+      setup, 'build_model', lambda config, dataset: BrokenNet())
+  train_test.without_report(monkeypatch)
+  run = runs.prepare(train_test.small(
+      dataset='npz', npz_path=evaluated[0].config.npz_path, epochs=1,
+      threat__epsilon=0.02, awp__gamma=0.0, attack__num_steps=1), tmp_path)
+  summary = train.train(run)
+  (line,) = results.read_metrics(run.workdir)
+  # The brightest of four classes: 5 of 20 test images, and of 16 others as
+  # many as `eval.num_train` shows.
+  shown = run.dataset.y_train[np.linspace(0, 47, 16).astype(int)]
+  share = np.mean(shown == 3)
+  assert line['test_nonfinite'] == 0.25 and line['train_nonfinite'] == share
+  assert summary['last']['nonfinite'] == 0.25
+  assert (
+      'warning: logits or gradients are not finite on '
+      f'{100 * share:.2f} % of the train images, 25.00 % of the test images. '
+      'The attack is weaker there, so robust accuracy is too high.\n'
+  ) in capsys.readouterr().out
+
+
+def test_finite_gradients_are_no_news(evaluated):
+  line = results.read_metrics(evaluated[0].workdir)[-1]
+  assert line['train_nonfinite'] == line['test_nonfinite'] == 0
+  assert loop._doubt(line) == ''
+
+
+def test_every_evaluation_in_training_has_its_own_noise(evaluated):
+  run, _ = evaluated
+  config = run.config.copy_and_resolve_references()
+  config.seed, config.eval.batch_size = 3, 8
+  run, used = run._replace(config=config), []
+
+  def eval_fn(state, images, labels, valid, key):
+    used.append(tuple(map(int, jax.random.key_data(key))))
+    return awp_jax.EvalMetrics(*(
+        np.ones(()) for _ in awp_jax.EvalMetrics._fields))
+
+  state, wanted = runs.initial_state(run), []
+  for step in (2, 7):
+    steps.evaluate(run, eval_fn, state.replace(step=step))
+    for split, batches in enumerate((2, 3)):  # 16 and 20 images
+      for batch in range(batches):
+        key = jax.random.split(jax.random.key(3), 5)[4]
+        for number in (step, split, batch):
+          key = jax.random.fold_in(key, number)
+        wanted.append(tuple(map(int, jax.random.key_data(key))))
+  assert used == wanted and len(set(used)) == 10
 
 
 def test_every_result_says_who_judged(evaluated):
@@ -296,6 +364,84 @@ def test_equal_checkpoints_are_attacked_once(evaluated):
   assert sorted(p.name.rpartition('-')[0] for p in folders) == sorted(ATTACKS)
 
 
+def test_each_checkpoint_is_judged_by_its_own_weights(evaluated, tmp_path):
+  run, _ = evaluated
+  config = run.config.copy_and_resolve_references()
+  config.evaluation.attacks = ('fgsm',)
+  run = run._replace(config=config, workdir=tmp_path)
+  images, labels = run.dataset.x_test / np.float32(255), run.dataset.y_test
+  exact = HalfNet(jnp.float32, jnp.float32)
+  init = jax.jit(exact.init)
+  for kind, step, seed in (('best', 3, 4), ('last', 7, 8)):
+    store = checkpoints.Checkpoints(tmp_path, kind)
+    store.save(step, init(jax.random.key(seed), images[:1]), {})
+    store.close()
+  values = evaluate.evaluate(run)['subjects']
+  assert list(values) == ['best', 'last']
+  logits, judged = {
+      s.name: jax.jit(s.logits_fn) for s in subjects.load_subjects(run)}, []
+  for kind, step in (('best', 3), ('last', 7)):
+    store = checkpoints.Checkpoints(tmp_path, kind)
+    variables, _ = store.load(init(jax.random.key(0), images[:1]))
+    store.close()
+    wanted = np.asarray(jax.jit(exact.apply)(variables, images))
+    np.testing.assert_allclose(logits[kind](images), wanted, atol=1e-5)
+    entry = values[kind]
+    assert entry['origin'] == {'checkpoint': kind, 'step': step}
+    assert entry['weights'] == identity.of_arrays(variables)
+    assert 'same_weights_as' not in entry
+    natural = np.mean(wanted.argmax(axis=1) == labels)
+    assert entry['natural']['accuracy'] == natural
+    judged.append((wanted, natural))
+  (first, one), (second, other) = judged
+  assert np.abs(first - second).max() > 0.1 and one != other
+
+
+def test_earlier_evaluations_of_the_same_model_are_kept(evaluated, tmp_path):
+  run, values = evaluated
+  config = run.config.copy_and_resolve_references()
+  config.evaluation.attacks = ('cw-2',)
+  folder = shutil.copytree(run.workdir, tmp_path / 'run')
+  run = run._replace(config=config, workdir=folder)
+  path = folder / 'evaluation.json'
+  before = json.loads(json.dumps(values))
+  for entry in before['subjects'].values():
+    del entry['evaluations']['cw-2']
+    entry['evaluations']['fgsm']['seconds'] = 1234.0  # as it was
+  results.write_json(path, before)
+  found = evaluate.evaluate(run)
+  assert json.loads(path.read_text()) == json.loads(json.dumps(found))
+  for kind in ('best', 'last'):
+    kept = found['subjects'][kind]['evaluations']
+    assert kept.keys() == set(ATTACKS)
+    assert kept['fgsm']['seconds'] == 1234.0
+    assert without_seconds(kept) == without_seconds(
+        values['subjects'][kind]['evaluations'])
+  # The data may have moved.
+  elsewhere = {'dataset': {**before['dataset'], 'source': 'elsewhere'}}
+  results.write_json(path, before | elsewhere)
+  kept = evaluate.evaluate(run)['subjects']['best']['evaluations']
+  assert kept.keys() == set(ATTACKS)
+  # Not those of other weights, of another threat model, of fewer images.
+  for change in (
+      {'threat': {**before['threat'], 'epsilon': 0.1}}, {'num_examples': 8},
+      {'subjects': {kind: {**entry, 'weights': 'others'}
+                    for kind, entry in before['subjects'].items()}}):
+    results.write_json(path, before | change)
+    for entry in evaluate.evaluate(run)['subjects'].values():
+      assert list(entry['evaluations']) == ['cw-2']
+
+
+def test_more_images_than_there_are_is_an_error(evaluated, tmp_path):
+  run, _ = evaluated
+  config = run.config.copy_and_resolve_references()
+  config.evaluation.num_examples = 21
+  with pytest.raises(UserError, match=(
+      r'evaluation\.num_examples=21: there are 20 test images; 0 takes all')):
+    evaluate.evaluate(run._replace(config=config, workdir=tmp_path))
+  assert not list(tmp_path.iterdir())
+
+
 def test_moved_data_and_run_change_nothing(evaluated, tmp_path, monkeypatch):
   run, values = evaluated
   monkeypatch.setattr(setup, 'build_model', lambda config, dataset: HalfNet())
@@ -407,7 +553,10 @@ def test_a_pytorch_checkpoint(evaluated, tmp_path):
   config = run.config.copy_and_resolve_references()
   config.evaluation.torch_checkpoint = str(path)
   config.evaluation.attacks = ('fgsm',)
-  entry = evaluate.evaluate(run._replace(config=config))['subjects']['net']
+  before = json.loads((run.workdir / 'evaluation.json').read_text())
+  subjects = evaluate.evaluate(run._replace(config=config))['subjects']
+  entry = subjects.pop('torch-net')
+  assert subjects == before['subjects']  # those of the checkpoints stay
   # The file holds no normalisation, so that of the data is taken.
   model = WideResNet(
       4, depth=10, width=1, mean=tuple(run.dataset.mean),

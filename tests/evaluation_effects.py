@@ -11,7 +11,14 @@ from awp_jax import landscape as landscape_lib
 from awp_jax.attacks import evaluation as evaluation_lib
 from awp_jax.attacks import fixed_step, results
 from awp_jax.models import torch_exchange
-from experiments import evaluate, judging, landscape, probe, subjects
+from experiments import (
+    evaluate,
+    judging,
+    landscape,
+    landscape_records,
+    probe,
+    subjects,
+)
 
 
 class Spy:
@@ -87,9 +94,7 @@ def of_landscape(run, monkeypatch):
         len(directions), len(points), reach, len(images[1]), batch_size,
         np.asarray(jax.random.key_data(key))))
     for number in range(len(points)):
-      progress(number, dict.fromkeys(
-          ('natural_loss', 'natural_accuracy', 'robust_loss',
-           'robust_accuracy'), 1.0))
+      progress(number, dict.fromkeys(landscape_records.METRICS, 1.0))
 
   measure = Spy(lambda *_, **__: None)
   variables = {'params': {'w': jnp.ones((2, 2))}, 'batch_stats': {}}
@@ -105,11 +110,14 @@ def of_landscape(run, monkeypatch):
       patch.setattr(owner, name, value)
     landscape.check(run.config, run.workdir)
     landscape.measure(run)
-  ((_, asked_for),) = measure.calls
+  (((_, threat), asked_for),) = measure.calls
   names = ('directions', 'points', 'reach', 'images', 'batch_size', 'key')
   found = {f'landscape.{name}': values
            for name, values in zip(names, zip(*asked, strict=True),
                                    strict=True)}
+  found['landscape.threat'] = plain(threat)
+  found['landscape.gradient.threat'] = [
+      plain(args[5]) for args, _ in gradients.calls]
   return found | {
       f'landscape.{name}': asked_for[name]
       for name in ('step_size', 'num_steps')} | {

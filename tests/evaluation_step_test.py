@@ -177,3 +177,35 @@ def test_bad_arguments(x, keywords, message):
   state = make_state(linear, params={'w': jnp.ones((5, 3))})
   with pytest.raises(ValueError, match=message):
     evaluate(state, x, jnp.zeros(2, int), **keywords)
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_images_in_half_precision_are_attacked_in_float32(dtype):
+  # Steps of 0.001 at 0.75 are lost in bfloat16, whose numbers lie 0.004 apart.
+  state = make_state(
+      lambda params, stats, x: jnp.concatenate([x - 0.745, 0 * x], axis=1),
+      params={'w': jnp.zeros(1)})
+  images = jnp.full((4, 1), 0.75, dtype)
+  got = evaluate(
+      state, images, jnp.zeros(4, int), attack=awp_jax.Attack(0.001, 8, 'zero'))
+  assert got.natural_correct == 4 and got.robust_correct == 0
+
+
+def test_any_restart_that_breaks_an_example_counts():
+  # At the left end the loss is large and the label first; it is not first in
+  # the middle, where the loss is small.
+  def logits(params, stats, x):
+    label = jnp.where(jnp.abs(x - 0.5) < 0.02, 0.0, 1.0)
+    spread = jnp.where(x < 0.45, 0.9, -5.0)
+    return jnp.concatenate(
+        [label, jnp.where(label > 0, spread, 0.01), spread], axis=1)
+
+  state = make_state(logits, params={'w': jnp.zeros(1)})
+  got = evaluate(
+      state, jnp.full((16, 1), 0.47), jnp.zeros(16, int),
+      attack=awp_jax.Attack(1e-9, 1, restarts=30))
+  once = evaluate(
+      state, jnp.full((16, 1), 0.47), jnp.zeros(16, int),
+      attack=awp_jax.Attack(1e-9, 1))
+  assert got.natural_correct == once.natural_correct == 16
+  assert got.robust_correct == 0 and once.robust_correct > 0

@@ -172,7 +172,7 @@ def test_examples_are_made_afresh_at_every_point(x64):
         'natural_loss': np.mean(np.log1p(np.exp(-natural))),
         'robust_loss': np.mean(np.log1p(np.exp(-robust))),
         'natural_accuracy': np.mean(natural > 0),
-        'robust_accuracy': np.mean(robust > 0)}
+        'robust_accuracy': np.mean(robust > 0), 'nonfinite': 0}
     assert point.keys() == wanted.keys()
     for name, value in wanted.items():
       assert point[name] == pytest.approx(value, rel=1e-12), name
@@ -338,3 +338,49 @@ def test_other_arguments_are_refused():
     landscape.robust_measure(linear, THREAT, step_size=-1, num_steps=1)
   with pytest.raises(ValueError, match=r'num_steps must be .* got 0'):
     landscape.robust_measure(linear, THREAT, step_size=1, num_steps=0)
+
+
+def test_nan_gradients_are_counted():
+  params, images, labels = linear_problem()
+
+  def with_nan_gradient(params, x):
+    return linear(params, x) + jnp.sqrt(0 * x[:, :1])
+
+  found = []
+  for logits_fn in (linear, with_nan_gradient):
+    measure = landscape.robust_measure(
+        logits_fn, THREAT, step_size=EPSILON, num_steps=2)
+    found.append(measure(params, (images, labels), jax.random.key(0)))
+  assert not found[0]['nonfinite'].any() and found[1]['nonfinite'].all()
+
+
+def test_measures_in_float32():
+  params, images, labels = linear_problem()
+  measure = landscape.robust_measure(
+      linear, THREAT, step_size=EPSILON / 4, num_steps=4, start='zero')
+  text = str(jax.make_jaxpr(measure)(
+      params, (images, labels), jax.random.key(0)))
+  assert text.count('dot_general[') >= 3
+  assert text.count('Precision.HIGHEST, Precision.HIGHEST') + text.count(
+      'precision=HIGHEST') == text.count('dot_general[')
+  half = images.astype(jnp.bfloat16)
+  for got, wanted in zip(*(
+      measure(params, (x, labels), jax.random.key(0)).values()
+      for x in (half, half.astype(jnp.float32))), strict=True):
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize('norm', ['filter', 'layer'])
+def test_stacked_layers_have_norms_of_their_own(norm):
+  rng = np.random.default_rng(0)
+  w, d = (jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.float32)
+          for _ in range(2))
+  params = {'layers/kernel': w, 'layers/gain': w[:, 0]}
+  direction = {'layers/kernel': d, 'layers/gain': d[:, 0]}
+  whole = landscape.normalised(direction, params, norm=norm, stack_axes=1)
+  assert not np.any(whole['layers/gain'])  # [L, D]: a vector in each layer
+  for layer in range(2):
+    alone = landscape.normalised(
+        {'kernel': d[layer]}, {'kernel': w[layer]}, norm=norm)
+    np.testing.assert_allclose(
+        whole['layers/kernel'][layer], alone['kernel'], rtol=1e-6)

@@ -262,3 +262,22 @@ def test_adamw_decays_aside_from_the_gradient(decay):
     return result
 
   run_both(config, step)
+
+
+def test_l1_leaves_weights_of_zero_alone():
+  config = changed(**BASE, optimizer__l1=0.5, optimizer__weight_decay=0.0)
+  tx = optimization.build_optimizer(config, 4)
+  params = {'kernel': jnp.array([[0.0, 2.0]])}
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  assert updates['kernel'][0, 0] == 0 and updates['kernel'][0, 1] < 0
+
+
+def test_epochs_drop_behind_a_fraction_that_is_no_whole_epoch():
+  config = changed(
+      epochs=5, optimizer__schedule='epochs', optimizer__decay_at=(0.5,),
+      optimizer__decay_factor=0.1, optimizer__learning_rate=1.0)
+  rate = optimization.build_schedule(config, 2)
+  # 2.5 epochs are over in the third; the fourth begins at step 6.
+  np.testing.assert_allclose(
+      [rate(k) for k in range(10)], 6 * [1.0] + 4 * [0.1])

@@ -251,12 +251,21 @@ def test_loop_and_unrolled_agree(norm, monkeypatch):
   np.testing.assert_allclose(run(), unrolled, atol=1e-6)
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
-def test_keeps_the_dtype(dtype):
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_attacks_half_precision_in_float32(dtype):
+  # Steps of 0.001 at 0.75 are lost in bfloat16, whose numbers lie 0.004 apart.
+  x = jnp.full((1, 2), 0.75, dtype)
   got = pgd(
-      jax.random.key(0), linear_loss, INSIDE.astype(dtype),
-      ThreatModel('L2', 0.1), step_size=0.05, num_steps=2)
-  assert got.dtype == dtype
+      jax.random.key(0), lambda x: x @ jnp.array([1.0, -2.0]), x,
+      ThreatModel('Linf', 0.1), step_size=0.001, num_steps=8, start='zero')
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(np.abs(got - 0.75), 0.008, rtol=1e-3)
+
+
+def test_bytes_are_no_inputs():
+  with pytest.raises(ValueError, match='divided by 255, got dtype uint8'):
+    pgd(jax.random.key(0), linear_loss, jnp.ones((1, 2), jnp.uint8),
+        ThreatModel('Linf', 0.1), step_size=0.001, num_steps=8)
 
 
 @pytest.mark.parametrize('loss', ['ce', 'kl', 'margin'])

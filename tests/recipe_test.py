@@ -111,6 +111,37 @@ def test_batches_hold_their_share_of_extra_images(tmp_path, monkeypatch):
   assert white[:8].sum() == white[8:].sum() == 2
 
 
+@pytest.mark.parametrize('fraction, per_pass', [(0.25, 4), (0.75, 12)])
+def test_a_pass_sees_each_labelled_image_once(
+    fraction, per_pass, tmp_path, monkeypatch):
+  extra = tmp_path / 'extra.npz'
+  np.savez(
+      extra, images=np.full((5, 8, 8, 1), 255, np.uint8),
+      labels=np.zeros(5, int))
+  run = prepared(
+      tmp_path, monkeypatch, extra__path=str(extra), extra__fraction=fraction)
+  # Image i is i everywhere, in place of noise.
+  dataset = run.dataset._replace(x_train=np.broadcast_to(
+      np.arange(48, dtype=np.uint8)[:, None, None, None], (48, 8, 8, 1)))
+  run = run._replace(dataset=dataset)
+  keys = runs.keys(run.config)
+  data = jax.tree.map(jax.numpy.asarray, steps.training_data(run))
+  order_fn = steps.make_order_fn(run)
+  batch = jax.jit(lambda order, step: steps.global_batch(
+      run, data, order, keys, step, 16)[0])
+  passes = []
+  for first in (0, per_pass):
+    seen = []
+    for step in range(first, first + per_pass):
+      images = batch(
+          order_fn(keys['order'], steps.order_number(run, step)), step)
+      names = np.round(255 * np.max(images, axis=(1, 2, 3))).astype(int)
+      seen += names[names < 255].tolist()
+    assert sorted(seen) == list(range(48))
+    passes.append(seen)
+  assert passes[0] != passes[1]
+
+
 def test_mixed_labels_reach_the_step(tmp_path, monkeypatch):
   run = prepared(tmp_path, monkeypatch, augmentation__mixup=1.0)
   _, labels = batch_of(run, 0)

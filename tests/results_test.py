@@ -37,9 +37,10 @@ def test_summary_values():
   summary = results.summarise(LINES, 'test', {'name': 'mine'})
   assert summary['best'] == {
       'epoch': 2, 'natural_accuracy': 0.625, 'robust_accuracy': 0.5,
-      'selected_on': 'test'}  # the first of two equal maxima
+      'nonfinite': 0.0, 'selected_on': 'test'}  # the first of two equal maxima
   assert summary['last'] == {
       'epoch': 8, 'natural_accuracy': 0.25, 'robust_accuracy': 0.125,
+      'nonfinite': 0.0,
       'mean_of_last_6': (0.5 + 0.5 + 0.375 + 0.25 + 0.25 + 0.125) / 6}
   assert summary['robust_generalisation_gap'] == 0.25
   assert summary['images_per_second'] == 20.0
@@ -59,7 +60,7 @@ def test_summary_by_validation_reports_test_accuracy():
   best = results.summarise(lines, 'validation', {})['best']
   assert best == {
       'epoch': 2, 'natural_accuracy': 0.375, 'robust_accuracy': 0.25,
-      'selected_on': 'validation'}
+      'nonfinite': 0.0, 'selected_on': 'validation'}
   assert results.best_line(lines, 'test')['epoch'] == 1
   assert results.best_line([line(1)], 'test') is None
 
@@ -100,7 +101,7 @@ def test_the_gap_is_of_the_last_evaluation_and_may_be_negative():
   assert found['robust_generalisation_gap'] == -0.125
   assert found['best'] == {
       'epoch': 1, 'natural_accuracy': 0.5, 'robust_accuracy': 0.5,
-      'selected_on': 'test'}
+      'nonfinite': 0.0, 'selected_on': 'test'}
   assert found['last']['epoch'] == 2
   assert found['last']['natural_accuracy'] == 0.5
 
@@ -311,3 +312,10 @@ def test_comparisons_tell_runs_apart(count, tmp_path, monkeypatch):
 def test_table():
   assert results.table([['run', 'robust'], ['AT-AWP', '0.5']]) == (
       'run     robust\n------  ------\nAT-AWP     0.5')
+
+
+def test_shares_of_examples_that_are_not_finite_are_in_the_summary():
+  lines = [line(1, 0.5, test_nonfinite=0.25), line(2, 0.25, test_nonfinite=0.5)]
+  found = results.accuracies(lines, 'test')
+  assert found['best']['nonfinite'] == 0.25
+  assert found['last']['nonfinite'] == 0.5

@@ -1,16 +1,12 @@
 """Square Attack: schedule, patterns and proposals against loops in NumPy."""
 
-import re
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awp_jax.attacks import model as models
 from awp_jax.attacks import square, square_patterns
-from awp_jax.attacks.results import RobustnessWarning
 from awp_jax.attacks.square_patterns import Course
 from awp_jax.threat import ThreatModel
 from tests import attack_oracles
@@ -222,22 +218,3 @@ def test_keeps_what_lowers_the_margin(x64):
         jax.random.fold_in(batch.keys[i], time), np.asarray(after.best)[i],
         x[i], sides[min(time, 4)], threat)
     np.testing.assert_allclose(after.x[i], expected, atol=1e-9)
-
-
-@pytest.mark.parametrize('shape, warns', (
-    ((3, 32, 32), True), ((1, 28, 28), True), ((3, 5, 5), True),
-    ((3, 32, 4), False), ((32, 32, 3), False), ((28, 28, 1), False),
-    ((2, 32, 32), False), ((4, 9, 8), False)))
-def test_warns_of_channels_first(shape, warns):
-  attack = square.square_spec(num_queries=2).build(
-      models.make_model(lambda x: x, 2), ThreatModel('Linf', 0.1))
-  batch = attack_oracles.examples(np.full((2, *shape), 0.5, np.float32))
-  with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter('always')
-    attack.init(batch)
-    attack.init(jax.tree.map(lambda leaf: leaf[:1], batch))  # not again
-  assert [w.category for w in caught] == [RobustnessWarning] * warns
-  if warns:
-    assert re.search(
-        rf'\({shape[0]}, {shape[1]}, {shape[2]}\).*channels last',
-        str(caught[0].message))

@@ -12,10 +12,19 @@ import sys
 import threading
 import time
 
+import numpy as np
 from PIL import Image
 import pytest
 
-from experiments import jobs, published, records, results, sweep, table
+from experiments import (
+  checkpoints,
+  jobs,
+  published,
+  records,
+  results,
+  sweep,
+  table,
+)
 from tests.results_test import line
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -174,6 +183,33 @@ LINES = [
     line(5, 0.375), line(6, 0.25), line(7, 0.25), line(8, 0.125, 0.25)]
 
 
+def write_evaluation(folder, *, step=8, count=60, **origin):
+  origin = origin or {'checkpoint': 'best', 'step': step}
+  (folder / 'evaluation.json').write_text(json.dumps({
+      'num_examples': count, 'dataset': {'num_test': 60}, 'subjects': {
+          'best': {'origin': origin, 'evaluations': {
+              'aa-standard': {'robust': {'accuracy': 0.4375}}}}}}))
+
+
+def test_autoattack_of_another_model_or_of_few_images_is_left_out(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'best')
+  store.save(8, {'w': np.ones(1)}, {})
+  store.close()
+  write_evaluation(tmp_path)
+  assert records.read_autoattack(tmp_path) == (43.75, '')
+  write_evaluation(tmp_path, step=4)
+  assert records.read_autoattack(tmp_path) == (None, (
+      'its AutoAttack is of step 4, the best checkpoint is now of step 8'))
+  write_evaluation(tmp_path, count=7)
+  assert records.read_autoattack(tmp_path) == (
+      None, 'its AutoAttack is on 7 of 60 test images')
+  write_evaluation(tmp_path, torch_checkpoint='best.pth')
+  assert records.read_autoattack(tmp_path) == (None, '')
+  run = run_of(LINES)._replace(left_out='its AutoAttack is of step 4')
+  assert any('its AutoAttack is of step 4.' in note
+             for note in table.notes(records.group([run])))
+
+
 def test_measured(tmp_path):
   config = {'select_on': 'test', 'batch_size': 16}
   measured = records.measure(LINES, config, tmp_path)
@@ -182,9 +218,7 @@ def test_measured(tmp_path):
       'last': 100 * (0.5 + 0.5 + 0.375 + 0.25 + 0.25 + 0.125) / 6,
       # 40 images are two batches of 16 and one of 8.
       'seconds_per_step': 2.0 / 3, 'seconds_per_epoch': 2.0}, rel=1e-12)
-  (tmp_path / 'evaluation.json').write_text(json.dumps({'subjects': {
-      'best': {'evaluations': {
-          'aa-standard': {'robust': {'accuracy': 0.4375}}}}}}))
+  write_evaluation(tmp_path)
   assert records.measure(LINES, config, tmp_path)['autoattack'] == 43.75
   assert records.measure([line(1)], config, tmp_path) == {}
 

@@ -221,7 +221,7 @@ def test_l2_projection_has_the_margin_of_the_reference(x64):
   np.testing.assert_array_equal(on, [[0.25, 0]] * 2)
 
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', threat.NORMS)
 def test_box_is_that_of_the_model(norm):
   model = ThreatModel(norm, 50.0, lower=-1.0, upper=2.0)
   x = jnp.zeros((1, 8))
@@ -257,7 +257,7 @@ def test_random_start_is_the_reference_draw(x64):
                 for d in noise]), atol=1e-10)
 
 
-@pytest.mark.parametrize('norm', NORMS)
+@pytest.mark.parametrize('norm', threat.NORMS)
 def test_distance(norm):
   x = jax.random.uniform(jax.random.key(0), (3, 4, 4, 2))
   x_adv = jax.random.uniform(jax.random.key(1), (3, 4, 4, 2))
@@ -274,9 +274,9 @@ def test_norms_of_zero_have_no_nan():
 
 
 @pytest.mark.parametrize('arguments,message', [
-    (('L3', 0.1), "norm must be one of 'Linf', 'L2', 'L1', got 'L3'"),
+    (('L3', 0.1), "^norm must be one of 'Linf', 'L2', 'L1', got 'L3'"),
     (('linf', 0.1), "Did you mean 'Linf'"),
-    (('Linf', 0.0), 'epsilon must be a finite number > 0, got 0.0'),
+    (('Linf', 0.0), '^epsilon must be a finite number > 0, got 0.0'),
     (('Linf', -0.1), 'epsilon must be a finite number > 0, got -0.1'),
     (('L2', float('nan')), 'epsilon must be a finite number > 0, got nan'),
     (('L2', float('inf')), 'epsilon must be a finite number > 0, got inf'),
@@ -292,3 +292,19 @@ def test_bad_models(arguments, message):
 def test_inputs_need_a_batch_axis():
   with pytest.raises(ValueError, match=r'rank >= 2.*\(3,\)'):
     ThreatModel('L2', 0.1).steepest_ascent(jnp.ones(3))
+
+
+@pytest.mark.parametrize('norm', threat.NORMS)
+def test_random_start_does_not_depend_on_the_units(norm):
+  x = jax.random.uniform(jax.random.key(1), (4, 30))
+  small = ThreatModel(norm, 0.25).random_start(jax.random.key(0), x)
+  large = ThreatModel(norm, 64, upper=256).random_start(
+      jax.random.key(0), 256 * x)
+  np.testing.assert_allclose(256 * small, large, rtol=1e-4, atol=1e-3)
+
+
+def test_l1_norms_keep_the_axes_and_steps_take_one_example():
+  x = jnp.array([[[1.0, -2.0], [0.0, 0.5]]])
+  np.testing.assert_array_equal(threat.l1_norms(x), [[[3.5]]])
+  np.testing.assert_array_equal(
+      threat.sparse_signs(x, 0.25), [[[0.0, -1.0], [0.0, 0.0]]])

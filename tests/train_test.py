@@ -120,7 +120,7 @@ def test_files(watched):
   names = {path.name for path in folder.iterdir()}
   assert names == {
       'config.json', 'metrics.jsonl', 'tensorboard', 'curves.png',
-      'summary.json', 'checkpoints', 'report.html', 'figures'}
+      'summary.json', 'checkpoints', 'report.html', 'figures', '.lock'}
   assert json.loads((folder / 'summary.json').read_text()) == watched.summary
   assert (folder / 'curves.png').read_bytes().startswith(b'\x89PNG')
   assert list((folder / 'tensorboard').glob('*tfevents*'))
@@ -190,7 +190,7 @@ def test_summary_and_best_checkpoint(watched):
   assert summary['best'] == {
       'epoch': best['epoch'], 'selected_on': 'validation',
       'natural_accuracy': best['test_natural_accuracy'],
-      'robust_accuracy': best['test_robust_accuracy']}
+      'robust_accuracy': best['test_robust_accuracy'], 'nonfinite': 0.0}
   assert summary['last']['epoch'] == 4
   assert summary['dataset']['num_train'] == 40
   assert summary['dataset']['num_test'] == 20

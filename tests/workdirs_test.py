@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import setup, workdirs
+from experiments import atomic, setup, workdirs
 from experiments.configs import base, digits_awp
 
 
@@ -138,7 +138,7 @@ def test_second_trainer_is_refused_and_readers_are_not(tmp_path):
         pass
     code = subprocess.run([sys.executable, '-c', (
         'import fcntl, sys\n'
-        f'file = open({str(tmp_path / "config.json")!r}, "r+")\n'
+        f'file = open({str(tmp_path / workdirs.LOCK)!r}, "a")\n'
         'try:\n'
         '  fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n'
         'except BlockingIOError:\n'
@@ -147,7 +147,7 @@ def test_second_trainer_is_refused_and_readers_are_not(tmp_path):
     assert workdirs.stored_config(tmp_path).seed == 0
   with workdirs.locked(tmp_path):
     pass
-  assert [p.name for p in tmp_path.iterdir()] == ['config.json']
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'config.json']
 
 
 def test_folder_that_was_only_opened_is_free(tmp_path):
@@ -183,3 +183,34 @@ def test_config_that_is_none(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(ValueError, match='is not the config of a run'):
     workdirs.open_workdir(tmp_path, digits_awp.get_config())
+
+
+def test_of_two_that_claim_a_folder_at_once_one_gets_it(tmp_path, monkeypatch):
+  """Both find it empty; the second to write must not replace the first."""
+  first, second = digits_awp.get_config(), digits_awp.get_config()
+  second.seed = 5
+  folder = workdirs.open_workdir(tmp_path / 'run', first)
+  workdirs.open_workdir(tmp_path / 'run', second)
+  with monkeypatch.context() as patch:
+    # As the second sees it: not there when it looks.
+    workdirs.claim(folder, first)
+    before = (folder / 'config.json').read_bytes()
+    patch.setattr(workdirs.pathlib.Path, 'exists', lambda path: False)
+    with pytest.raises(ValueError, match=r'seed \(0 there, 5 now\)'):
+      workdirs.claim(folder, second)
+    workdirs.claim(folder, first)
+  assert (folder / 'config.json').read_bytes() == before
+  assert {path.name for path in folder.iterdir()} == {'config.json'}
+
+
+def test_lock_outlives_the_config_file(tmp_path):
+  folder = claimed(tmp_path / 'run', digits_awp.get_config())
+  with workdirs.locked(folder):
+    # A writer that replaces the file must not open the folder to others.
+    text = (folder / 'config.json').read_text()
+    atomic.write_text(folder / 'config.json', text)
+    with pytest.raises(workdirs.WorkdirBusy), workdirs.locked(folder):
+      pass
+  with workdirs.locked(folder):
+    pass
+  workdirs.open_workdir(folder, digits_awp.get_config())
