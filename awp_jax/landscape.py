@@ -37,15 +37,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks, numerics, objectives, placement
+from awp_jax import objectives
 from awp_jax.attacks import pgd as pgd_lib
+from awp_jax.core import checks, numerics, sharding
 from awp_jax.perturbation.leaves import (
-    Mask,
-    StackAxes,
-    is_weight,
-    leaf_paths,
-    num_stack_axes,
-    weight_mask,
+  Mask,
+  StackAxes,
+  is_weight,
+  leaf_paths,
+  num_stack_axes,
+  weight_mask,
 )
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, Params
@@ -68,7 +69,7 @@ class Measure(Protocol):
     ...
 
 
-def normalised(
+def filter_normalize(
     direction: Params, params: Params, *, norm: Norm = 'filter',
     mask: Mask = is_weight, filter_axis: int = -1, stack_axes: StackAxes = 0
 ) -> Params:
@@ -128,23 +129,23 @@ def random_direction(
     key: a PRNG key. Models with leaves of the same shapes get the same noise,
       so that they can be compared along it.
     params: w.
-    norm: as in `normalised`.
-    mask: as in `normalised`.
-    filter_axis: as in `normalised`.
-    stack_axes: as in `normalised`.
+    norm: as in `filter_normalize`.
+    mask: as in `filter_normalize`.
+    filter_axis: as in `filter_normalize`.
+    stack_axes: as in `filter_normalize`.
 
   Returns:
     The direction, a pytree like `params`, zero on the leaves left alone.
 
   Raises:
-    ValueError: as `normalised`.
+    ValueError: as `filter_normalize`.
   """
   leaves, structure = jax.tree.flatten(params)
   keys = jax.random.split(key, max(len(leaves), 1))
   noise = [
       jax.random.normal(k, leaf.shape, leaf.dtype)
       for k, leaf in zip(keys, leaves, strict=False)]
-  return normalised(
+  return filter_normalize(
       jax.tree.unflatten(structure, noise), params, norm=norm, mask=mask,
       filter_axis=filter_axis, stack_axes=stack_axes)
 
@@ -272,7 +273,7 @@ def evaluate_points(
         f'batch_size must be a multiple of the {len(devices)} devices, got '
         f'{batch_size}.')
   count = _count(examples)
-  params, directions = placement.everywhere(
+  params, directions = sharding.replicate(
       (params, tuple(directions)), devices)
   found = []
   for number, point in enumerate(points):
@@ -365,4 +366,4 @@ def _batches(
     batch = jax.tree.map(
         lambda leaf, rows=rows: np.asarray(leaf)[np.minimum(rows, count - 1)],
         examples)
-    yield placement.cut((batch, rows < count), devices)
+    yield sharding.shard((batch, rows < count), devices)

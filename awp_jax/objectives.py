@@ -7,7 +7,7 @@ Adversarial training is a game of two losses of one network f:
 
 An `Objective` is that pair, together with the habits of its published code that
 change numbers: most of them bear on batch statistics. The three of the paper
-are `standard` (Madry et al. 2018), `trades` (Zhang et al. 2019) and `mart`
+are `adversarial` (Madry et al. 2018), `trades` (Zhang et al. 2019) and `mart`
 (Wang et al. 2020); `natural` is training without an adversary.
 
 Labels y are integers [B], or probabilities [B, C] where examples are mixed
@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, numerics
+from awp_jax.core import checks, numerics
 from awp_jax.types import Array
 
 Pass = Literal['adversarial', 'natural']
@@ -214,7 +214,7 @@ def _natural(label_smoothing: float) -> Objective:
       reference_passes=('adversarial',), reference_pass_after_update=False)
 
 
-def standard(label_smoothing: float = 0.0) -> Objective:
+def adversarial(label_smoothing: float = 0.0) -> Objective:
   """Adversarial training: both sides play on CE(f(x'), y).
 
   Args:

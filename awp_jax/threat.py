@@ -22,7 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, numerics
+from awp_jax.core import checks, numerics
 from awp_jax.types import Array
 
 Norm = Literal['Linf', 'L2', 'L1']
@@ -210,7 +210,7 @@ class ThreatModel:
       delta = unit_l2(normal) * lengths * self.epsilon
     return self.clip(x + delta)
 
-  def steepest_ascent(self, gradient: Array, floor: float = 0.0) -> Array:
+  def linear_maximizer(self, gradient: Array, floor: float = 0.0) -> Array:
     """The unit step in the ball's norm that a linear loss gains most from.
 
     argmax_{|d| <= 1} <d, g>: sign(g) for L_inf, g / |g|_2 for L_2; zero where

@@ -43,7 +43,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
 
   from awp_jax import models
   from awp_jax.attacks import autoattack
-  from awp_jax.attacks.evaluation import EvalOptions
+  from awp_jax.evaluation.evaluate import EvalOptions
   from awp_jax.threat import ThreatModel
 
   # The second evaluation finds there what the first one compiled.

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.attacks import autoattack
-from awp_jax.attacks.evaluation import EvalOptions
+from awp_jax.evaluation.evaluate import EvalOptions
 from awp_jax.objectives import cw_margin
 from awp_jax.threat import ThreatModel
 

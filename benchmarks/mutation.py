@@ -1,6 +1,6 @@
 """Mutation testing: finds small faults in a module that its tests miss.
 
-  python benchmarks/mutation.py awp_jax/threat.py tests/threat_test.py
+  python benchmarks/mutation.py awp_jax/threat.py tests/awp_jax/threat_test.py
 
 Every mutant is the module with one change: another operator, comparison or
 constant, swapped branches of a `where`, a keyword dropped, a check or an error

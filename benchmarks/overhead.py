@@ -51,7 +51,7 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
 
   import awp_jax
   from awp_jax.models import PreActResNet
-  from experiments import setup
+  from experiments.config import build
 
   size = (options.batch_size, 32, 32, 3)
   model = PreActResNet(10, depth=options.depth, width=options.width)
@@ -63,7 +63,7 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
       'batch_stats': variables['batch_stats'], 'tx': optax.chain(
           optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9))}
   made = {
-      'AT': awp_jax.standard(), 'TRADES': awp_jax.trades(),
+      'AT': awp_jax.adversarial(), 'TRADES': awp_jax.trades(),
       'MART': awp_jax.mart()}
 
   def call(objective: Any, perturbation: awp_jax.Method | None) -> Any:
@@ -84,7 +84,7 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
     named = {
         text: awp_jax.methods.make(name, **keywords)
         for text in options.methods
-        for name, keywords in (setup.parse_call(text),)}
+        for name, keywords in (build.parse_call(text),)}
     return {
         name: call(made['AT'], perturbation) for name, perturbation in {
             'AT': None, **named}.items()}

@@ -4,7 +4,7 @@
 
 The published algorithm of AT-AWP and of TRADES-AWP (L_inf), written again in
 PyTorch from its description, on a tiny PreActResNet-10 and random images, in
-float64. The files are read by tests/torch_layout.py:
+float64. The files are read by tests/helpers/torch_layout.py:
 
   cfg/*                eps, alpha (the attack's step), gamma, K (its steps), lr,
                        momentum, weight_decay, beta (of TRADES), steps

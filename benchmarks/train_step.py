@@ -56,7 +56,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
   def step(state: Any) -> Any:
     return awp_jax.train_step(
-        state, (x, y), jax.random.key(3), objective=awp_jax.standard(),
+        state, (x, y), jax.random.key(3), objective=awp_jax.adversarial(),
         threat=awp_jax.ThreatModel('Linf', 8 / 255),
         attack=awp_jax.Attack(2 / 255, 10),
         perturbation=awp_jax.methods.awp(options.gamma),

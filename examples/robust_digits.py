@@ -17,9 +17,9 @@ from awp_jax import (
   Method,
   ThreatModel,
   TrainState,
+  adversarial,
   eval_step,
   methods,
-  standard,
   train_step,
 )
 from examples import report
@@ -40,7 +40,7 @@ def make_step(method: Method) -> Any:
     rows = jax.random.randint(
         jax.random.fold_in(batch_key, state.step), (BATCH,), 0, len(y))
     return train_step(
-        state, (x[rows], y[rows]), step_key, objective=standard(),
+        state, (x[rows], y[rows]), step_key, objective=adversarial(),
         threat=THREAT, attack=Attack(step_size=0.03, num_steps=5),
         perturbation=method)
 

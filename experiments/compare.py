@@ -11,149 +11,14 @@ seed share a row, with mean and standard deviation.
 
 import argparse
 from collections.abc import Sequence
-import json
 import pathlib
-import statistics
 import sys
-from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import panels, report, report_tables, results, workdirs
-
-#: Heading -> where the value stands in summary.json. All but the last are
-#: fractions, shown in per cent.
-COLUMNS = {
-    'robust best': ('best', 'robust_accuracy'),
-    'robust last': ('last', 'robust_accuracy'),
-    'last 6 epochs': ('last', 'mean_of_last_6'),
-    'natural last': ('last', 'natural_accuracy'),
-    'gap': ('robust_generalisation_gap',),
-}
-
-
-def read_run(workdir: pathlib.Path) -> dict[str, Any]:
-  """Summary, config and metrics of a finished run.
-
-  Raises:
-    ValueError: if there is no finished run in the folder.
-  """
-  path = workdir / 'summary.json'
-  if not path.exists():
-    raise ValueError(
-        f'{str(workdir)!r} holds no summary.json: it is no folder of a '
-        'finished run.')
-  return {
-      'name': workdir.name,
-      'summary': json.loads(path.read_text()),
-      'config': workdirs.with_defaults(
-          json.loads((workdir / 'config.json').read_text())),
-      'evaluation': report.read_json(workdir / 'evaluation.json'),
-      'landscape': report.read_json(workdir / 'landscape.json'),
-      'lines': results.read_metrics(workdir)}
-
-
-def group_by_config(
-    runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-  """Runs that differ in their seed alone, by the name of the first of them."""
-  groups: dict[str, list[dict[str, Any]]] = {}
-  keys: dict[str, str] = {}
-  for run in runs:
-    fields = {k: v for k, v in run['config'].items() if k != 'seed'}
-    key = json.dumps(fields, sort_keys=True)
-    if key not in keys:
-      name = run['name']
-      while name in groups:
-        name += "'"
-      keys[key] = name
-    groups.setdefault(keys[key], []).append(run)
-  return groups
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-  """The mean, and the standard deviation where there are several values."""
-  spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
-  return f'{statistics.mean(values):.2f}{spread}'
-
-
-def rows(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-  """The table's cells, per cent, with a spread where seeds are several."""
-  table = [['run', 'seeds', *COLUMNS, 'seconds']]
-  for name, runs in groups.items():
-    cells = [name, str(len(runs))]
-    for path in COLUMNS.values():
-      values = []
-      for run in runs:
-        value = run['summary']
-        for part in path:
-          value = value[part]
-        values.append(100 * value)
-      cells.append(mean_and_spread(values))
-    seconds = statistics.mean(run['summary']['seconds'] for run in runs)
-    table.append([*cells, f'{seconds:.0f}'])
-  return table
-
-
-def differences(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-  """The config's fields that differ between groups, beside the seed."""
-  configs = [runs[0]['config'] for runs in groups.values()]
-  table = [['field', *groups]]
-  for field in dict.fromkeys(name for config in configs for name in config):
-    if field in ('seed', *workdirs.FREE_FIELDS) or field.startswith(
-        workdirs.FREE_GROUPS):
-      continue
-    values = [str(config.get(field, 'absent')) for config in configs]
-    if len(set(values)) > 1:
-      table.append([field, *values])
-  return table if len(table) > 1 else []
-
-
-def _facts(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-  table = [['run', 'seeds', 'data', 'devices', 'versions']]
-  for name, runs in groups.items():
-    summary = runs[0]['summary']
-    dataset = summary['dataset']
-    table.append([
-        name, ', '.join(str(run['config']['seed']) for run in runs),
-        f'{dataset["name"]}: {dataset["num_train"]} training and '
-        f'{dataset["num_test"]} test images',
-        ', '.join(dict.fromkeys(summary['devices'])),
-        f'jax {summary["versions"]["jax"]}, Python '
-        f'{summary["versions"]["python"]}'])
-  return table
-
-
-def write_page(
-    groups: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
-  """Writes the page; its figures go into a folder beside it.
-
-  Curves, landscapes and attacks are those of the first run of each group.
-
-  Args:
-    groups: of `group_by_config`.
-    path: of the page; the figures lie in `<its stem>_figures/`.
-  """
-  folder = path.with_name(f'{path.stem}_figures')
-  first = {name: runs[0] for name, runs in groups.items()}
-  landscape, evaluation = (
-      {name: run[part] for name, run in first.items() if run[part]}
-      for part in ('landscape', 'evaluation'))
-  several = any(len(runs) > 1 for runs in groups.values())
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(report.render('comparison.html.j2', {
-      'title': ' against '.join(groups), 'subtitle': 'Comparison of runs',
-      'summary': rows(groups),
-      'seeds_note': ', mean and standard deviation over seeds; the figures '
-      'show the first run of each row' if several else '',
-      'training': panels.training(
-          folder, {name: run['lines'] for name, run in first.items()}),
-      'landscape': panels.landscapes(folder, landscape) if landscape else [],
-      'landscape_note': report.landscape_note(landscape),
-      'landscape_table': report_tables.flatness(landscape),
-      'attacks': [panels.attacks(folder, evaluation)] if evaluation else [],
-      'attacks_table': report_tables.attacks(evaluation),
-      'differences': differences(groups), 'facts': _facts(groups)}))
+from experiments.reports import comparison, curves
+from experiments.util import console
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -166,17 +31,17 @@ def main(argv: Sequence[str] | None = None) -> None:
       'beside it, as .html')
   options = parser.parse_args(argv)
   try:
-    groups = group_by_config([read_run(path) for path in options.workdirs])
+    groups = comparison.group_by_config([comparison.read_run(path) for path in options.workdirs])
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   print('Accuracies on test images, per cent; the gap is robust accuracy on '
         'training less that on test images at the last epoch.\n')
-  print(results.table(rows(groups)))
-  results.plot_comparison(
+  print(console.table(comparison.rows(groups)))
+  curves.plot_comparison(
       {name: runs[0]['lines'] for name, runs in groups.items()},
       options.output)
   page = options.output.with_suffix('.html')
-  write_page(groups, page)
+  comparison.write_page(groups, page)
   print(f'\ncurves: {options.output}\nthe page to look at: {page}')
 
 

@@ -74,12 +74,12 @@ def parse(argv: list[str]) -> list[str]:
 
 def _help() -> NoReturn:
   """Prints the flags and the fields of the config, and leaves."""
-  from experiments import config_help
+  from experiments.config import help
 
   print(__doc__)
   print(flags.FLAGS.module_help(sys.modules[__name__]))
   print('\nFields of the config, with the defaults of configs/base.py:\n')
-  print(config_help.text())
+  print(help.text())
   sys.exit(0)
 
 
@@ -99,15 +99,15 @@ def _config_first(argv: list[str]) -> list[str]:
 
 def _check_names(argv: list[str]) -> None:
   """Leaves with the nearest name for a --config.NAME that does not exist."""
-  from experiments import setup
+  from experiments.config import build
   from experiments.configs import base
 
-  known = setup.flatten(base.get_config())
+  known = build.flatten(base.get_config())
   for argument in argv[1:]:
     flag, _, name = argument.partition('=')[0].lstrip('-').partition('.')
     if flag == 'config' and name and not any(
         f'{field}.'.startswith(f'{name}.') for field in known):
-      _fail(setup.unknown_field(name, known))
+      _fail(build.unknown_field(name, known))
 
 
 def _run_name() -> str:
@@ -121,7 +121,7 @@ def _of_run(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> ml_collections.ConfigDict:
   """The config to read the run in `workdir` with."""
-  from experiments import workdirs
+  from experiments.runs import workdirs
 
   flag = flags.FLAGS['config']
   is_default = config_flags.get_config_filename(flag) == str(DEFAULT)
@@ -135,23 +135,19 @@ def main(argv: list[str]) -> None:
   del argv
   import jax
 
-  from experiments import (
-    evaluate,
-    landscape,
-    report,
-    runs,
-    setup,
-    train,
-    workdirs,
-  )
+  from experiments.config import build
   from experiments.configs import base
-  from experiments.errors import UserError
+  from experiments.modes import evaluate, landscape, train
+  from experiments.reports import page
+  from experiments.runs import run as run_lib
+  from experiments.runs import workdirs
+  from experiments.util.errors import UserError
 
   if _CACHE.value:
     jax.config.update('jax_compilation_cache_dir', _CACHE.value)
   config = _CONFIG.value
   try:
-    setup.check_fields(config, base.get_config())
+    build.check_fields(config, base.get_config())
     workdir = pathlib.Path(
         _WORKDIR.value or f'runs/{_run_name()}').expanduser()
     if _COMPARE_TO.value and _MODE.value != 'landscape':
@@ -162,15 +158,15 @@ def main(argv: list[str]) -> None:
     if _MODE.value == 'evaluate':
       config = _of_run(config, workdir)
       evaluate.check(config, workdir)
-      run = runs.reopen(config, workdir)
+      run = run_lib.reopen(config, workdir)
       if not (workdir / 'config.json').exists():  # of a PyTorch file alone
         workdirs.claim(workdirs.open_workdir(workdir, config), config)
       evaluate.evaluate(run)
-      report.write_or_say_why(run, 'evaluate')
+      page.write_or_say_why(run, 'evaluate')
       print(f'\neverything is in {run.workdir / "evaluation.json"}, and in '
             'report.html beside it')
       return
-    run = runs.prepare(config, workdir)
+    run = run_lib.prepare(config, workdir)
   except (UserError, OSError) as error:
     _fail(error)
   try:

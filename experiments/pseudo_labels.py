@@ -5,7 +5,7 @@
 
 The output holds `image`, `label`, `confidence` (the largest probability) and
 `origin` (which network, in JSON); training takes it as `extra.path`. Images
-come as for `experiments/extra_data.py`; labels that they have are ignored.
+come as for `experiments/data/extra_images.py`; labels that they have are ignored.
 
 With `--torch_checkpoint` a PyTorch file labels, instead of the run's own
 network; the run in the workdir says which data set it is for.
@@ -25,22 +25,21 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from awp_jax import checks
-from experiments import (
-    atomic,
-    checkpoints,
-    command,
-    evaluate,
-    extra_data,
-    judging,
-    pipeline,
-    results,
-    runs,
-    setup,
-    subjects,
-    workdirs,
+from awp_jax.core import checks
+from experiments.config import build
+from experiments.data import batches, extra_images
+from experiments.modes import evaluate
+from experiments.runs import (
+  checkpoints,
+  precision,
+  restore,
+  workdirs,
 )
-from experiments.errors import UserError, user_errors
+from experiments.runs import (
+  run as run_lib,
+)
+from experiments.util import atomic, console
+from experiments.util.errors import UserError, user_errors
 
 
 class Labelled(NamedTuple):
@@ -74,11 +73,11 @@ def predict(
   with user_errors():
     checks.count('batch_size', batch_size)
   num_devices = jax.device_count()
-  setup.check_devices(batch_size, num_devices, 'batch_size')
+  build.check_devices(batch_size, num_devices, 'batch_size')
 
   @jax.pmap
   def label(batch: Any) -> Any:
-    logits = logits_fn(pipeline.to_pixels(batch, jnp.dtype(jnp.float32)))
+    logits = logits_fn(batches.to_pixels(batch, jnp.dtype(jnp.float32)))
     logits = logits.astype(jnp.float32)
     # NaN, if any logit is infinite or NaN, whatever softmax makes of it.
     finite = jnp.where(jnp.isfinite(logits).all(axis=-1), 0.0, jnp.nan)
@@ -154,7 +153,7 @@ def select(
 
 
 def prepare(
-    workdir: pathlib.Path, torch_checkpoint: pathlib.Path | None) -> runs.Run:
+    workdir: pathlib.Path, torch_checkpoint: pathlib.Path | None) -> run_lib.Run:
   """The run that is in a workdir, to use its network.
 
   Args:
@@ -170,12 +169,12 @@ def prepare(
   config = workdirs.stored_config(workdir)
   config.evaluation.torch_checkpoint = str(torch_checkpoint or '')
   evaluate.check(config, workdir)
-  return runs.reopen(config, workdir)
+  return run_lib.reopen(config, workdir)
 
 
-def load_subject(run: runs.Run, kind: str) -> subjects.Subject:
+def load_subject(run: run_lib.Run, kind: str) -> restore.RestoredModel:
   """The network that labels: the run's checkpoint, or the PyTorch file."""
-  return next(subjects.load_subjects(run, (kind,)))
+  return next(restore.restore_models(run, (kind,)))
 
 
 def save(
@@ -205,7 +204,7 @@ def counts_table(labelled: Labelled, num_classes: int) -> str:
     confidence = labelled.confidence[labelled.labels == label]
     mean = f'{confidence.mean():.4f}' if len(confidence) else '-'
     rows.append([str(label), str(len(confidence)), mean])
-  return results.table(rows)
+  return console.table(rows)
 
 
 def run_all(options: Any) -> None:
@@ -218,7 +217,7 @@ def run_all(options: Any) -> None:
     raise UserError(f'--output: there is no folder {str(folder)!r}.')
   run = prepare(options.workdir, options.torch_checkpoint)
   num_classes = run.dataset.num_classes
-  images = extra_data.load_images(
+  images = extra_images.load_images(
       options.images, image_shape=run.dataset.x_train.shape[1:])
   if options.per_class * num_classes > len(images):
     raise UserError(
@@ -234,7 +233,7 @@ def run_all(options: Any) -> None:
     images = images[chosen]
     labelled = Labelled(*(values[chosen] for values in labelled))
   origin = {
-      **subject.origin, 'judged_by': judging.judged_by(),
+      **subject.origin, 'judged_by': precision.judged_by(),
       'workdir': str(options.workdir), 'images': str(options.images),
       'min_confidence': options.min_confidence,
       'per_class': options.per_class}
@@ -245,7 +244,7 @@ def run_all(options: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """The command; returns its exit code."""
-  parser = command.Parser(__doc__)
+  parser = console.Parser(__doc__)
 
   def path(text: str) -> pathlib.Path:
     return pathlib.Path(text).expanduser()
@@ -270,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     run_all(parser.parse_args(argv))
   except (UserError, OSError) as error:
-    command.complain(error)
+    console.complain(error)
     return 2
   return 0
 

@@ -26,17 +26,10 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments import (
-    atomic,
-    command,
-    compare,
-    jobs,
-    published,
-    records,
-    results,
-    sweep,
-)
-from experiments.errors import UserError
+from experiments.reports import comparison, curves
+from experiments.sweeps import jobs, published, records, runner
+from experiments.util import atomic, console
+from experiments.util.errors import UserError
 
 #: Key of `records.measure` -> heading.
 COLUMNS = {
@@ -80,7 +73,7 @@ def _cell(key: str, values: Sequence[float | None]) -> str:
     return '-'
   if key.startswith('seconds'):
     return f'{statistics.mean(numbers):.3g}'
-  return compare.mean_and_spread(numbers)
+  return comparison.mean_and_spread(numbers)
 
 
 def _progress(run: records.Record) -> str:
@@ -136,26 +129,26 @@ def write(workdir: pathlib.Path, listed: Sequence[str]) -> str:
   Returns:
     The table as text.
   """
-  names = dict.fromkeys([*listed, *sweep.find_runs(workdir)])
+  names = dict.fromkeys([*listed, *runner.find_runs(workdir)])
   groups = records.group([records.read(workdir, name) for name in names])
   cells, beside = rows(groups), notes(groups)
   atomic.write_text(workdir / 'table.md', '\n\n'.join(
       [markdown(cells), LEGEND, *beside]) + '\n')
   atomic.write_text(
       workdir / 'table.json', json.dumps(as_json(groups), indent=2) + '\n')
-  curves = {
+  shown = {
       name: lines for name, runs in groups.items()
       if (lines := records.mean_lines(runs))}
-  if curves:
-    results.plot_comparison(curves, workdir / 'table.png')
+  if shown:
+    curves.plot_comparison(shown, workdir / 'table.png')
   return '\n'.join([
-      results.table(cells), '',
+      console.table(cells), '',
       *(textwrap.fill(text, 80) for text in (LEGEND, *beside))])
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   """Options, and the overrides for every run."""
-  parser = command.Parser(__doc__)
+  parser = console.Parser(__doc__)
   parser.add_argument(
       '--configs', type=str, help='their files, with commas between')
   parser.add_argument('--seeds', default='0', help='by default 0')
@@ -177,7 +170,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
 
 def main(
     argv: Sequence[str] | None = None,
-    script: pathlib.Path = sweep.MAIN) -> int:
+    script: pathlib.Path = runner.MAIN) -> int:
   """Runs and prints.
 
   Args:
@@ -195,25 +188,25 @@ def main(
         for seed in jobs.parse_seeds(options.seeds)
         for config in jobs.parse_configs(options.configs)
     ] if options.configs else []
-    if options.only_table and not listed and not sweep.find_runs(workdir):
+    if options.only_table and not listed and not runner.find_runs(workdir):
       raise UserError(f'{str(workdir)!r} holds no runs of a table.')
     names = [job.name for job in listed]
     stopped = None
     if not options.only_table:
       # The files are up to date while the next run is under way.
-      stopped = sweep.run_jobs(
+      stopped = runner.run_jobs(
           listed, workdir, overrides, script,
           after_each=lambda: write(workdir, names))
     workdir.mkdir(parents=True, exist_ok=True)
     print(f'\n{write(workdir, names)}')
   except (UserError, OSError) as error:
-    command.complain(error)
+    console.complain(error)
     return 2
   print(f'\nthe same as table.md and table.json, and curves: {workdir}')
   if stopped:
     print(f'{stopped}: the same command goes on from there.')
   return int(any(
-      sweep.state_of(workdir, name).kind == 'failed' for name in names))
+      runner.state_of(workdir, name).kind == 'failed' for name in names))
 
 
 if __name__ == '__main__':

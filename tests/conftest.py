@@ -30,7 +30,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import strict
+from tests.helpers import strict
 
 #: Folders of reference trajectories and of prepared data. They are not part of
 #: the repository; tests that need them are skipped without.

@@ -31,11 +31,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks
-from awp_jax.attacks import apgd_steps, contract, evaluation
+from awp_jax.attacks import apgd_steps
 from awp_jax.attacks.apgd_steps import APGDState
-from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
-from awp_jax.attacks.model import LogitsLoss, Model
+from awp_jax.core import checks
+from awp_jax.evaluation import evaluate, protocol
+from awp_jax.evaluation.model import LogitsLoss, Model
+from awp_jax.evaluation.protocol import (
+  AttackSpec,
+  BoundAttack,
+  Examples,
+  Report,
+)
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -68,7 +74,7 @@ def _check_loss(loss: Loss | LogitsLoss, num_classes: int) -> None:
 def apgd_spec(
     name: str, *, loss: Loss | LogitsLoss, num_steps: int = 100,
     restarts: int = 1, num_targets: int = 9, targeted: bool | None = None,
-    large_start: bool = False) -> AttackSpec:
+    eps_schedule: bool = False) -> AttackSpec:
   """APGD for a list of attacks; the arguments are those of `apgd`."""
   if not callable(loss):
     checks.one_of('loss', loss, LOSSES)
@@ -83,14 +89,14 @@ def apgd_spec(
     targeted = loss == 'dlr-targeted'
   fewest, instead = _NEEDS.get(loss, (2, loss))
 
-  def build(model: Model, threat: ThreatModel) -> Attack:
+  def build(model: Model, threat: ThreatModel) -> BoundAttack:
     _check_loss(loss, model.num_classes)
     ascended = loss if model.num_classes >= fewest else instead
     schedule = apgd_steps.make_schedule(
-        threat, num_steps, large_start and threat.norm == 'L1')
+        threat, num_steps, eps_schedule and threat.norm == 'L1')
 
     def step(examples: Examples, state: APGDState) -> tuple[Any, Report]:
-      keys = contract.step_keys(examples.keys, state.time)
+      keys = protocol.step_keys(examples.keys, state.time)
       target = (_target(examples, restarts) if targeted
                 else examples.targets[:, 0])
       seen = model.gradients(
@@ -101,7 +107,7 @@ def apgd_spec(
     runs = restarts
     if targeted:
       runs *= min(num_targets, model.num_classes - 1)
-    return Attack(
+    return BoundAttack(
         runs, lambda examples: apgd_steps.start(examples, threat, schedule),
         step)
 
@@ -110,7 +116,7 @@ def apgd_spec(
       min_classes=fewest, settings={
           'attack': 'apgd', 'loss': loss, 'num_steps': num_steps,
           'restarts': restarts, 'targeted': bool(targeted),
-          'num_targets': num_targets, 'large_start': large_start})
+          'num_targets': num_targets, 'eps_schedule': eps_schedule})
 
 
 def apgd(
@@ -118,8 +124,8 @@ def apgd(
     labels: Array | np.ndarray, threat: ThreatModel, *,
     loss: Loss | LogitsLoss = 'ce', num_steps: int = 100, restarts: int = 1,
     num_targets: int = 9, targeted: bool | None = None,
-    large_start: bool = False,
-    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
+    eps_schedule: bool = False,
+    options: evaluate.EvalOptions | None = None) -> evaluate.AttackResult:
   """Auto-PGD on a loss of the logits.
 
   Args:
@@ -137,7 +143,7 @@ def apgd(
     num_targets: targeted: the most likely wrong classes, at most C - 1.
     targeted: whether a callable loss has runs for each of `num_targets`
       classes; else its `targets` are the most likely wrong ones.
-    large_start: L_1: shrink the ball in stages.
+    eps_schedule: L_1: shrink the ball in stages.
     options: how the examples stream through.
 
   Returns:
@@ -154,6 +160,6 @@ def apgd(
   name = loss if isinstance(loss, str) else 'own'
   spec = apgd_spec(
       f'apgd-{name}', loss=loss, num_steps=num_steps, restarts=restarts,
-      num_targets=num_targets, targeted=targeted, large_start=large_start)
-  return evaluation.evaluate(
+      num_targets=num_targets, targeted=targeted, eps_schedule=eps_schedule)
+  return evaluate.evaluate(
       key, logits_fn, images, labels, threat, (spec,), options=options)

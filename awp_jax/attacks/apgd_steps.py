@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from awp_jax import threat as threats
-from awp_jax.attacks.contract import Examples, Report
-from awp_jax.attacks.model import Gradients
+from awp_jax.evaluation.model import Gradients
+from awp_jax.evaluation.protocol import Examples, Report
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -244,7 +244,7 @@ def _ascend(
     direction = threats.sparse_signs(gradient, state.share)
     step = _column(state.step_size, x) * direction
     return _project(state.x + step, x, threat, radius)
-  direction = threat.steepest_ascent(gradient, 1e-12)
+  direction = threat.linear_maximizer(gradient, 1e-12)
   target = threat.project(
       state.x + _column(state.step_size, x) * direction, x)
   new = _column(jnp.where(first, 1.0, _NEW_SHARE).astype(x.dtype), x)

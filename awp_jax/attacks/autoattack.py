@@ -19,13 +19,13 @@ from typing import Literal
 
 import numpy as np
 
-from awp_jax import checks
-from awp_jax.attacks import evaluation
 from awp_jax.attacks.apgd import apgd_spec
-from awp_jax.attacks.contract import AttackSpec
-from awp_jax.attacks.evaluation import AttackResult, EvalOptions
 from awp_jax.attacks.fab import fab_spec
 from awp_jax.attacks.square import square_spec
+from awp_jax.core import checks
+from awp_jax.evaluation import evaluate
+from awp_jax.evaluation.evaluate import AttackResult, EvalOptions
+from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.threat import Norm, ThreatModel
 from awp_jax.types import Array
 
@@ -70,12 +70,12 @@ def make_specs(
   restarts = 5 if plus or staged else 1
   make: dict[str, Callable[[], AttackSpec]] = {
       'apgd-ce': lambda: apgd_spec(
-          'apgd-ce', loss='ce', restarts=restarts, large_start=staged),
+          'apgd-ce', loss='ce', restarts=restarts, eps_schedule=staged),
       'apgd-dlr': lambda: apgd_spec(
-          'apgd-dlr', loss='dlr', restarts=restarts, large_start=staged),
+          'apgd-dlr', loss='dlr', restarts=restarts, eps_schedule=staged),
       'apgd-t': lambda: apgd_spec(
           'apgd-t', loss='dlr-targeted', num_targets=5 if staged else 9,
-          large_start=staged),
+          eps_schedule=staged),
       'fab': lambda: fab_spec(
           'fab', targeted=False, restarts=5 if plus else 1),
       'fab-t': lambda: fab_spec('fab-t', targeted=True),
@@ -84,7 +84,7 @@ def make_specs(
   for name in names:
     checks.one_of('attack', name, make)
   draws = RAND_DRAWS if version == 'rand' else None
-  return tuple(make[name]()._replace(num_draws=draws) for name in names)
+  return tuple(make[name]()._replace(eot_samples=draws) for name in names)
 
 
 def auto_attack(
@@ -145,8 +145,8 @@ def auto_attack(
   for attack in chosen:
     if isinstance(attack, str):
       attack, = make_specs((attack,), threat.norm, version)
-    elif version == 'rand' and attack.num_draws is None:
-      attack = attack._replace(num_draws=RAND_DRAWS)
+    elif version == 'rand' and attack.eot_samples is None:
+      attack = attack._replace(eot_samples=RAND_DRAWS)
     specs.append(attack)
-  return evaluation.evaluate(
+  return evaluate.evaluate(
       key, logits_fn, images, labels, threat, specs, options=options)

@@ -19,16 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks, loops
 from awp_jax import threat as threats
-from awp_jax.attacks import contract, evaluation, hyperplanes
-from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
-from awp_jax.attacks.model import (
-    Gradients,
-    Model,
-    difference,
-    either,
-    misclassified,
+from awp_jax.attacks import hyperplanes
+from awp_jax.core import checks, loops
+from awp_jax.evaluation import evaluate, protocol
+from awp_jax.evaluation.model import (
+  Gradients,
+  Model,
+  difference,
+  either,
+  misclassified,
+)
+from awp_jax.evaluation.protocol import (
+  AttackSpec,
+  BoundAttack,
+  Examples,
+  Report,
 )
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
@@ -240,7 +246,7 @@ def fab_spec(
   checks.count('restarts', restarts)
   checks.count('num_targets', num_targets)
 
-  def build(model: Model, threat: ThreatModel) -> Attack:
+  def build(model: Model, threat: ThreatModel) -> BoundAttack:
 
     def boundary(
         examples: Examples, state: FABState, keys: Array) -> _Boundary:
@@ -252,7 +258,7 @@ def fab_spec(
           'difference', state.x, examples.labels, target, keys), threat)
 
     def step(examples: Examples, state: FABState) -> tuple[Any, Report]:
-      keys = contract.step_keys(examples.keys, state.time)
+      keys = protocol.step_keys(examples.keys, state.time)
       near = boundary(examples, state, keys)
       x = approach(
           state.x, examples.images, near.value, near.gradient, threat)
@@ -262,7 +268,7 @@ def fab_spec(
     runs = restarts
     if targeted:
       runs *= min(num_targets, model.num_classes - 1)
-    return Attack(
+    return BoundAttack(
         runs, lambda examples: start(examples, threat, restarts), step)
 
   return AttackSpec(
@@ -275,7 +281,7 @@ def fab(
     key: Array, logits_fn: Any, images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel, *, targeted: bool = False,
     num_steps: int = 100, restarts: int = 1, num_targets: int = 9,
-    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
+    options: evaluate.EvalOptions | None = None) -> evaluate.AttackResult:
   """The FAB attack, which looks for the nearest misclassified point.
 
   Args:
@@ -305,5 +311,5 @@ def fab(
   spec = fab_spec(
       'fab-t' if targeted else 'fab', targeted=targeted, num_steps=num_steps,
       restarts=restarts, num_targets=num_targets)
-  return evaluation.evaluate(
+  return evaluate.evaluate(
       key, logits_fn, images, labels, threat, (spec,), options=options)

@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks
-from awp_jax.attacks import contract, evaluation
-from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
-from awp_jax.attacks.model import Gradients, Model, make_model
+from awp_jax.core import checks
+from awp_jax.evaluation import evaluate, protocol
+from awp_jax.evaluation.model import Gradients, Model, make_model
+from awp_jax.evaluation.protocol import (
+  AttackSpec,
+  BoundAttack,
+  Examples,
+  Report,
+)
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, LogitsFn
 
@@ -47,7 +52,7 @@ def _advance(
     state: _State, seen: Gradients, x: Array, step_size: float,
     threat: ThreatModel, num_steps: int, unjudged: bool
 ) -> tuple[_State, Report]:
-  step = step_size * threat.steepest_ascent(seen.gradient)
+  step = step_size * threat.linear_maximizer(seen.gradient)
   last = state.time >= num_steps
   flat = jnp.all(seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
   report = Report(
@@ -88,7 +93,7 @@ def pgd_spec(
         f'restarts={restarts} needs a random start and the gradients of the '
         'model under attack.')
 
-  def build(model: Model, threat: ThreatModel) -> Attack:
+  def build(model: Model, threat: ThreatModel) -> BoundAttack:
     source = model
     if source_fn is not None:
       source = make_model(
@@ -96,14 +101,14 @@ def pgd_spec(
           devices=model.devices)
 
     def step(examples: Examples, state: _State) -> tuple[Any, Report]:
-      keys = contract.step_keys(examples.keys, state.time)
+      keys = protocol.step_keys(examples.keys, state.time)
       seen = source.gradients(
           loss, state.x, examples.labels, examples.labels, keys)
       return _advance(
           state, seen, examples.images, step_size, threat, num_steps,
           source_fn is not None)
 
-    return Attack(
+    return BoundAttack(
         restarts, lambda examples: _start(examples, threat, random_start), step)
 
   return AttackSpec(name, build, white_box=source_fn is None, settings={
@@ -116,7 +121,7 @@ def cw_attack(
     key: Array, logits_fn: Callable[..., Array], images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel, *, step_size: float,
     num_steps: int = 100, restarts: int = 1,
-    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
+    options: evaluate.EvalOptions | None = None) -> evaluate.AttackResult:
   """CW_inf as the robustness literature runs it: PGD on the margin loss.
 
   Args:
@@ -140,7 +145,7 @@ def cw_attack(
   spec = pgd_spec(
       f'cw-{num_steps}', step_size=step_size, num_steps=num_steps,
       loss='margin', restarts=restarts)
-  return evaluation.evaluate(
+  return evaluate.evaluate(
       key, logits_fn, images, labels, threat, (spec,), options=options)
 
 
@@ -148,8 +153,8 @@ def transfer_attack(
     key: Array, source_fn: LogitsFn, logits_fn: Callable[..., Array],
     images: Array | np.ndarray, labels: Array | np.ndarray,
     threat: ThreatModel, *, step_size: float, num_steps: int = 20,
-    loss: Loss = 'ce', options: evaluation.EvalOptions | None = None
-) -> evaluation.AttackResult:
+    loss: Loss = 'ce', options: evaluate.EvalOptions | None = None
+) -> evaluate.AttackResult:
   """Examples made on one model, judged by another.
 
   Args:
@@ -183,5 +188,5 @@ def transfer_attack(
   spec = pgd_spec(
       'transfer', step_size=step_size, num_steps=num_steps, loss=loss,
       source_fn=source_fn)
-  return evaluation.evaluate(
+  return evaluate.evaluate(
       key, logits_fn, images, labels, threat, (spec,), options=options)

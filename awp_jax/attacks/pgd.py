@@ -2,7 +2,7 @@
 
 From a start x'_0 in the ball around x, an attack of K steps of size eta makes
 
-  x'_{k+1} = project( x'_k + eta * steepest_ascent( grad_x' loss(x'_k) ) ),
+  x'_{k+1} = project( x'_k + eta * linear_maximizer( grad_x' loss(x'_k) ) ),
 
 with the three operations of the threat model: sign gradients and clipping for
 L_inf, unit gradients and scaling for L_2. Entries of the gradient that are not
@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, loops, numerics
+from awp_jax.core import checks, loops, numerics
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, InputLossFn, StatefulInputLossFn
 
@@ -143,7 +143,7 @@ def run_pgd(
     gradient, state = jax.grad(summed, has_aux=True)(carry.x_adv, carry.state)
     nonfinite = carry.nonfinite | _any_nonfinite(gradient)
     gradient = jnp.where(jnp.isfinite(gradient), gradient, 0)
-    step = step_size * threat.steepest_ascent(gradient, gradient_floor)
+    step = step_size * threat.linear_maximizer(gradient, gradient_floor)
     moved = carry.x_adv + step.astype(carry.x_adv.dtype)
     return PGDOutput(threat.project(moved, x), state, nonfinite)
 

@@ -16,10 +16,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks, loops, objectives
-from awp_jax.attacks import contract, evaluation
-from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
-from awp_jax.attacks.model import Model, misclassified
+from awp_jax import objectives
+from awp_jax.core import checks, loops
+from awp_jax.evaluation import evaluate, protocol
+from awp_jax.evaluation.model import Model, misclassified
+from awp_jax.evaluation.protocol import (
+  AttackSpec,
+  BoundAttack,
+  Examples,
+  Report,
+)
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -119,7 +125,7 @@ def spsa_spec(
   checks.positive('step_size', step_size)
   pairs = num_samples // 2
 
-  def build(model: Model, threat: ThreatModel) -> Attack:
+  def build(model: Model, threat: ThreatModel) -> BoundAttack:
 
     def guess(examples: Examples, state: SPSAState, keys: Array) -> _Guess:
 
@@ -137,7 +143,7 @@ def spsa_spec(
       return loops.repeat_pieces(pairs, sample, (jnp.int32(0), none))[1]
 
     def step(examples: Examples, state: SPSAState) -> tuple[Any, Report]:
-      keys = contract.step_keys(examples.keys, state.time)
+      keys = protocol.step_keys(examples.keys, state.time)
       logits = model.logits(state.x, keys)
       gradient = guess(examples, state, keys)
       report = _report(
@@ -146,7 +152,7 @@ def spsa_spec(
           state, gradient.total, examples.images, jnp.float32(step_size),
           threat), report
 
-    return Attack(1, _start, step)
+    return BoundAttack(1, _start, step)
 
   return AttackSpec(name, build, white_box=False, settings={
       'attack': 'spsa', 'num_steps': num_steps, 'num_samples': num_samples,
@@ -157,7 +163,7 @@ def spsa(
     key: Array, logits_fn: Any, images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel, *, num_steps: int = 100,
     num_samples: int = 256, radius: float = 0.001, step_size: float = 0.01,
-    options: evaluation.EvalOptions | None = None) -> evaluation.AttackResult:
+    options: evaluate.EvalOptions | None = None) -> evaluate.AttackResult:
   """SPSA, an attack without gradients that climbs the margin.
 
   Args:
@@ -187,5 +193,5 @@ def spsa(
   spec = spsa_spec(
       num_steps=num_steps, num_samples=num_samples, radius=radius,
       step_size=step_size)
-  return evaluation.evaluate(
+  return evaluate.evaluate(
       key, logits_fn, images, labels, threat, (spec,), options=options)

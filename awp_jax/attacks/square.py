@@ -14,12 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks, objectives
+from awp_jax import objectives
 from awp_jax import threat as threats
-from awp_jax.attacks import contract, evaluation, square_patterns
-from awp_jax.attacks.contract import Attack, AttackSpec, Examples, Report
-from awp_jax.attacks.model import Model, misclassified
-from awp_jax.attacks.square_patterns import Course, pattern, window_sides
+from awp_jax.attacks import square_patterns
+from awp_jax.attacks.square_patterns import (
+  SquareSchedule,
+  pattern,
+  window_sides,
+)
+from awp_jax.core import checks
+from awp_jax.evaluation import evaluate, protocol
+from awp_jax.evaluation.model import Model, misclassified
+from awp_jax.evaluation.protocol import (
+  AttackSpec,
+  BoundAttack,
+  Examples,
+  Report,
+)
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -159,7 +170,7 @@ def _exchange(
 
 def propose(
     keys: Array, best: Array, x: Array, query: Array, threat: ThreatModel,
-    course: Course) -> Array:
+    schedule: SquareSchedule) -> Array:
   """The next candidate.
 
   Args:
@@ -168,14 +179,14 @@ def propose(
     x: natural images.
     query: the number of the query, from 0, [B].
     threat: ball and box.
-    course: of the run.
+    schedule: of the run.
 
   Returns:
     Candidates inside ball and box.
   """
   height, width, channels = x.shape[1:]
   odd = threat.norm != 'Linf'
-  sides = window_sides(course, height, width, odd)
+  sides = window_sides(schedule, height, width, odd)
   side = jnp.asarray(sides)[jnp.minimum(query, sides.size - 1)]
   draws = jax.vmap(
       lambda key: jax.random.uniform(key, (5 + channels,)))(keys)
@@ -194,10 +205,10 @@ def propose(
   return _reach(_exchange(best - x, new, inside, given_up, threat), x, threat)
 
 
-@functools.partial(jax.jit, static_argnames=('threat', 'course'))
+@functools.partial(jax.jit, static_argnames=('threat', 'schedule'))
 def advance(
     state: SquareState, logits: Array, examples: Examples, threat: ThreatModel,
-    course: Course) -> tuple[SquareState, Report]:
+    schedule: SquareSchedule) -> tuple[SquareState, Report]:
   """Judges the candidate and proposes the next."""
   x, labels = examples.images, examples.labels
   margin = -objectives.cw_margin(logits, labels).astype(jnp.float32)
@@ -206,9 +217,9 @@ def advance(
   rows = better.reshape((-1, 1, 1, 1))
   best = jnp.where(rows, state.x, state.best)
   keys = jax.vmap(jax.random.fold_in)(examples.keys, state.time)
-  onwards = propose(keys, best, x, state.time, threat, course)
+  onwards = propose(keys, best, x, state.time, threat, schedule)
   none = jnp.zeros_like(broken)
-  report = Report(state.x, broken, state.time >= course.num_queries, none)
+  report = Report(state.x, broken, state.time >= schedule.num_queries, none)
   return SquareState(
       onwards, best, jnp.where(better, margin, state.margin),
       state.time + 1), report
@@ -222,15 +233,15 @@ def square_spec(
   checks.count('restarts', restarts)
   if not 0 < p_init <= 1:
     raise ValueError(f'p_init must lie in (0, 1], got {p_init!r}.')
-  course = Course(num_queries, p_init, rescale)
+  schedule = SquareSchedule(num_queries, p_init, rescale)
 
-  def build(model: Model, threat: ThreatModel) -> Attack:
+  def build(model: Model, threat: ThreatModel) -> BoundAttack:
     def step(examples: Examples, state: SquareState) -> tuple[Any, Report]:
-      keys = contract.step_keys(examples.keys, state.time)
+      keys = protocol.step_keys(examples.keys, state.time)
       logits = model.logits(state.x, keys)
-      return advance(state, logits, examples, threat, course)
+      return advance(state, logits, examples, threat, schedule)
 
-    return Attack(restarts, lambda examples: start(examples, threat), step)
+    return BoundAttack(restarts, lambda examples: start(examples, threat), step)
 
   return AttackSpec(
       name, build, white_box=False, needs_images=True, settings={
@@ -242,8 +253,8 @@ def square(
     key: Array, logits_fn: Any, images: Array | np.ndarray,
     labels: Array | np.ndarray, threat: ThreatModel, *,
     num_queries: int = 5000, p_init: float = 0.8, restarts: int = 1,
-    rescale: bool = False, options: evaluation.EvalOptions | None = None
-) -> evaluation.AttackResult:
+    rescale: bool = False, options: evaluate.EvalOptions | None = None
+) -> evaluate.AttackResult:
   """Square Attack: random search, which masked gradients do not stop.
 
   Args:
@@ -273,5 +284,5 @@ def square(
   spec = square_spec(
       num_queries=num_queries, p_init=p_init, restarts=restarts,
       rescale=rescale)
-  return evaluation.evaluate(
+  return evaluate.evaluate(
       key, logits_fn, images, labels, threat, (spec,), options=options)

@@ -11,7 +11,7 @@ _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _SCHEDULE_LENGTH = 10000
 
 
-class Course(NamedTuple):
+class SquareSchedule(NamedTuple):
   """The numbers that fix a run; hashable.
 
   Attributes:
@@ -25,20 +25,20 @@ class Course(NamedTuple):
   rescale: bool
 
 
-def window_share(query: int, course: Course) -> float:
+def window_share(query: int, schedule: SquareSchedule) -> float:
   """p: the share of the image that the window of a query covers."""
-  if course.rescale:
-    query = int(query / course.num_queries * _SCHEDULE_LENGTH)
-  return course.p_init / 2 ** sum(query > bound for bound in _HALVINGS)
+  if schedule.rescale:
+    query = int(query / schedule.num_queries * _SCHEDULE_LENGTH)
+  return schedule.p_init / 2 ** sum(query > bound for bound in _HALVINGS)
 
 
 @functools.cache
 def window_sides(
-    course: Course, height: int, width: int, odd: bool) -> np.ndarray:
+    schedule: SquareSchedule, height: int, width: int, odd: bool) -> np.ndarray:
   """The side of the window of each query, [num_queries].
 
   Args:
-    course: of the run.
+    schedule: of the run.
     height: of the images.
     width: of the images.
     odd: whether sides are odd and at least 3, as L_2 and L_1 want them.
@@ -47,8 +47,8 @@ def window_sides(
     Sides in [1, min(height, width)].
   """
   sides = []
-  for query in range(course.num_queries):
-    area = window_share(query, course) * height * width
+  for query in range(schedule.num_queries):
+    area = window_share(query, schedule) * height * width
     side = max(round(math.sqrt(area)), 3 if odd else 1)
     side += odd and side % 2 == 0
     sides.append(min(side, height, width))

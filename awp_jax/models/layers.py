@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks
+from awp_jax.core import checks
 from awp_jax.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

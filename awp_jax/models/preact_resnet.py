@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from awp_jax import numerics
+from awp_jax.core import numerics
 from awp_jax.models import layers
 from awp_jax.types import Array
 

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from awp_jax import checks, numerics
+from awp_jax.core import checks, numerics
 from awp_jax.models import layers
 from awp_jax.types import Array
 

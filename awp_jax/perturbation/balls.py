@@ -6,16 +6,16 @@ norm of the weights of the group ('relative') or 1 ('absolute'). With 'adaptive'
 the ball is stretched entry by entry, { v : |v / t| <= size }, t = |w| + floor.
 
 Two functions are all that a perturbation needs of it, on leaves by path:
-`farthest`, the point of the ball that lies farthest along a direction, and
+`linear_maximizer`, the point of the ball that lies farthest along a direction, and
 `project`. The farthest point of a ball of single entries is a sign:
 
   >>> import jax.numpy as jnp
   >>> g, w = {'w': jnp.array([[3., -4.]])}, {'w': jnp.array([[8., 6.]])}
-  >>> print(farthest(Ball(0.5, 'tensor'), g, w, 0.5)['w'])
+  >>> print(linear_maximizer(Ball(0.5, 'tensor'), g, w, 0.5)['w'])
   [[ 3. -4.]]
-  >>> print(farthest(Ball(0.5, 'element'), g, w, 0.5)['w'])
+  >>> print(linear_maximizer(Ball(0.5, 'element'), g, w, 0.5)['w'])
   [[ 4. -3.]]
-  >>> print(farthest(Ball(0.5, 'element', 'absolute'), g, w, 0.5)['w'])
+  >>> print(linear_maximizer(Ball(0.5, 'element', 'absolute'), g, w, 0.5)['w'])
   [[ 0.5 -0.5]]
 
 Layers that `nn.scan` or `jax.vmap` stacks in one leaf [L, ...] are groups of
@@ -23,7 +23,7 @@ their own with `stack_axes`:
 
   >>> w = {'w': jnp.array([[[8.]], [[2.]]])}
   >>> g = {'w': jnp.array([[[3.]], [[-1.]]])}
-  >>> print(farthest(Ball(0.5, stack_axes=1), g, w, 0.5)['w'][:, 0, 0])
+  >>> print(linear_maximizer(Ball(0.5, stack_axes=1), g, w, 0.5)['w'][:, 0, 0])
   [ 4. -1.]
 """
 
@@ -33,13 +33,13 @@ from typing import Literal, TypeAlias
 
 import jax.numpy as jnp
 
-from awp_jax import checks, numerics
+from awp_jax.core import checks, numerics
 from awp_jax.perturbation import leaves
 from awp_jax.perturbation.leaves import Chosen, Mask, StackAxes
 from awp_jax.types import Array, Scalar
 
-Norm = Literal['tensor', 'filter', 'tree', 'element']
-NORMS: tuple[Norm, ...] = ('tensor', 'filter', 'tree', 'element')
+NormGroup = Literal['tensor', 'filter', 'tree', 'element']
+NORM_GROUPS: tuple[NormGroup, ...] = ('tensor', 'filter', 'tree', 'element')
 Scale = Literal['relative', 'absolute', 'adaptive']
 SCALES: tuple[Scale, ...] = ('relative', 'absolute', 'adaptive')
 
@@ -59,7 +59,7 @@ class Ball:
     scale: s_i: 'relative' |w_i|, 'absolute' 1, 'adaptive' stretched by t.
     filter_axis: the axis that counts output filters: -1 as in Flax, 0 as in
       PyTorch and Equinox. Stack axes do not count.
-    tiny: added to norms of directions before they are divided by, >= 0; exact
+    eps: added to norms of directions before they are divided by, >= 0; exact
       zeros give zero without it.
     floor: added to |w_i| in s_i (or to |w| in t), >= 0.
     stretched: which leaves t stretches where the scale is 'adaptive', a mask;
@@ -71,10 +71,10 @@ class Ball:
   """
 
   size: Size
-  norm: Norm = 'tensor'
+  norm: NormGroup = 'tensor'
   scale: Scale = 'relative'
   filter_axis: int = -1
-  tiny: float = 0.0
+  eps: float = 0.0
   floor: float = 0.0
   stretched: Mask | None = None
   stack_axes: StackAxes = 0
@@ -82,9 +82,9 @@ class Ball:
   def __post_init__(self) -> None:
     if not callable(self.size):
       checks.not_negative('size', self.size)
-    checks.one_of('norm', self.norm, NORMS)
+    checks.one_of('norm', self.norm, NORM_GROUPS)
     checks.one_of('scale', self.scale, SCALES)
-    checks.not_negative('tiny', self.tiny)
+    checks.not_negative('eps', self.eps)
     checks.not_negative('floor', self.floor)
     object.__setattr__(
         self, 'stack_axes', leaves.as_stack_axes(self.stack_axes))
@@ -159,7 +159,7 @@ def lengths(
   return {path: n + ball.floor for path, n in norms.items()}
 
 
-def farthest(
+def linear_maximizer(
     ball: Ball, direction: Chosen, weights: Chosen, size: Scalar,
     stretched: Collection[str] | None = None) -> Chosen:
   """argmax of <direction, v> over the ball, size s_i d_i / |d_i|.
@@ -178,7 +178,7 @@ def farthest(
   scale = lengths(ball, weights, stretched)
   if ball.scale == 'adaptive':
     direction = {path: scale[path] * d for path, d in direction.items()}
-  units, _ = units_and_norms(ball, direction, ball.tiny)
+  units, _ = units_and_norms(ball, direction, ball.eps)
   return {path: size * scale[path] * u for path, u in units.items()}
 
 

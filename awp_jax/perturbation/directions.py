@@ -6,7 +6,7 @@ gradients of each step. All of them see the perturbed leaves alone, a dict of
 arrays by path in float32 or wider, so that nothing is stored for the others.
 The ones of the literature are `gradient`, `momentum` and `noise`; the sign of
 the gradient is no direction of its own but the farthest point of a ball of
-single entries (`balls.farthest`).
+single entries (`balls.linear_maximizer`).
 
 Equal choices give equal directions, so a method is a good static argument of a
 jitted function:
@@ -22,8 +22,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks
-from awp_jax.numerics import wide
+from awp_jax.core import checks
+from awp_jax.core.numerics import wide
 from awp_jax.perturbation import balls, leaves
 from awp_jax.perturbation.leaves import Chosen, StackAxes
 from awp_jax.types import Array, Scalar

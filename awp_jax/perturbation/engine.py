@@ -5,7 +5,7 @@ inputs at w + v, say): `begin`, `ascend` as often as wanted, `descend`.
 
   >>> import jax.numpy as jnp
   >>> from awp_jax.perturbation.balls import Ball
-  >>> from awp_jax.perturbation.gradients import gradient_fns
+  >>> from awp_jax.perturbation.value_and_grad import gradient_fns
   >>> method = Method('AWP', Ball(0.1))
   >>> params = {'w': jnp.array([[3.0, 4.0]])}
   >>> ascent_fn, descent_fn = gradient_fns(
@@ -29,11 +29,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from awp_jax import checks, loops, placement
+from awp_jax.core import checks, loops, sharding
 from awp_jax.perturbation import balls, leaves
 from awp_jax.perturbation.balls import Ball
+from awp_jax.perturbation.base import Method, MethodState
 from awp_jax.perturbation.leaves import Chosen
-from awp_jax.perturbation.method import Method, MethodState
 from awp_jax.types import Array, Params
 
 #: A pass: params -> ((mean loss, aux), gradients).
@@ -151,10 +151,10 @@ def move(
     moved = {path: size * scale[path] * z for path, z in d.items()}
   elif method.moves == 'summed':
     total = d if total is None else _sum(total, d)
-    moved = balls.farthest(ball, total, w, size, stretched)
+    moved = balls.linear_maximizer(ball, total, w, size, stretched)
   else:
     length = size if method.box else size / (method.num_steps * rounds)
-    moved = balls.farthest(ball, d, w, length, stretched)
+    moved = balls.linear_maximizer(ball, d, w, length, stretched)
     moved = moved if v is None else _sum(v, moved)
   if method.box or adds:
     moved = balls.project(
@@ -207,7 +207,7 @@ def _zeros(tree: Any) -> Any:
 
   def zeros(shape: Any) -> Array:
     leaf = jnp.zeros(shape.shape, shape.dtype)
-    varies = tuple(placement.varying_axes(shape))
+    varies = tuple(sharding.varying_axes(shape))
     return jax.lax.pcast(leaf, varies, to='varying') if varies else leaf
 
   return jax.tree.map(zeros, tree)

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import checks, numerics
+from awp_jax.core import checks, numerics
 from awp_jax.types import Array, LeafPredicate, Params, Scalar
 
 #: Which leaves are perturbed: a predicate of (path, leaf), a pattern of paths

@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
       'depth': 18,  # 10, 18, 34, 50; wide: 6 n + 4
       'width': 64,  # channels of the first stage; wide: the widening factor
       'activation': 'relu',  # relu, silu
-      'normalise': True,  # pixels by the data set's mean and std, inside
+      'normalize': True,  # pixels by the data set's mean and std, inside
       'dtype': 'float32',  # to compute in: float32, bfloat16, float64
       'param_dtype': 'float32',
       'sync_batch_norm': False,  # batch statistics over all devices

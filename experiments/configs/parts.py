@@ -105,7 +105,7 @@ def trades(config: Config) -> None:
   """
   config.objective = 'TRADES'
   config.beta = 6.0
-  config.model.normalise = False
+  config.model.normalize = False
   if config.augmentation.pad:
     config.augmentation.pad_mode = 'constant'
   config.attack.start = 'gaussian'
@@ -169,7 +169,7 @@ def modern(config: Config) -> None:
   """
   trades(config)
   config.model.activation = 'silu'
-  config.model.normalise = True
+  config.model.normalize = True
   config.label_smoothing = 0.1
   config.ema_decay = 0.995
   config.num_validation = 1024

@@ -1,0 +1,155 @@
+"""Checks of what is handed to an evaluation, before anything compiles."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax.core import checks
+from awp_jax.evaluation import compilation
+from awp_jax.evaluation.protocol import AttackSpec
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array
+
+
+def check_images(images: np.ndarray, threat: ThreatModel) -> None:
+  """Raises ValueError unless images are [N, ...] floats inside the box."""
+  if images.ndim < 2 or not images.shape[0] or not images[0].size:
+    raise ValueError(
+        'images need at least one example and rank >= 2, [N, ...], got shape '
+        f'{images.shape}.')
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(
+        f'images must be floating point in [{threat.lower}, {threat.upper}], '
+        f'got {images.dtype}. Bytes need a division by 255.')
+  # In blocks, so that an image file mapped into memory stays on the disk.
+  for begin in range(0, len(images), 1024):
+    block = images[begin:begin + 1024]
+    low, high = float(np.min(block)), float(np.max(block))
+    # Written so that NaN fails as well.
+    if not (low >= threat.lower and high <= threat.upper):
+      raise ValueError(
+          f'images must lie in [{threat.lower}, {threat.upper}] and hold no '
+          f'NaN, got values from {low} to {high}.')
+
+
+def check_labels(
+    labels: np.ndarray, count: int, num_classes: int) -> None:
+  """Raises ValueError unless labels are `count` integers in [0, C)."""
+  if labels.shape != (count,):
+    raise ValueError(
+        f'labels must have shape ({count},), one per image, got '
+        f'{labels.shape}.')
+  if not np.issubdtype(labels.dtype, np.integer):
+    raise ValueError(f'labels must be integers, got {labels.dtype}.')
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(
+        f'labels must lie in [0, {num_classes}), got {labels.min()} to '
+        f'{labels.max()}.')
+
+
+class Traced(NamedTuple):
+  """A model as one trace shows it.
+
+  Attributes:
+    program: the trace, on two images.
+    num_classes: C.
+    dtype: of the logits.
+    product: the narrowest floating type of an operand of its matrix products
+      and convolutions, or a lower precision that one of them asks for;
+      'float32' or wider where there is neither.
+  """
+
+  program: jax.extend.core.ClosedJaxpr
+  num_classes: int
+  dtype: np.dtype
+  product: str
+
+
+def _products(program: Any) -> Iterator[Any]:
+  """The matrix products and convolutions of a program and those inside it."""
+  for equation in program.eqns:
+    if equation.primitive.name in ('dot_general', 'conv_general_dilated'):
+      yield equation
+    for inner in jax.tree.leaves(
+        list(equation.params.values()),
+        is_leaf=lambda value: hasattr(value, 'eqns')):
+      if hasattr(inner, 'eqns'):
+        yield from _products(inner)
+
+
+def _narrowest_product(program: jax.extend.core.ClosedJaxpr) -> str:
+  """`Traced.product` of a program traced at precision 'float32'."""
+  narrowest = np.dtype(np.float64)
+  for equation in _products(program):
+    for operand in equation.invars:
+      dtype = operand.aval.dtype
+      if jnp.issubdtype(dtype, jnp.floating):
+        narrowest = min(narrowest, np.dtype(dtype), key=lambda d: d.itemsize)
+    asked = equation.params['precision']
+    for precision in asked if isinstance(asked, tuple) else (asked,):
+      if precision not in (None, jax.lax.Precision.HIGHEST):
+        return str(precision)
+  return str(narrowest)
+
+
+def trace_model(
+    logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool
+) -> Traced:
+  """Traces the model once; nothing is compiled.
+
+  Call it where verdicts are made, at `jax.default_matmul_precision('float32')`.
+
+  Args:
+    logits_fn: the model.
+    images: [N, ...].
+    takes_key: whether the model takes a key as well.
+
+  Returns:
+    The trace.
+
+  Raises:
+    ValueError: unless the model gives logits [B, C], C >= 2.
+  """
+  spec = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
+  keys = (jax.random.key(0),) if takes_key else ()
+  program, logits = jax.make_jaxpr(
+      compilation.unwrap(logits_fn), return_shape=True)(spec, *keys)
+  shape: tuple[int, ...] = getattr(logits, 'shape', ())
+  if len(shape) != 2 or shape[0] != 2:
+    raise ValueError(
+        'logits_fn must map images [B, ...] to one array of logits [B, C], got '
+        f'{logits} for images of shape {spec.shape}.')
+  if shape[1] < 2:
+    raise ValueError(
+        f'logits_fn must give logits of at least 2 classes, got {shape[1]}.')
+  return Traced(
+      program, int(shape[1]), np.dtype(logits.dtype),
+      _narrowest_product(program))
+
+
+def check_specs(
+    specs: Sequence[AttackSpec], rank: int, takes_key: bool,
+    eot_samples: int | None) -> None:
+  """Raises ValueError unless the attacks fit each other, inputs and model."""
+  names = [spec.name for spec in specs]
+  if not names or len(set(names)) < len(names):
+    raise ValueError(
+        f'attacks must be at least one, each of its own name, got {names}.')
+  if eot_samples is not None:
+    checks.count('eot_samples', eot_samples)
+  for spec in specs:
+    if spec.needs_images and rank != 4:
+      raise ValueError(
+          f'{spec.name} moves squares over images [N, height, width, channels]'
+          f', got inputs of rank {rank}. Leave it out of the attacks.')
+    draws = eot_samples or spec.eot_samples or 1
+    if draws > 1 and not takes_key:
+      raise ValueError(
+          f'{spec.name} averages gradients over {draws} draws of a randomised '
+          'model, and this model takes no key: every draw would be the same. '
+          'Use a version for deterministic models, or pass logits_fn(images, '
+          'key) and EvalOptions(takes_key=True).')

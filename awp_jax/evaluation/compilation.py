@@ -1,0 +1,57 @@
+"""Compiled programs that take closed-over arrays as arguments.
+
+`jax.jit` writes every array that a function closes over into the program as a
+constant. With the weights of a network that is megabytes of program text, and
+another checkpoint is another program, so a persistent compilation cache never
+hits. Here the arrays become arguments.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from awp_jax.core import sharding
+
+
+def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
+  """The function inside `jax.jit`, whose constants are out of reach there."""
+  if isinstance(function, jax.stages.Wrapped):
+    return getattr(function, '__wrapped__', function)
+  return function
+
+
+def constants_as_arguments(
+    function: Callable[..., Any], devices: Sequence[jax.Device] | None = None
+) -> Callable[..., Any]:
+  """`jax.jit(function)`, whose closed-over arrays are arguments.
+
+  Args:
+    function: of positional pytrees of arrays. It is traced once per signature
+      and must not close over tracers.
+    devices: closed-over arrays are replicated over these; None leaves them
+      where they are.
+
+  Returns:
+    The compiled function.
+  """
+  programs: dict[Any, tuple[Callable[..., Any], Any, Any]] = {}
+
+  def call(*arguments: Any) -> Any:
+    leaves, structure = jax.tree.flatten(arguments)
+    signature = structure, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
+    if signature not in programs:
+      closed, out = jax.make_jaxpr(function, return_shape=True)(*arguments)
+      run: Callable[..., Any] = jax.jit(
+          lambda consts, flat: jax.core.eval_jaxpr(
+              closed.jaxpr, consts, *flat))
+      consts = closed.consts
+      if devices:
+        # The call may stand inside a trace, whose tracers must not be kept.
+        with jax.ensure_compile_time_eval():
+          consts = sharding.replicate(consts, devices)
+      programs[signature] = run, consts, jax.tree.structure(out)
+    run, consts, out_structure = programs[signature]
+    return jax.tree.unflatten(out_structure, run(consts, leaves))
+
+  return call

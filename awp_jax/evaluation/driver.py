@@ -1,0 +1,308 @@
+"""What drives every attack: a fixed batch whose places are always filled.
+
+An attack is a pair of pure functions on a batch: `init` makes a state, `step`
+moves it on by one iteration and reports which examples it broke. The engine
+owns the loop. Its work is a queue of tasks (example, run), where a run is a
+restart or a target class, ordered by run, and a batch of B places:
+
+  step all places;  where a run ended or broke its example, judge the candidate;
+  drop what is queued for broken examples;  fill the free places from the queue.
+
+Places run at their own iteration each, so no time goes to broken examples and
+no shape changes. A run of a deterministic model ends at its first misclassified
+iterate. A run of a randomised model goes to its end, and its last misclassified
+iterate is judged: the first was misclassified under one draw of many. Where the
+judge refuses a candidate the example still stands: the run goes on if it is not
+over, and the example's remaining runs stay in the queue.
+
+Randomness belongs to (attack, example, run), never to a place in the batch.
+Which of several runs gets the credit for an example can depend on the batch
+size; whether one of them does can not, but for rounding.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax.core import loops
+from awp_jax.evaluation import compilation, slots
+from awp_jax.evaluation.model import either
+from awp_jax.evaluation.protocol import BoundAttack, Examples, Report, run_keys
+from awp_jax.evaluation.slots import Filled, Places
+from awp_jax.evaluation.verdicts import Group, Judge
+from awp_jax.types import Array
+
+
+class Outcome(NamedTuple):
+  """What an attack did to a group.
+
+  Attributes:
+    broken: [n].
+    adversarial: [n, ...]; the natural image where not broken.
+    distances: of those from the natural images, [n].
+    zero_gradient: examples with an all-zero gradient at a start, [n].
+    nonfinite_gradient: with entries of a gradient that are not finite, [n].
+    nonfinite_logits: broken by logits that are not finite, [n].
+    outside: with a candidate that is NaN or outside of ball or box, [n].
+    refused: with a candidate inside that the judge classified correctly, [n].
+  """
+
+  broken: np.ndarray
+  adversarial: np.ndarray
+  distances: np.ndarray
+  zero_gradient: np.ndarray
+  nonfinite_gradient: np.ndarray
+  nonfinite_logits: np.ndarray
+  outside: np.ndarray
+  refused: np.ndarray
+
+
+def no_outcome(group: Group) -> Outcome:
+  """The outcome before anything happened."""
+  count = group.labels.size
+  return Outcome(
+      np.zeros(count, bool), group.images.copy(), np.zeros(count, np.float32),
+      *(np.zeros(count, bool) for _ in range(5)))
+
+
+class Carry(NamedTuple):
+  """A batch on the device: examples, the attack's state, what it found."""
+
+  examples: Examples
+  state: Any
+  found: Report
+
+
+#: (carry, busy places [B], patience) -> (carry, runs that are over [B], number
+#: of iterations made).
+Advance = Callable[
+    [Carry, np.ndarray, int], tuple[Carry, np.ndarray, int]]
+
+
+class Job(NamedTuple):
+  """An attack with all that stays the same over its groups.
+
+  Attributes:
+    attack: the attack.
+    advance: runs it until enough places are free.
+    key: a PRNG key; example i, run r draw from fold_in(fold_in(key, i), r).
+    sizes: batch sizes as `places.batch_sizes` gives them.
+    place: puts arrays with a leading batch axis onto the devices.
+    judge: decides which candidates count.
+  """
+
+  attack: BoundAttack
+  advance: Advance
+  key: Array
+  sizes: tuple[int, ...]
+  place: Callable[[Any], Any]
+  judge: Judge
+
+
+#: Iterations at one batch size before another is worth compiling.
+_SHRINK_AFTER = 64
+
+#: Iterations after which the host looks at the device, at the latest.
+_LONGEST_CALL = 100
+
+
+def _rows(mask: Array, new: Array, old: Array) -> Array:
+  return jnp.where(mask.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+
+
+@jax.jit
+def _merge(fresh: Array, new: Carry, old: Carry) -> Carry:
+  return jax.tree.map(lambda a, b: _rows(fresh, a, b), new, old)
+
+
+@jax.jit
+def _take(carry: Carry, rows: Array) -> Carry:
+  return jax.tree.map(lambda leaf: leaf[rows], carry)
+
+
+@functools.partial(jax.jit, static_argnames=('to_end',))
+def _note(
+    found: Report, report: Report, to_end: bool) -> tuple[Report, Array]:
+  """Adds a report to what was found; keeps the first success, or the last."""
+  active = ~found.finished
+  if not to_end:
+    active &= ~found.broken
+  news = report.broken & active
+  nonfinite = found.nonfinite
+  if report.nonfinite is not None:
+    nonfinite = either(nonfinite, report.nonfinite & active)
+  total = Report(
+      _rows(news, report.candidates, found.candidates),
+      found.broken | news, found.finished | report.finished,
+      found.zero_gradient | report.zero_gradient, nonfinite)
+  return total, total.finished if to_end else total.broken | total.finished
+
+
+@jax.jit
+def _forget(carry: Carry, refused: Array) -> Carry:
+  """Takes back the successes of runs that go on."""
+  found = carry.found
+  return carry._replace(
+      found=found._replace(broken=found.broken & ~refused))
+
+
+def make_advance(attack: BoundAttack, to_end: bool) -> Advance:
+  """Builds the loop of an attack, once for all of its groups.
+
+  On the CPU it makes one iteration per call, from pieces that are compiled
+  already. Elsewhere one compiled loop runs until as many places are free as the
+  host is patient for, since each look of the host at the device costs more than
+  an iteration.
+
+  Args:
+    attack: the attack.
+    to_end: whether runs go on behind a misclassified iterate.
+
+  Returns:
+    The loop.
+  """
+
+  def iterate(carry: Carry) -> tuple[Carry, Array]:
+    state, report = attack.step(carry.examples, carry.state)
+    found, over = _note(carry.found, report, to_end)
+    return Carry(carry.examples, state, found), over
+
+  if loops.unrolls():
+    def once(
+        carry: Carry, busy: np.ndarray, patience: int
+    ) -> tuple[Carry, np.ndarray, int]:
+      del busy, patience
+      carry, over = iterate(carry)
+      return carry, np.asarray(over), 1
+    return once
+
+  def loop(carry: Carry, busy: Array, patience: Array) -> Any:
+    return jax.lax.while_loop(
+        lambda c: (c[2] < _LONGEST_CALL) & (jnp.sum(c[1] & busy) < patience),
+        lambda c: (*iterate(c[0]), c[2] + 1),
+        (carry, jnp.zeros_like(busy), jnp.int32(0)))
+
+  program = compilation.constants_as_arguments(loop)
+
+  def many(
+      carry: Carry, busy: np.ndarray, patience: int
+  ) -> tuple[Carry, np.ndarray, int]:
+    carry, over, made = program(carry, busy, np.int32(patience))
+    return carry, np.asarray(over), int(made)
+
+  return many
+
+
+def _load(job: Job, group: Group, places: Places) -> Carry:
+  rows = np.maximum(places.example, 0)
+  images, labels, targets, indices, runs = job.place((
+      group.images[rows], group.labels[rows], group.targets[rows],
+      group.indices[rows].astype(np.int32), places.run.astype(np.int32)))
+  examples = Examples(
+      images, labels, targets, run_keys(job.key, indices, runs), runs)
+  no = jnp.zeros_like(labels, dtype=bool)
+  return Carry(
+      examples, job.attack.init(examples), Report(images, no, no, no, no))
+
+
+def _refill(
+    job: Job, group: Group, carry: Carry | None, filled: Filled) -> Carry:
+  if carry is None:
+    return _load(job, group, filled.places)
+  if filled.rows.size < carry.examples.labels.size:
+    carry = job.place(_take(carry, filled.rows))
+  if filled.fresh.any():
+    new = _load(job, group, filled.places)
+    carry = _merge(job.place(filled.fresh), new, carry)
+  return carry
+
+
+def _collect(
+    job: Job, group: Group, places: Places, rows: np.ndarray, found: Report,
+    outcome: Outcome) -> None:
+  """Has candidates judged and writes down what counts.
+
+  Args:
+    job: the attack.
+    group: its examples.
+    places: what sits where.
+    rows: the places that hold a candidate.
+    found: what their runs found.
+    outcome: of the group so far; written into.
+  """
+  examples = places.example[rows]
+  candidates = np.asarray(found.candidates)[rows]
+  part = Group(*(leaf[examples] for leaf in group))
+  verdicts = job.judge(part, places.run[rows], candidates)
+  outcome.outside[examples[verdicts.outside]] = True
+  outcome.refused[examples[~verdicts.broken & ~verdicts.outside]] = True
+  # Of two runs of one example, the earlier gets the credit.
+  for row in np.argsort(-places.run[rows], kind='stable'):
+    if verdicts.broken[row]:
+      example = examples[row]
+      outcome.broken[example] = True
+      outcome.adversarial[example] = candidates[row]
+      outcome.distances[example] = verdicts.distances[row]
+      outcome.nonfinite_logits[example] = verdicts.nonfinite[row]
+
+
+def _nothing_around(batch_size: int) -> AbstractContextManager[None]:
+  del batch_size
+  return nullcontext()
+
+
+def attack_group(
+    job: Job, group: Group, *,
+    around: Callable[[int], AbstractContextManager[None]] = _nothing_around
+) -> Outcome:
+  """Runs an attack on a group until every example is broken or out of runs.
+
+  Args:
+    job: the attack.
+    group: the examples, all of them standing; memory on the device depends on
+      the batch size, not on their number.
+    around: makes the context, given the batch size, of each call of the device.
+
+  Returns:
+    The outcome.
+  """
+  count, outcome = group.labels.size, no_outcome(group)
+  queue = slots.tasks(count, job.attack.num_runs, outcome.broken)
+  width = min((s for s in job.sizes if s >= count), default=job.sizes[0])
+  places = Places(np.full(width, -1), np.zeros(width, int))
+  carry: Carry | None = None
+  steps = 0
+  while True:
+    filled = slots.fill(places, queue, job.sizes, steps >= _SHRINK_AFTER)
+    steps = steps if filled.rows.size == places.run.size else 0
+    places = filled.places
+    busy = places.example >= 0
+    if not busy.any():
+      return outcome
+    carry = _refill(job, group, carry, filled)
+    over = np.zeros_like(busy)
+    patience = min(int(busy.sum()), max(1, busy.size // 8))
+    while np.sum(over & busy) < patience:
+      with around(busy.size):
+        carry, over, made = job.advance(carry, busy, patience)
+      steps += made
+    found = carry.found
+    finished = np.asarray(found.finished)
+    for seen, field in ((found.zero_gradient, outcome.zero_gradient),
+                        (found.nonfinite, outcome.nonfinite_gradient)):
+      field[places.example[busy & np.asarray(seen)]] = True
+    claimed = busy & over & np.asarray(found.broken)
+    if claimed.any():
+      _collect(job, group, places, np.flatnonzero(claimed), found, outcome)
+    broken = outcome.broken[np.maximum(places.example, 0)]
+    refused = claimed & ~broken & ~finished
+    if refused.any():
+      carry = _forget(carry, job.place(refused))
+    # Another run of an example that has just been broken leaves as well.
+    gone = busy & (finished | broken)
+    places = Places(np.where(gone, -1, places.example), places.run)

@@ -1,0 +1,207 @@
+"""What an evaluation returns: verdicts, who broke what, warnings, intervals.
+
+>>> interval = confidence_interval(52, 256)
+>>> [round(bound, 3) for bound in interval]
+[0.158, 0.257]
+"""
+
+from collections.abc import Mapping
+import math
+import statistics
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from awp_jax.core import checks
+
+WarningKind = Literal[
+    'randomized', 'probabilities', 'zero-gradients', 'square-stronger',
+    'few-classes', 'non-finite', 'batch-dependent', 'non-finite-gradient',
+    'outside', 'half-precision', 'layout']
+
+
+class RobustnessWarning(UserWarning):
+  """A sign that a robust accuracy may not mean what it seems to."""
+
+
+class AttackWarning(NamedTuple):
+  """One warning of an evaluation.
+
+  Attributes:
+    kind: which of `WarningKind`.
+    message: what was seen, and what to do about it.
+    attack: the attack that saw it; '' for the checks made beforehand.
+    num_examples: how many it concerns; 0 where that is not the point.
+  """
+
+  kind: WarningKind
+  message: str
+  attack: str
+  num_examples: int
+
+
+class Anomalies(NamedTuple):
+  """On how many examples an attack met something that should not be.
+
+  Attributes:
+    zero_gradient: an all-zero gradient at a start.
+    nonfinite_gradient: a gradient with entries that are not finite, taken for
+      0 by the attack.
+    nonfinite_logits: logits that are not finite at an adversarial example,
+      which count as misclassified.
+    outside: a candidate with NaN, or outside of ball or box, which was
+      rejected.
+    refused: a candidate that the judging forward pass classifies correctly,
+      which was rejected: by rounding, or by another draw of a randomised model.
+  """
+
+  zero_gradient: int = 0
+  nonfinite_gradient: int = 0
+  nonfinite_logits: int = 0
+  outside: int = 0
+  refused: int = 0
+
+  def plus(self, other: 'Anomalies') -> 'Anomalies':
+    """The sums, field by field."""
+    return Anomalies(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class BatchResult(NamedTuple):
+  """What one attack did to one group of examples; the unit of resuming.
+
+  Attributes:
+    attack: the attack's name.
+    indices: the examples attacked, [n], rising.
+    broken: which of them broke, [n].
+    adversarial: the adversarial examples of those, [k, ...].
+    distances: how far those lie from the natural images, [k].
+    anomalies: on how many of the n something was odd.
+    seconds: wall-clock time, compiling included.
+    identity: a hash of all that the record depends on.
+  """
+
+  attack: str
+  indices: np.ndarray
+  broken: np.ndarray
+  adversarial: np.ndarray
+  distances: np.ndarray
+  anomalies: Anomalies
+  seconds: float
+  identity: str
+
+  def to_arrays(self) -> dict[str, Any]:
+    """The fields as arrays, as `np.savez` takes them."""
+    return {name: np.asarray(v) for name, v in self._asdict().items()}
+
+  @classmethod
+  def from_arrays(cls, arrays: Mapping[str, Any]) -> 'BatchResult':
+    """The inverse of `to_arrays`."""
+    fields = {name: arrays[name] for name in cls._fields}
+    return cls(**fields)._replace(
+        attack=str(fields['attack']), seconds=float(fields['seconds']),
+        anomalies=Anomalies(*map(int, fields['anomalies'])),
+        identity=str(fields['identity']))
+
+
+class AttackReport(NamedTuple):
+  """What one attack of a list did.
+
+  Attributes:
+    name: its name.
+    seconds: wall-clock time, compiling included.
+    robust_accuracy: the fraction of all examples that stand after it.
+    broken: the examples it broke, as rising indices.
+    largest_distance: of those from the natural images; 0 if there are none.
+    anomalies: on how many examples something was odd.
+  """
+
+  name: str
+  seconds: float
+  robust_accuracy: float
+  broken: np.ndarray
+  largest_distance: float
+  anomalies: Anomalies
+
+
+class Judgement(NamedTuple):
+  """What the verdicts were made with.
+
+  Attributes:
+    dtype: of the images that the model was given.
+    logits_dtype: of the logits that it returned.
+    product_dtype: the narrowest type of an operand of its matrix products and
+      convolutions, or a lower precision that one of them asks for.
+    matmul_precision: of matrix products and convolutions, as
+      `jax.default_matmul_precision` takes it.
+    devices: the kind of each device.
+    versions: of jax, jaxlib and awp_jax.
+  """
+
+  dtype: str
+  logits_dtype: str
+  product_dtype: str
+  matmul_precision: str
+  devices: tuple[str, ...]
+  versions: dict[str, str]
+
+
+class AttackResult(NamedTuple):
+  """What an evaluation found, on the host.
+
+  Attributes:
+    adversarial: [N, ...]; the natural image where an example stands or was
+      misclassified from the start. None if it was not asked for.
+    robust: which examples stand, [N].
+    natural: which were classified correctly to begin with, [N].
+    natural_accuracy: their fraction.
+    robust_accuracy: the fraction that stands.
+    attacks: a report per attack, in the order in which they ran.
+    warnings: reasons to doubt the robust accuracy.
+    judged: precision, devices and versions behind the verdicts.
+  """
+
+  adversarial: np.ndarray | None
+  robust: np.ndarray
+  natural: np.ndarray
+  natural_accuracy: float
+  robust_accuracy: float
+  attacks: tuple[AttackReport, ...]
+  warnings: tuple[AttackWarning, ...]
+  judged: Judgement
+
+
+def confidence_interval(
+    successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
+  """Wilson's interval of a fraction.
+
+    (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),  p = k / n
+
+  Args:
+    successes: k, in [0, n].
+    count: n >= 1.
+    level: the coverage, in (0, 1).
+
+  Returns:
+    The lower and the upper bound.
+
+  Raises:
+    ValueError: for arguments outside of their ranges.
+
+  References:
+    Wilson, Probable Inference, the Law of Succession, and Statistical
+    Inference, JASA 1927.
+  """
+  checks.count('count', count)
+  checks.count('successes', successes, 0)
+  if successes > count:
+    raise ValueError(
+        f'successes must be at most count, got {successes} of {count}.')
+  if not 0 < level < 1:
+    raise ValueError(f'level must lie between 0 and 1, got {level!r}.')
+  z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+  share, spread = successes / count, z * z / count
+  centre = share + spread / 2
+  half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+  lower, upper = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
+  # Exact at the ends, where rounding would leave 1e-17.
+  return (lower if successes else 0.0), (upper if successes < count else 1.0)

@@ -1,0 +1,61 @@
+"""Weights of PyTorch's networks for ours, and back.
+
+    state_dict = read_state_dict('model_best.pth')
+    model = model_from_torch(state_dict, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+    variables = from_torch(state_dict, model)
+    logits = model.apply(variables, images)           # images [B, H, W, C]
+
+    write_state_dict('ours.pth', to_torch(variables, model))
+    # net.load_state_dict(torch.load('ours.pth', weights_only=True))
+
+Names are those that the AWP authors' repository, csdongxian/AWP, shares with
+RobustBench. The logits are equal at 32x32 pixels; at other sizes ours average
+all of the last features, and theirs pools of a fixed size.
+
+A network in PyTorch takes normalised images, and few files say how. Ours
+normalise inside, so that `mean` and `std` have to be known:
+
+* (0.4914, 0.4822, 0.4465) and (0.2471, 0.2435, 0.2616): AT-AWP of CIFAR-10;
+  RobustBench's Rice2020Overfitting, Chen2020Efficient and
+  Kireev2021Effectiveness of CIFAR-10.
+* (0.5070751592371323, 0.48654887331495095, 0.4409178433670343) and
+  (0.2673342858792401, 0.2564384629170883, 0.27615047132568404): AT-AWP of
+  CIFAR-100; RobustBench's Wu2020Adversarial and Rice2020Overfitting of
+  CIFAR-100.
+* 0.5 and 0.5: AT-AWP of SVHN; Hendrycks2019Using, Hendrycks2020AugMix_WRN.
+* 0 and 1, the default: TRADES-AWP and RST-AWP; RobustBench's Wu2020Adversarial
+  of CIFAR-10 and all entries that are a bare `WideResNet(...)` or
+  `PreActResNet(...)` there.
+
+Of RobustBench's entries for CIFAR-10 and CIFAR-100 these are our networks, as
+read off their definitions (their files have not been tried one by one):
+
+* each entry on its `WideResNet`, of any depth and width: Carmon2019Unlabeled,
+  Wu2020Adversarial, Rice2020Overfitting (CIFAR-10, L_inf), Sehwag2021Proxy,
+  Zhang2019Theoretically and so on. Its `sub_block1`, where there is one, takes
+  no part in the logits and is left out. Augustin2020 and Rony2019 have means of
+  their own. Ding2020MMA's names fit too, but it normalises each image by
+  itself, which ours do not do.
+* PreActResNet-18 of Rice2020Overfitting (CIFAR-10, L_2; CIFAR-100),
+  Kireev2021Effectiveness (`read_state_dict(path, key='last')`) and
+  Addepalli2021Towards_PARN18.
+
+Refused for other names or a missing tensor are Andriushchenko2020Understanding
+and Wong2020Fast (no normalisation before the classifier; their shortcut
+projects features that are not normalised), the DMWideResNet and DMPreActResNet
+entries (Gowal2020, Rebuffi2021, Wang2023, ...: padded on one side at stride 2),
+Pang2020Boosting, ResNets that normalise after convolutions, and ensembles.
+"""
+
+from awp_jax.models.torch_exchange.convert import from_torch as from_torch
+from awp_jax.models.torch_exchange.convert import (
+    model_from_torch as model_from_torch,
+)
+from awp_jax.models.torch_exchange.convert import normalization as normalization
+from awp_jax.models.torch_exchange.convert import to_torch as to_torch
+from awp_jax.models.torch_exchange.files import (
+    read_state_dict as read_state_dict,
+)
+from awp_jax.models.torch_exchange.files import (
+    write_state_dict as write_state_dict,
+)

@@ -1,0 +1,228 @@
+"""Variables of our networks from PyTorch state dicts, and back."""
+
+from collections.abc import Mapping, Sequence
+import re
+from typing import Any
+
+from flax import traverse_util
+import jax.numpy as jnp
+import numpy as np
+
+from awp_jax.models import preact_resnet
+from awp_jax.models.preact_resnet import PreActResNet
+from awp_jax.models.torch_exchange import naming
+from awp_jax.models.torch_exchange.naming import Network
+from awp_jax.models.wide_resnet import WideResNet
+
+#: Names of the buffers that normalise, in whichever wrapper.
+_NORMALISATION = tuple(
+    (f'{prefix}{mean}', f'{prefix}{std}')
+    for prefix in ('', 'normalize.', 'normalizer.', '0.')
+    for mean, std in (('mu', 'sigma'), ('mean', 'std')))
+
+_COUNTER = 'num_batches_tracked'
+
+
+def _without_idle(
+    state_dict: Mapping[str, Any], model: Network) -> dict[str, Any]:
+  """The plainly named tensors that take part in the logits."""
+  plain = naming.plain_names(state_dict)
+
+  def is_idle(name: str) -> bool:
+    module, _, leaf = name.rpartition('.')
+    return (
+        any(name in pair for pair in _NORMALISATION)
+        # Batches seen by a batch normalisation or by torch's AveragedModel.
+        or (leaf == _COUNTER and f'{module}.running_mean' in plain)
+        or name == 'n_averaged'
+        or (isinstance(model, WideResNet) and name.startswith('sub_block1.')))
+
+  return {name: np.asarray(value) for name, value in plain.items()
+          if not is_idle(name)}
+
+
+def normalization(
+    state_dict: Mapping[str, Any]
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+  """Mean and standard deviation by channel, where the state dict has them.
+
+  They are buffers of the network or of a layer before it: `mu` and `sigma`,
+  `mean` and `std`, `normalize.mean` and `normalize.std`. Most published files
+  have none: see above.
+
+  Args:
+    state_dict: PyTorch names -> arrays.
+
+  Returns:
+    (mean, std), as a model takes them, or None.
+
+  Raises:
+    ValueError: if one of two has no partner, or both are given twice.
+  """
+  state_dict = naming.plain_names(state_dict)
+  found = [pair for pair in _NORMALISATION
+           if any(name in state_dict for name in pair)]
+  if not found:
+    return None
+  names = [name for pair in found for name in pair if name in state_dict]
+  if len(names) != 2:
+    raise ValueError(
+        f'no one pair of a mean and a deviation: {", ".join(names)}.')
+  mean, std = (
+      tuple(np.asarray(state_dict[name], np.float64).ravel().tolist())
+      for name in names)
+  return mean, std
+
+
+def _check_normalization(
+    state_dict: Mapping[str, Any], model: Network) -> None:
+  """Raises ValueError if the state dict and the model normalise differently."""
+  stored = normalization(state_dict)
+  if stored is None:
+    return
+  ours = (model.mean, model.std)
+  for inside, wanted in zip(ours, stored, strict=True):
+    if len(inside) not in (1, len(wanted)) or not np.allclose(
+        inside, wanted, rtol=1e-5, atol=1e-6):
+      raise ValueError(
+          f'the state dict normalises with mean and std {stored}, the model '
+          f'with {ours}.')
+
+
+def from_torch(
+    state_dict: Mapping[str, Any], model: Network) -> dict[str, Any]:
+  """A PyTorch state dict as the variables of one of our networks.
+
+  Each tensor is used or known to be idle: counters of batches, `sub_block1`,
+  buffers that normalise. Running variances are copied as they are: PyTorch
+  moves them towards the unbiased variance of a batch and Flax towards the
+  biased one, which matters in training; at evaluation both just divide by them.
+
+  Args:
+    state_dict: PyTorch names, with or without 'module.' and the like, ->
+      arrays, as `read_state_dict` returns them.
+    model: a PreActResNet or WideResNet; `model_from_torch` finds it.
+
+  Returns:
+    {'params': ..., 'batch_stats': ...} of jax arrays, cast to the model's types
+    of parameters and statistics.
+
+  Raises:
+    TypeError: for another model.
+    ValueError: if names or shapes do not fit, or if the state dict has a
+      normalisation that is not the model's.
+  """
+  tensors = _without_idle(state_dict, model)
+  leaves = naming.leaves(
+      model, {name: value.shape for name, value in tensors.items()})
+  _check_normalization(state_dict, model)
+  return traverse_util.unflatten_dict({
+      leaf.path: jnp.asarray(
+          naming.flax_layout(tensors[name]), leaf.dtype)
+      for name, leaf in leaves.items()})
+
+
+def to_torch(
+    variables: Mapping[str, Any], model: Network, *, prefix: str = '',
+    with_normalisation: bool = False
+) -> dict[str, np.ndarray]:
+  """The variables of one of our networks as a PyTorch state dict.
+
+  Args:
+    variables: {'params': ..., 'batch_stats': ...}.
+    model: the PreActResNet or WideResNet that they belong to.
+    prefix: put before each name: 'module.' for a network in DataParallel, as
+      the AWP authors' scripts resume it.
+    with_normalisation: whether to add the model's mean and std as RobustBench's
+      buffers `mu` and `sigma`. Networks without these buffers then refuse to
+      load strictly.
+
+  Returns:
+    PyTorch names -> arrays of the variables' types, in PyTorch's layout; and
+    `num_batches_tracked`, which ours do not count, as 0.
+
+  Raises:
+    TypeError: for another model.
+    ValueError: if the variables are not the model's.
+  """
+  ours = {
+      naming.torch_name(path): naming.torch_layout(np.asarray(value))
+      for path, value in traverse_util.flatten_dict({
+          name: variables.get(name, {}) for name in ('params', 'batch_stats')
+      }).items()}
+  leaves = naming.leaves(
+      model, {name: value.shape for name, value in ours.items()})
+  state_dict = {}
+  for name in leaves:
+    state_dict[name] = np.array(ours[name], order='C')
+    if name.endswith('.running_var'):
+      counter = name.replace('running_var', _COUNTER)
+      state_dict[counter] = np.zeros((), np.int64)
+  if with_normalisation:
+    shape = (1, ours['conv1.weight'].shape[1], 1, 1)
+    for name, values in (('mu', model.mean), ('sigma', model.std)):
+      by_channel = np.asarray(values, np.float32)[:, None, None]
+      state_dict[name] = np.broadcast_to(by_channel, shape).copy()
+  return {prefix + name: value for name, value in state_dict.items()}
+
+
+def _count_blocks(
+    state_dict: Mapping[str, Any], stages: Sequence[str]) -> tuple[int, ...]:
+  """The number of blocks in each stage."""
+  return tuple(
+      sum(re.fullmatch(rf'{re.escape(stage)}\.\d+\.conv1\.weight', name)
+          is not None for name in state_dict) for stage in stages)
+
+
+def model_from_torch(
+    state_dict: Mapping[str, Any], *, mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None) -> Network:
+  """The network that a state dict belongs to, from its names and shapes.
+
+  Names do not tell the activation: it is 'relu', as in the reference. Another
+  comes with `model.clone(activation='silu')`.
+
+  Args:
+    state_dict: PyTorch names -> arrays.
+    mean: pixel means by channel; by default those in the state dict, else 0.
+    std: pixel standard deviations by channel; by default likewise, else 1.
+
+  Returns:
+    The model, for `from_torch`, which checks the rest.
+
+  Raises:
+    ValueError: if it is none of our networks, or one of mean and std is given
+      without the other.
+  """
+  state_dict = naming.plain_names(state_dict)
+  if (mean is None) != (std is None):
+    raise ValueError(f'give both mean and std, or none: got {mean} and {std}.')
+  if mean is None or std is None:
+    mean, std = normalization(state_dict) or ((0.0,), (1.0,))
+  mean, std = tuple(mean), tuple(std)
+  shapes = {name: np.shape(value) for name, value in state_dict.items()}
+  if {'linear.weight', 'bn.weight', 'layer1.0.conv1.weight'} <= shapes.keys():
+    blocks = _count_blocks(shapes, [f'layer{i}' for i in (1, 2, 3, 4)])
+    block = (preact_resnet.PreActBottleneck
+             if 'layer1.0.conv3.weight' in shapes else
+             preact_resnet.PreActBlock)
+    for depth, wanted in preact_resnet.DEPTHS.items():
+      if wanted == (block, blocks):
+        return PreActResNet(
+            shapes['linear.weight'][0], depth=depth,
+            width=shapes['layer1.0.conv1.weight'][0], mean=mean, std=std)
+    raise ValueError(
+        f'no PreActResNet here has {blocks} blocks of type {block.__name__}.')
+  if {'fc.weight', 'block1.layer.0.conv1.weight'} <= shapes.keys():
+    blocks = _count_blocks(shapes, [f'block{i}.layer' for i in (1, 2, 3)])
+    width, rest = divmod(shapes['block1.layer.0.conv1.weight'][0], 16)
+    if len(set(blocks)) > 1 or rest:
+      raise ValueError(
+          f'no WideResNet has {blocks} blocks of {16 * width + rest} channels '
+          'at first.')
+    return WideResNet(
+        shapes['fc.weight'][0], depth=6 * blocks[0] + 4, width=width,
+        mean=mean, std=std)
+  raise ValueError(
+      'the state dict is neither of a PreActResNet with a normalisation before '
+      f'its classifier nor of a WideResNet: {", ".join([*shapes][:3])}, ...')

@@ -1,0 +1,136 @@
+"""Weight perturbation methods by name, and options common to all of them."""
+
+from collections.abc import Callable
+import dataclasses
+import inspect
+from typing import Any
+
+from awp_jax.core import checks
+from awp_jax.perturbation.balls import Ball
+from awp_jax.perturbation.base import Method
+from awp_jax.perturbation.methods.gradient_based import (
+  asam,
+  awp,
+  boxed_awp,
+  momentum_awp,
+  rwp,
+  sam,
+  sign,
+  wt_awp,
+)
+from awp_jax.perturbation.methods.noise_based import (
+  arwp,
+  frwp,
+  m_arwp,
+  m_rwp,
+  random,
+)
+from awp_jax.types import Array, Scalar
+
+
+def start_after(method: Method, num_steps: int) -> Method:
+  """The method, plain gradients in the first `num_steps` steps.
+
+  Those take the other branch of a `lax.cond`: nothing is compiled again when
+  the method sets in, and until then the ascent is not paid for.
+
+  Args:
+    method: any method.
+    num_steps: >= 0; 0 is the method itself.
+
+  Returns:
+    The method with that start.
+  """
+  return dataclasses.replace(method, start=num_steps)
+
+
+def every_k(method: Method, k: int) -> Method:
+  """The method in one step of k, counted from its start; plain in between.
+
+  Args:
+    method: any method.
+    k: >= 1; 1 is the method itself.
+
+  Returns:
+    The method with that period, on the same terms as `start_after`.
+  """
+  return dataclasses.replace(method, every=k)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ScaledSize:
+  """A size that depends on the step, times a factor."""
+
+  factor: float
+  size: Callable[[Array], Scalar]
+
+  def __call__(self, step: Array) -> Scalar:
+    return self.factor * self.size(step)
+
+
+def scaled(method: Method, factor: float) -> Method:
+  """The method with perturbations `factor` times as large.
+
+  Args:
+    method: any method.
+    factor: >= 0; by 0 the method is off, at the cost of a plain gradient, while
+      its memory is kept up to date.
+
+  Returns:
+    The method with other sizes of its ball and box.
+  """
+  checks.not_negative('factor', factor)
+
+  def resize(ball: Ball | None) -> Ball | None:
+    if ball is None:
+      return None
+    size = ball.size
+    if factor == 0:
+      return dataclasses.replace(ball, size=0.0)
+    if callable(size):
+      return dataclasses.replace(ball, size=_ScaledSize(factor, size))
+    return dataclasses.replace(ball, size=factor * size)
+
+  if factor == 1:
+    return method
+  ball = resize(method.ball)
+  assert ball is not None
+  return dataclasses.replace(method, ball=ball, box=resize(method.box))
+
+
+#: The named methods, for `make`.
+METHODS: dict[str, Callable[..., Method]] = {
+    'arwp': arwp, 'asam': asam, 'awp': awp, 'boxed_awp': boxed_awp,
+    'frwp': frwp, 'm_arwp': m_arwp, 'm_rwp': m_rwp,
+    'momentum_awp': momentum_awp, 'random': random, 'rwp': rwp, 'sam': sam,
+    'sign': sign, 'wt_awp': wt_awp}
+
+
+def make(
+    name: str, *, start: int = 0, every: int = 1, **options: Any) -> Method:
+  """A method by its name.
+
+  Args:
+    name: a key of `METHODS`.
+    start: as in `start_after`.
+    every: as in `every_k`.
+    **options: of the method's function.
+
+  Returns:
+    The method.
+
+  Raises:
+    ValueError: for a name or an option that does not exist, with those that do;
+      for a missing option or a value out of range.
+  """
+  checks.one_of('method', name, METHODS)
+  parameters = inspect.signature(METHODS[name]).parameters
+  for option in options:
+    checks.one_of(f'option of method {name!r}', option,
+                  [*parameters, 'start', 'every'])
+  missing = [key for key, p in parameters.items()
+             if p.default is p.empty and key not in options]
+  if missing:
+    raise ValueError(
+        f'method {name!r} needs the option {", ".join(map(repr, missing))}.')
+  return every_k(start_after(METHODS[name](**options), start), every)

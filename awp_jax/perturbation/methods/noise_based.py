@@ -1,0 +1,190 @@
+"""Methods that draw noise: random weight perturbation and its mixtures.
+
+Their noise is one draw for the global batch: `noise_key` must be the same on
+all devices. Nothing is paid for an ascent; the mixtures make a second pass.
+
+  >>> method = m_rwp(sigma=0.015, lam=0.5)
+  >>> method.direction.name, method.mix, method.ball.norm
+  ('noise', (0.5, 0.5), 'filter')
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+
+import jax.numpy as jnp
+
+from awp_jax.core import checks
+from awp_jax.perturbation import directions
+from awp_jax.perturbation.balls import Ball, Size
+from awp_jax.perturbation.base import Batch, Method, mixture, size_of
+from awp_jax.perturbation.leaves import Mask, StackAxes, is_any
+from awp_jax.types import Array, Scalar
+
+
+def random(
+    sigma: Size = 0.01, *, mask: Mask = is_any, filter_axis: int = -1,
+    stack_axes: StackAxes = 0) -> Method:
+  """v_j ~ N(0, sigma^2 |w_j|^2) for each filter j; gradient at w + v alone.
+
+  Leaves of one axis are one group. There is no ascent pass.
+
+  Args:
+    sigma: the standard deviation of an entry relative to |w_j|.
+    mask: which leaves.
+    filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+
+  Returns:
+    The method; it needs `noise_key`.
+  """
+  return Method(
+      'random',
+      Ball(size_of('sigma', sigma), 'filter', filter_axis=filter_axis,
+           stack_axes=stack_axes),
+      direction=directions.noise(), mask=mask)
+
+
+def m_rwp(
+    sigma: Size = 0.015, *, lam: Scalar = 0.5, natural_batch: Batch = 'same',
+    mask: Mask = is_any, filter_axis: int = -1,
+    stack_axes: StackAxes = 0) -> Method:
+  """lam grad L(w + r) + (1 - lam) grad L(w), r as in `random`.
+
+  Args:
+    sigma: as in `random`.
+    lam: the weight of the perturbed loss, in [0, 1].
+    natural_batch: 'other' draws the gradient at w from `natural_args`, as the
+      published code does with two successive batches.
+    mask: which leaves.
+    filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+
+  Returns:
+    The method; it needs `noise_key`. aux comes from the pass at w, as the
+    running statistics of the published code do.
+
+  References:
+    Li et al., Revisiting Random Weight Perturbation for Efficiently Improving
+    Generalization, TMLR 2024.
+  """
+  return dataclasses.replace(
+      random(sigma, mask=mask, filter_axis=filter_axis,
+             stack_axes=stack_axes), name='m-RWP',
+      mix=mixture('lam', lam), natural_batch=natural_batch, aux_at='natural')
+
+
+def frwp(
+    gamma: Size = 0.01, *, alpha: Scalar = 0.5, mask: Mask = is_any,
+    filter_axis: int = -1, stack_axes: StackAxes = 0) -> Method:
+  """alpha grad L(w + r; B1) + (1 - alpha) grad L(w; B2), r as in `random`.
+
+  B1 is the batch among the arguments, B2 that among `natural_args`.
+
+  Args:
+    gamma: the standard deviation of an entry relative to |w_j|; 0.005 for
+      ImageNet.
+    alpha: the weight of the perturbed loss, in [0, 1].
+    mask: which leaves.
+    filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+
+  Returns:
+    The method; it needs `noise_key` and `natural_args`.
+
+  References:
+    Lei et al., filter-wise random weight perturbation, 2022; the published
+    code spreads B1 and B2 over two devices.
+  """
+  return dataclasses.replace(
+      random(size_of('gamma', gamma), mask=mask, filter_axis=filter_axis,
+             stack_axes=stack_axes),
+      name='FRWP', mix=mixture('alpha', alpha), natural_batch='other')
+
+
+def arwp(
+    sigma: Size = 0.01, *, eta: Scalar = 0.1, beta: Scalar = 0.99,
+    mask: Mask = is_any, filter_axis: int = -1,
+    stack_axes: StackAxes = 0) -> Method:
+  """As `random`, r_j divided by sqrt(1 + eta F_j).
+
+  F_j <- beta F_j + sum over filter j of the squared gradients at w + r.
+
+  Args:
+    sigma: as in `random`; the published setting grows it, see
+      `cosine_increase`.
+    eta: >= 0.
+    beta: in [0, 1).
+    mask: which leaves.
+    filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+
+  Returns:
+    The method; it needs `noise_key`. Its state holds F.
+
+  References:
+    Li et al., as in `m_rwp`.
+  """
+  return dataclasses.replace(
+      random(sigma, mask=mask, filter_axis=filter_axis,
+             stack_axes=stack_axes), name='ARWP',
+      direction=directions.adaptive_noise(
+          eta, beta, filter_axis, stack_axes))
+
+
+def m_arwp(
+    sigma: Size = 0.015, *, lam: Scalar = 0.5, eta: Scalar = 0.1,
+    beta: Scalar = 0.99, natural_batch: Batch = 'same', mask: Mask = is_any,
+    filter_axis: int = -1, stack_axes: StackAxes = 0) -> Method:
+  """The mixture of `m_rwp` with the noise of `arwp`.
+
+  Args:
+    sigma: as in `random`.
+    lam: as in `m_rwp`.
+    eta: as in `arwp`.
+    beta: as in `arwp`.
+    natural_batch: as in `m_rwp`.
+    mask: which leaves.
+    filter_axis: the axis of the output filters.
+    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+
+  Returns:
+    The method; it needs `noise_key`. Its state holds F.
+
+  References:
+    Li et al., as in `m_rwp`.
+  """
+  return dataclasses.replace(
+      m_rwp(sigma, lam=lam, natural_batch=natural_batch, mask=mask,
+            filter_axis=filter_axis, stack_axes=stack_axes), name='m-ARWP',
+      direction=directions.adaptive_noise(
+          eta, beta, filter_axis, stack_axes))
+
+
+@dataclasses.dataclass(frozen=True)
+class _CosineIncrease:
+  first: float
+  factor: float
+  num_steps: int
+
+  def __call__(self, step: Array) -> Array:
+    rise = (1 - jnp.cos(math.pi * step / self.num_steps)) / 2
+    return self.first * (1 + self.factor * rise)
+
+
+def cosine_increase(
+    first: float, factor: float, num_steps: int) -> Callable[[Array], Array]:
+  """first (1 + factor (1 - cos(pi t / T)) / 2), as ARWP's sigma grows.
+
+  Args:
+    first: the size at t = 0; 0.001 for ARWP.
+    factor: the size at T is (1 + factor) first; 10 for ARWP.
+    num_steps: T.
+
+  Returns:
+    A function of the step count, to be used as a size.
+  """
+  checks.not_negative('first', first)
+  checks.not_negative('factor', factor)
+  checks.count('num_steps', num_steps)
+  return _CosineIncrease(first, factor, num_steps)

@@ -1,0 +1,192 @@
+"""Gradients of mean losses: over devices, over micro-batches.
+
+Both give what one device with memory enough would give for the whole batch:
+
+  >>> import jax, jax.numpy as jnp
+  >>> loss_fn = lambda w, x: jnp.mean((w * x) ** 2)
+  >>> x = jnp.arange(8.0)
+  >>> whole = jax.grad(loss_fn)(2.0, x)
+  >>> print(whole, jax.grad(accumulated(loss_fn, 4))(2.0, x))
+  70.0 70.0
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax.core import checks, loops, sharding
+from awp_jax.perturbation import leaves
+from awp_jax.perturbation.base import Method
+from awp_jax.types import Array, LossFn, Params, Scalar
+
+Reduce = Callable[[Array], Array]
+
+
+def mean_loss(losses: Array) -> Array:
+  """The mean of losses [B]; a scalar is left alone."""
+  return losses if jnp.ndim(losses) == 0 else jnp.mean(losses)
+
+
+def mean_below(threshold: Scalar) -> Reduce:
+  """(1 / B) sum of the losses [B] that are < threshold: B counts the others."""
+
+  def reduce(losses: Array) -> Array:
+    if jnp.ndim(losses) == 0:
+      raise ValueError(
+          'a threshold on examples needs a loss function that returns losses '
+          '[B], one for each example; this one returned a scalar.')
+    return jnp.mean(jnp.where(losses < threshold, losses, 0))
+
+  return reduce
+
+
+def _check_replicated(params: Params, axis_name: str | None) -> None:
+  varying = [
+      path for path, leaf in zip(
+          leaves.leaf_paths(params), jax.tree.leaves(params), strict=True)
+      if axis_name is not None and sharding.varying_axes(leaf)]
+  if varying:
+    raise ValueError(
+        f'parameters must be replicated where axis_name={axis_name!r} is given,'
+        f' but these vary over a mesh axis: {", ".join(varying[:5])}. Their '
+        'norms would be those of a shard. For sharded parameters use jax.jit '
+        'without axis_name. A noise_key must be the same on all devices.')
+
+
+def averaged_value_and_grad(
+    loss_fn: LossFn, *, has_aux: bool = False, axis_name: str | None = None,
+    reduce: Reduce = mean_loss) -> Callable[..., tuple[Any, Params]]:
+  """`jax.value_and_grad` of the loss averaged over the devices of an axis.
+
+  The loss is averaged inside the differentiated function and the gradient
+  outside of it. That is right under `pmap`, `vmap` and `shard_map`, whether or
+  not the latter tracks which values vary (`check_vma`): where it does, the
+  gradient with respect to replicated parameters is already a sum over devices,
+  and averaging the gradient alone would leave it too large by their number.
+
+  Args:
+    loss_fn: `loss_fn(params, *args, **kwargs)` -> scalar or losses [B], or a
+      pair of that and aux.
+    has_aux: whether `loss_fn` returns a pair.
+    axis_name: the axis of the devices, or None.
+    reduce: makes a scalar of what `loss_fn` returns; by default the mean.
+
+  Returns:
+    A function of `loss_fn`'s arguments that returns (value, gradients), the
+    value being (loss, aux) with `has_aux`. aux is this device's own. It raises
+    a ValueError if a parameter varies over any mesh axis, where `shard_map`
+    tracks that (`check_vma=True`): every device must hold all of them. Sharded
+    parameters need no `axis_name`, but `jax.jit` and the shardings of its
+    arguments.
+  """
+
+  def averaged(params: Params, *args: Any, **kwargs: Any) -> Any:
+    out = loss_fn(params, *args, **kwargs)
+    loss, aux = out if has_aux else (out, None)
+    loss = reduce(loss)
+    if axis_name is not None:
+      loss = jax.lax.pmean(loss, axis_name)
+    return loss, aux
+
+  def value_and_grad(params: Params, *args: Any, **kwargs: Any) -> Any:
+    _check_replicated(params, axis_name)
+    (loss, aux), gradients = jax.value_and_grad(averaged, has_aux=True)(
+        params, *args, **kwargs)
+    if axis_name is not None:
+      gradients = jax.lax.pmean(gradients, axis_name)
+    return ((loss, aux) if has_aux else loss), gradients
+
+  return value_and_grad
+
+
+def gradient_fns(
+    method: Method, loss_fn: LossFn, *, has_aux: bool = False,
+    axis_name: str | None = None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """The passes of a method: the ascent's, and the one that is descended.
+
+  Args:
+    method: the choices.
+    loss_fn: `loss_fn(params, *args, **kwargs)` -> mean loss or losses [B], or
+      a pair of that and aux.
+    has_aux: whether `loss_fn` returns a pair.
+    axis_name: the axis of the devices, or None.
+
+  Returns:
+    Two functions of `loss_fn`'s arguments that return ((loss, aux), gradients),
+    averaged over devices; aux is None without `has_aux`. They differ only where
+    not all examples enter the ascent.
+  """
+
+  def paired(params: Params, *args: Any, **kwargs: Any) -> Any:
+    out = loss_fn(params, *args, **kwargs)
+    return out if has_aux else (out, None)
+
+  descent_fn = averaged_value_and_grad(
+      paired, has_aux=True, axis_name=axis_name)
+  if method.examples_below is None:
+    return descent_fn, descent_fn
+  return averaged_value_and_grad(
+      paired, has_aux=True, axis_name=axis_name,
+      reduce=mean_below(method.examples_below)), descent_fn
+
+
+def _split(args: Any, parts: int) -> Any:
+  """[B, ...] -> [parts, B / parts, ...]: example i goes to part i % parts.
+
+  Contiguous parts of a batch that is sharded over devices would lie on one
+  device each, and every device would compute all of them.
+  """
+
+  def split(leaf: Array) -> Array:
+    shape = jnp.shape(leaf)
+    if not shape or shape[0] % parts:
+      raise ValueError(
+          f'num_microbatches={parts} must divide the leading axis of every '
+          f'positional argument behind the parameters, got shape {shape}; bind '
+          'what is not a batch: functools.partial(loss_fn, key=key).')
+    return jnp.swapaxes(
+        jnp.reshape(leaf, (shape[0] // parts, parts, *shape[1:])), 0, 1)
+
+  return jax.tree.map(split, args)
+
+
+def accumulated(
+    loss_fn: LossFn, num_microbatches: int, *, has_aux: bool = False) -> LossFn:
+  """The same loss, computed one micro-batch after the other.
+
+  Value and gradient are those of the whole batch, while activations of only
+  one micro-batch are alive at a time: each is computed again on the way back,
+  a third more work. As every pass of a method goes through the loss function,
+  the adversary sees the whole batch, too.
+
+  Args:
+    loss_fn: `loss_fn(params, *args, **kwargs)` -> mean loss or losses [B]. It
+      must not couple the examples, as batch statistics do.
+    num_microbatches: k parts of equal size that every positional argument is
+      cut into along its leading axis: part j has the examples j, j + k, j + 2k,
+      ... What is not a batch (a dropout key, say) is bound beforehand,
+      `functools.partial(loss_fn, key=key)`, or handed in by keyword.
+    has_aux: whether `loss_fn` returns a pair.
+
+  Returns:
+    A loss function. Losses [B] keep the order of the examples. Its aux, if any,
+    has a new leading axis, the parts.
+
+  Raises:
+    ValueError: for parts that are not equal.
+  """
+  checks.count('num_microbatches', num_microbatches)
+
+  def loss(params: Params, *args: Any, **kwargs: Any) -> Any:
+    parts = _split(args, num_microbatches)
+    part_fn = jax.checkpoint(
+        lambda part: loss_fn(params, *part, **kwargs))
+    out = loops.mapped(num_microbatches, part_fn, parts)
+    losses, aux = out if has_aux else (out, None)
+    losses = jnp.mean(losses) if losses.ndim == 1 else losses.T.reshape(-1)
+    return (losses, aux) if has_aux else losses
+
+  return loss

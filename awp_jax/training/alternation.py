@@ -1,0 +1,161 @@
+"""The two adversaries of a training step in turns, then the descent.
+
+A rounds of K1 attack steps at w + v and K2 moves of v at x', then loss and
+gradient at (w + v, x'). See `awp_jax.training.train_step`.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from awp_jax.perturbation import engine, leaves
+from awp_jax.perturbation.base import Method, MethodState
+from awp_jax.types import Array, Params
+
+#: (params, batch_stats, key, start) -> x' and the statistics that the attack
+#: leaves.
+AttackFn = Callable[[Params, Any, Array, Any], tuple[Array, Any]]
+
+
+class Round(NamedTuple):
+  """Inputs, statistics and perturbation after some rounds.
+
+  Attributes:
+    x_adv: x' [B, ...]; before the first round the start of the attack.
+    batch_stats: the running statistics that the next pass starts from.
+    ascent: v.
+  """
+
+  x_adv: Any
+  batch_stats: Any
+  ascent: engine.Ascent
+
+
+class AlternationInputs(NamedTuple):
+  """What the passes of one step share.
+
+  Attributes:
+    params: w.
+    images: x [B, ...].
+    labels: [B] or [B, C].
+    method: how the weights are perturbed.
+    method_state: the method's state.
+    attack_fn: makes x'.
+    ascent_fn: (params, batch_stats, x', x, labels) -> ((loss, aux), gradients),
+      which v follows.
+    descent_fn: the same for the loss that the optimizer descends.
+    keeps_statistics: whether the attack's passes move the running statistics.
+  """
+
+  params: Params
+  images: Array
+  labels: Array
+  method: Method
+  method_state: MethodState
+  attack_fn: AttackFn
+  ascent_fn: Callable[..., Any]
+  descent_fn: Callable[..., Any]
+  keeps_statistics: bool
+
+
+def _is_halved(method: Method) -> bool:
+  """Whether the passes at w and at w + v share the batch out between them."""
+  return method.natural_batch == 'other' and not method.is_off
+
+
+def _pass_fn(
+    inputs: AlternationInputs, done: Round, gradient_fn: Callable[..., Any],
+    rows: slice) -> engine.PassFn:
+  """A pass over some rows of the batch, as a function of the parameters."""
+
+  def pass_fn(params: Params) -> Any:
+    return gradient_fn(
+        params, done.batch_stats, done.x_adv[rows], inputs.images[rows],
+        inputs.labels[rows])
+
+  return pass_fn
+
+
+def _perturbed_rows(method: Method) -> slice:
+  return slice(0, None, 2) if _is_halved(method) else slice(None)
+
+
+def _round(
+    inputs: AlternationInputs, method: Method, done: Round, key: Array, rounds: int
+) -> Round:
+  """One attack at w + v from the last x', and the moves of v that follow."""
+  x_adv, moved = inputs.attack_fn(
+      leaves.perturb(inputs.params, done.ascent.perturbation),
+      done.batch_stats, key, done.x_adv)
+  done = done._replace(
+      x_adv=x_adv,
+      batch_stats=moved if inputs.keeps_statistics else done.batch_stats)
+  pass_fn = _pass_fn(
+      inputs, done, inputs.ascent_fn, _perturbed_rows(method))
+  return done._replace(ascent=engine.ascend(
+      method, inputs.method_state, done.ascent, inputs.params, pass_fn,
+      rounds=rounds))
+
+
+def alternate(
+    inputs: AlternationInputs, start: Any, batch_stats: Any, key: Array,
+    noise_key: Array, alternations: int) -> Round:
+  """The rounds of a step.
+
+  A method that is off makes one round, and so does a step that `start` and
+  `every` leave out: with v = 0 the others would only prolong the attack.
+
+  Args:
+    inputs: what the passes share.
+    start: of the first attack; the later ones go on from its x'.
+    batch_stats: the running statistics before the step.
+    key: this device's PRNG key.
+    noise_key: a PRNG key for methods that draw noise, the same on all devices.
+    alternations: A >= 1.
+
+  Returns:
+    The last round.
+  """
+  method, state = inputs.method, inputs.method_state
+  rounds = 1 if method.is_off else alternations
+  keys = jax.random.split(key, rounds)
+  first = _round(
+      inputs, method,
+      Round(start, batch_stats, engine.begin(method, state, noise_key)),
+      keys[0], rounds)
+  # The branch below has asked already whether this step perturbs.
+  unscheduled = dataclasses.replace(method, start=0, every=1)
+
+  def others(done: Round) -> Round:
+    for round_key in keys[1:]:
+      done = _round(inputs, unscheduled, done, round_key, rounds)
+    return done
+
+  if rounds == 1 or not method.is_scheduled:
+    return others(first)
+  return jax.lax.cond(
+      method.perturbs_at(state.step), others, lambda done: done, first)
+
+
+def descend(inputs: AlternationInputs, done: Round) -> engine.Descent:
+  """Loss and gradient that the optimizer is to descend.
+
+  Args:
+    inputs: what the passes share.
+    done: the last round.
+
+  Returns:
+    What the engine hands to the optimizer.
+  """
+  method = inputs.method
+  perturbed_fn = _pass_fn(
+      inputs, done, inputs.descent_fn, _perturbed_rows(method))
+  natural_fn = None
+  if method.natural_batch == 'other':  # not called while the method is off
+    natural_fn = _pass_fn(
+        inputs, done, inputs.descent_fn, slice(1, None, 2))
+  return engine.descend(
+      method, inputs.method_state, done.ascent, inputs.params, perturbed_fn,
+      natural_fn)

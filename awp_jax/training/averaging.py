@@ -1,0 +1,81 @@
+"""Moving averages of weights and batch statistics.
+
+An average of the weights along the run is often more robust than the last ones
+(Izmailov et al., UAI 2018; Gowal et al. 2020). With decay d,
+
+  a <- d a + (1 - d) w        after every step, from a = w at the start.
+
+Early on, a long memory would hold on to the random start; so the decay begins
+small and grows with the step count t: d_t = min(d, (1 + t) / (10 + t)). Batch
+statistics are averaged alongside, since those of w do not fit a.
+
+  >>> import jax.numpy as jnp
+  >>> average = Average({'w': jnp.zeros(2)}, {})
+  >>> average = update_average(average, {'w': jnp.ones(2)}, {}, decay=0.75)
+  >>> print(average.params['w'])
+  [0.25 0.25]
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax.core import checks
+from awp_jax.types import Array, Params, Scalar
+
+
+class Average(NamedTuple):
+  """The averaged network.
+
+  Attributes:
+    params: a, like the parameters.
+    batch_stats: the average of the running statistics; {} if there are none.
+  """
+
+  params: Params
+  batch_stats: Any
+
+
+def ema_decay(decay: float, step: Scalar) -> Array:
+  """min(decay, (1 + t) / (10 + t)): the decay of step t.
+
+  Args:
+    decay: d in [0, 1), that of a long run.
+    step: t >= 0, how many steps have been averaged before this one.
+
+  Returns:
+    A float32 scalar.
+
+  Raises:
+    ValueError: for a decay outside of [0, 1).
+  """
+  checks.not_negative('decay', decay)
+  if decay >= 1:
+    raise ValueError(f'decay must be below 1, got {decay!r}.')
+  steps = jnp.asarray(step, jnp.float32)
+  return jnp.minimum(jnp.float32(decay), (1 + steps) / (10 + steps))
+
+
+def update_average(
+    average: Average, params: Params, batch_stats: Any, decay: Scalar
+) -> Average:
+  """a <- decay a + (1 - decay) w on every leaf.
+
+  Args:
+    average: a.
+    params: w.
+    batch_stats: the running statistics of w.
+    decay: in [0, 1]; see `ema_decay`.
+
+  Returns:
+    The next average, of the same dtypes.
+  """
+
+  def mix(old: Array, new: Array) -> Array:
+    # a + (1 - d) (w - a) stays exactly at w once it is there.
+    return (old + (1 - decay) * (new - old)).astype(old.dtype)
+
+  return Average(
+      jax.tree.map(mix, average.params, params),
+      jax.tree.map(mix, average.batch_stats, batch_stats))

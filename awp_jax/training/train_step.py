@@ -1,0 +1,271 @@
+"""Robust training steps for any model, with or without batch statistics.
+
+`train_step` composes everything below it: the inputs ascend (attacks), the
+weights are perturbed (perturbation), the optimizer descends, batch statistics
+move under a named policy. Per mini-batch, with A alternations of K1 input steps
+and K2 weight steps,
+
+  v = 0, x' = start
+  A times:   x' <- K1 steps of PGD at w + v
+             v  <- K2 steps of gamma / (A K2) on the train loss at w + v
+  w <- optimizer(w + v, grad at w + v) - v.
+
+It is a pure function: jit or pmap it with the keywords closed over.
+`eval_step` measures natural and robust accuracy on a batch.
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> from awp_jax import methods, objectives, threat
+  >>> def forward_fn(params, batch_stats, x, train, key):
+  ...   return x @ params['kernel'], batch_stats
+  >>> state = TrainState.create(
+  ...     forward_fn=forward_fn, params={'kernel': jnp.eye(2)},
+  ...     tx=optax.sgd(0.1))
+  >>> batch = jnp.array([[0.75, 0.25], [0.25, 0.5]]), jnp.array([0, 1])
+  >>> state, metrics = train_step(
+  ...     state, batch, jax.random.key(0), objective=objectives.adversarial(),
+  ...     threat=threat.ThreatModel('Linf', 0.125), attack=Attack(0.125, 1),
+  ...     perturbation=methods.awp(0.25))
+  >>> print(int(state.step), f'{metrics.perturbation_ratio:.2f}')
+  1 0.25
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax import objectives
+from awp_jax.attacks import pgd as pgd_lib
+from awp_jax.attacks.pgd import Attack as Attack
+from awp_jax.core import checks, numerics
+from awp_jax.objectives import Objective, Pass
+from awp_jax.perturbation import leaves, methods, perturbed_step, value_and_grad
+from awp_jax.perturbation.base import Method, MethodState
+from awp_jax.threat import ThreatModel
+from awp_jax.training import alternation
+from awp_jax.training.eval_step import EvalMetrics as EvalMetrics
+from awp_jax.training.eval_step import eval_step as eval_step
+from awp_jax.training.state import TrainState as TrainState
+from awp_jax.training.state import check_memory, forward
+from awp_jax.types import Array, Params
+
+Statistics = Literal['perturbed', 'reference']
+STATISTICS: tuple[Statistics, ...] = ('perturbed', 'reference')
+MODES = ('train', 'eval')
+
+#: What stands in for `perturbation=None`.
+_OFF = methods.awp(0)
+
+
+class TrainMetrics(NamedTuple):
+  """What `train_step` reports, averaged over the global batch.
+
+  Attributes:
+    loss: the train loss at w + v, before the update.
+    robust_accuracy: of the adversarial examples at w + v, in [0, 1]; natural
+      accuracy where the objective has no attack. Logits that are not finite
+      are wrong.
+    gradient_norm: |G|_2 over all parameters.
+    perturbation_ratio: |v|_2 / |w|_2 over the perturbed leaves; 0 without AWP.
+    unperturbed_loss: the train loss at w, and at the x' of the first round, if
+      the step evaluated it on the whole batch; else NaN.
+  """
+
+  loss: Array
+  robust_accuracy: Array
+  gradient_norm: Array
+  perturbation_ratio: Array
+  unperturbed_loss: Array
+
+
+def _device_key(
+    key: Array, step: int | Array, axis_name: str | None) -> Array:
+  """The key of this step; under an axis, each device's own."""
+  key = jax.random.fold_in(key, step)
+  if axis_name is None:
+    return key
+  return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+
+
+def _mean(tree: Any, axis_name: str | None) -> Any:
+  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+
+
+def _weight_loss(
+    state: TrainState, objective: Objective, passes: tuple[Pass, ...],
+    dropout_key: Array
+) -> Callable[..., tuple[Array, tuple[Any, Array]]]:
+  """The losses of the weights, and what they leave behind.
+
+  It maps (params, statistics, x', x, labels) to the losses [B] and the pair of
+  the next statistics and whether x' is classified right [B]. `passes` is the
+  order in which forward passes move the statistics; one that appears twice
+  moves them twice.
+  """
+
+  def loss_fn(
+      params: Params, batch_stats: Any, x_adv: Array, natural: Array,
+      labels: Array) -> tuple[Array, tuple[Any, Array]]:
+    images = {'adversarial': x_adv, 'natural': natural}
+    logits: dict[str, Array] = {}
+    for name in passes:
+      logits[name], batch_stats = forward(
+          state, params, batch_stats, images[name], train=True,
+          key=dropout_key)
+    adversarial = logits['adversarial']
+    losses = objective.train_loss(adversarial, logits.get('natural'), labels)
+    return losses, (batch_stats, objectives.is_correct(adversarial, labels))
+
+  return loss_fn
+
+
+def _attack_inputs(
+    state: TrainState, images: Array, labels: Array, params: Params,
+    batch_stats: Any, key: Array, start: pgd_lib.Start | Array, *,
+    objective: Objective, threat: ThreatModel, attack: Attack,
+    axis_name: str | None) -> tuple[Array, Any]:
+  """x' at `params`, and the running statistics after the attack's passes."""
+  if objective.attack_loss is None:
+    return images, batch_stats
+  attack_loss = objective.attack_loss
+  train = (attack.mode or objective.attack_mode) == 'train'
+  attack_key, dropout_key = jax.random.split(key)
+  devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+  batch_size = images.shape[0] * devices
+
+  def run(x: Array, batch_stats: Any) -> tuple[Array, Any]:
+    return forward(
+        state, params, batch_stats, x, train=train, key=dropout_key)
+
+  natural = None
+  if objective.attack_uses_natural:
+    natural, _ = run(images, batch_stats)
+
+  def loss_fn(x_adv: Array, batch_stats: Any) -> tuple[Array, Any]:
+    logits, batch_stats = run(x_adv, batch_stats)
+    return attack_loss(logits, natural, labels), batch_stats
+
+  x_adv, moved = pgd_lib.pgd_with_state(
+      attack_key, loss_fn, batch_stats, images, threat,
+      step_size=attack.step_size, num_steps=attack.num_steps, start=start,
+      restarts=attack.restarts,
+      gradient_floor=objective.gradient_floor * batch_size)
+  if train and attack.restarts == 1:
+    # The published attack ends with one more forward pass, which compares the
+    # losses of its restarts, even of a single one.
+    _, moved = run(x_adv, moved)
+  return x_adv, moved
+
+
+def _check(
+    batch: tuple[Array, Array], objective: Objective, attack: Attack,
+    perturbation: Method | None, alternations: int, statistics: Statistics
+) -> None:
+  images, labels = batch
+  checks.floating('images', images)
+  checks.one_of('statistics', statistics, STATISTICS)
+  checks.count('alternations', alternations)
+  checks.one_of('mode', attack.mode or objective.attack_mode, MODES)
+  if perturbation is not None and not isinstance(perturbation, Method):
+    raise TypeError(
+        'perturbation must be a Method, such as awp_jax.methods.awp(0.01), or '
+        f'None, got {perturbation!r}.')
+  if alternations > 1 and attack.restarts > 1:
+    raise ValueError(
+        f'alternations={alternations} continue one attack; '
+        f'restarts={attack.restarts} make several. One of them must be 1.')
+  if perturbation and perturbation.natural_batch == 'other' and (
+      len(labels) < 2):
+    raise ValueError(
+        f'method {perturbation.name!r} halves the batch: it needs two images '
+        f'on every device at least, got {len(labels)}.')
+
+
+def train_step(
+    state: TrainState, batch: tuple[Array, Array], key: Array, *,
+    objective: Objective, threat: ThreatModel, attack: Attack,
+    perturbation: Method | None = None, alternations: int = 1,
+    statistics: Statistics = 'perturbed', axis_name: str | None = None,
+) -> tuple[TrainState, TrainMetrics]:
+  """One step of adversarial training, with or without weight perturbation.
+
+  Args:
+    state: model, parameters, running statistics, optimizer state, step count.
+    batch: (images [B, ...], floating, in the threat model's box, cast to
+      float32 where they are narrower: bfloat16 loses small steps; labels:
+      integers [B], or probabilities [B, C] for mixed examples); under an axis,
+      this device's part.
+    key: the run's PRNG key. The step count is folded in here, and under an axis
+      the device's index, so the same key serves every step and device.
+    objective: what inputs ascend and weights descend.
+    threat: the ball and the box.
+    attack: the attack on the inputs.
+    perturbation: how the weights are perturbed, a method of `awp_jax.methods`;
+      None for not at all. A method that carries a memory needs a state made
+      with `TrainState.create(method=...)`.
+    alternations: A >= 1, how often input and weight steps take turns. The
+      attack goes on from the x' of the round before. Steps that the method's
+      `start` and `every` leave out make one round.
+    statistics: which forward passes move the running statistics. 'perturbed':
+      those of the pass at w + v only. 'reference': those of the published code;
+      for AT every pass of the attack, one more at x', the one at w + v, and a
+      natural one at the new weights.
+    axis_name: under `pmap` or `shard_map`, the axis that the batch is spread
+      over. Gradients, statistics and metrics are averaged over it; there is
+      one v for the global batch. The attack communicates nothing, unless the
+      model's own batch statistics are averaged over the axis.
+
+  Returns:
+    The next state and the step's metrics.
+
+  Raises:
+    TypeError: if `perturbation` is no method, or the model cannot be called.
+    ValueError: for arguments out of range, images that are not floating, or a
+      memory that does not fit the method; before anything is compiled.
+  """
+  _check(batch, objective, attack, perturbation, alternations, statistics)
+  if perturbation is not None:
+    check_memory(state, perturbation)
+  method = perturbation or _OFF
+  images, labels = batch
+  images = numerics.wide(images)
+  attack_key, dropout_key = jax.random.split(
+      _device_key(key, state.step, axis_name))
+  as_published = statistics == 'reference'
+  ascent_fn, descent_fn = value_and_grad.gradient_fns(
+      method, _weight_loss(
+          state, objective,
+          objective.reference_passes if as_published else objective.passes,
+          dropout_key), has_aux=True, axis_name=axis_name)
+  inputs = alternation.AlternationInputs(
+      state.params, images, labels, method,
+      MethodState(jnp.asarray(state.step), state.memory),
+      functools.partial(
+          _attack_inputs, state, images, labels, objective=objective,
+          threat=threat, attack=attack, axis_name=axis_name),
+      ascent_fn, descent_fn, keeps_statistics=as_published)
+  # The noise is one draw for all devices: this key knows no device.
+  noise_key = jax.random.fold_in(key, 2**32 - 1)
+  out = alternation.descend(inputs, alternation.alternate(
+      inputs, attack.start, state.batch_stats, attack_key, noise_key,
+      alternations))
+  batch_stats, is_right = out.aux
+  params, opt_state = perturbed_step.apply_at_perturbed(
+      state.tx, state.params, state.opt_state, out.perturbation, out.gradients,
+      update_at=method.update_at, value=out.loss)
+  if as_published and objective.reference_pass_after_update:
+    _, batch_stats = forward(
+        state, params, batch_stats, images, train=True, key=dropout_key)
+  metrics = TrainMetrics(
+      loss=out.loss,
+      robust_accuracy=_mean(jnp.mean(is_right, dtype=jnp.float32), axis_name),
+      gradient_norm=leaves.global_norm(out.gradients),
+      perturbation_ratio=leaves.relative_norm(
+          out.perturbation, state.params, method.chosen(state.params)),
+      unperturbed_loss=out.unperturbed_loss)
+  return state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state,
+      memory=out.state.memory,
+      batch_stats=_mean(batch_stats, axis_name)), metrics

@@ -1,0 +1,48 @@
+"""The fields of `configs/base.py` with their comments, as text for `--help`."""
+
+import inspect
+import re
+
+from experiments.config import build
+from experiments.configs import base
+
+_GROUP = re.compile(r'  config\.(\w+) = ml_collections\.ConfigDict\(\{')
+_FIELD = re.compile(r"  (?:config\.|    ')(\w+)'?(?: = |: )[^#]*(?:  # (.*))?")
+
+
+def text(width: int = 44) -> str:
+  """One line per field: its flag with its default, and its comment.
+
+  Comments that stand above fields in the file stand above them here.
+
+  Args:
+    width: of the first column.
+
+  Returns:
+    The lines.
+  """
+  defaults = build.flatten(base.get_config())
+  group = ''
+  lines: list[str] = []
+  for line in inspect.getsource(base.get_config).splitlines():
+    if match := _GROUP.fullmatch(line):
+      group = f'{match[1]}.'
+      if lines and not lines[-1].startswith('  #'):
+        lines.append('')
+    elif line.strip() == '})':
+      group = ''
+      lines.append('')
+    elif line.startswith('  # '):
+      if lines and lines[-1].startswith('  --'):
+        lines.append('')
+      lines.append(f'  {line.strip()}')
+    elif (match := _FIELD.fullmatch(line)) and group + match[1] in defaults:
+      name = group + match[1]
+      flag = f'  --config.{name}={_shown(defaults[name])}'
+      lines.append(f'{flag:<{width}}  {match[2] or ""}'.rstrip())
+  return re.sub('\n\n+', '\n\n', '\n'.join(lines)).strip('\n')
+
+
+def _shown(value: object) -> str:
+  """A default as it can be typed."""
+  return f'"{value}"' if isinstance(value, tuple) else str(value)

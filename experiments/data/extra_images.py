@@ -1,0 +1,176 @@
+"""Extra images with labels from elsewhere, for robust self-training (RST).
+
+Carmon et al., "Unlabeled Data Improves Adversarial Robustness", NeurIPS 2019:
+beside the data set one trains on images whose labels a naturally trained
+network has guessed, or on generated ones. They come as a file: an .npz, or the
+pickle of the 500,000 images which that paper's authors published, which is read
+without running anything of it.
+
+    extra = extra_data.load('ti_500K_pseudo_labeled.pickle',
+                            image_shape=(32, 32, 3), num_classes=10)
+"""
+
+from collections.abc import Mapping
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.data import arrays, safe_pickle
+from experiments.data.arrays import DataError, one_line
+
+#: What images and labels may be called, in files of either kind.
+IMAGE_KEYS = ('image', 'images', 'x', 'data')
+LABEL_KEYS = ('label', 'labels', 'y', 'extrapolated_targets')
+
+_ZIP = b'PK\x03\x04'
+
+
+class ExtraData(NamedTuple):
+  """Images that do not belong to the data set, with labels.
+
+  Attributes:
+    images: [N, H, W, C], uint8 in 0..255 or float32 in [0, 1].
+    labels: [N], int32 in 0..num_classes - 1.
+    source: where they were read from, in words.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  source: str
+
+
+def load(
+    path: str | os.PathLike[str], *, image_shape: tuple[int, ...],
+    num_classes: int) -> ExtraData:
+  """Reads extra images and their labels.
+
+  Args:
+    path: an .npz or a pickle of a dictionary, with images under one of
+      `IMAGE_KEYS` and labels under one of `LABEL_KEYS`.
+    image_shape: (H, W, C) of the data set.
+    num_classes: of the data set.
+
+  Returns:
+    The images and labels, in memory once.
+
+  Raises:
+    DataError: (a UserError) for a file that cannot be read, a pickle that
+      needs more than arrays, and images or labels that do not fit.
+  """
+  place = pathlib.Path(path).expanduser()
+  found = _read(place, {'images': IMAGE_KEYS, 'labels': LABEL_KEYS})
+  images = _checked_images(place, found['images'], image_shape)
+  labels = _as_labels(place, found['labels'])
+  name = f'{place}: labels'
+  arrays.check_label_form(name, labels, len(images))
+  if labels.min() == -1:
+    raise DataError(
+        f'{name} hold -1 for {int(np.sum(labels == -1))} of {len(labels)} '
+        'images, which are unlabelled: have a naturally trained network label '
+        f'them by experiments/pseudo_labels.py --images={place}.')
+  arrays.check_label_range(name, labels, num_classes)
+  return ExtraData(
+      images, labels.astype(np.int32, copy=False),
+      f'{place}, {len(labels):,} images')
+
+
+def load_images(
+    path: str | os.PathLike[str], *,
+    image_shape: tuple[int, ...]) -> np.ndarray:
+  """Reads images alone; labels in the same file are ignored.
+
+  Args:
+    path: as for `load`.
+    image_shape: (H, W, C) that they must have.
+
+  Returns:
+    [N, H, W, C], uint8 or float32 in [0, 1].
+
+  Raises:
+    DataError: as for `load`.
+  """
+  place = pathlib.Path(path).expanduser()
+  found = _read(place, {'images': IMAGE_KEYS})
+  return _checked_images(place, found['images'], image_shape)
+
+
+def _checked_images(
+    path: pathlib.Path, images: Any, image_shape: tuple[int, ...]
+) -> np.ndarray:
+  name = f'{path}: images'
+  if not isinstance(images, np.ndarray):
+    raise DataError(
+        f'{name} must be one NumPy array [N, H, W, C], got '
+        f'{type(images).__name__}.')
+  arrays.check_images(name, images)
+  if images.shape[1:] != tuple(image_shape):
+    raise DataError(
+        f"{name} must have the data set's shape {tuple(image_shape)}, got "
+        f'{images.shape[1:]}.')
+  return np.ascontiguousarray(arrays.as_images(images))
+
+
+def _as_labels(path: pathlib.Path, labels: Any) -> np.ndarray:
+  """Labels as an array; a list of whole numbers will do."""
+  if isinstance(labels, list | tuple):
+    if not all(type(label) is int for label in labels):
+      raise DataError(f'{path}: labels must be whole numbers.')
+    labels = np.array(labels, np.int64)
+  if not isinstance(labels, np.ndarray):
+    raise DataError(
+        f'{path}: labels must be an array or a list of whole numbers, got '
+        f'{type(labels).__name__}.')
+  return labels
+
+
+def _read(
+    path: pathlib.Path, wanted: dict[str, tuple[str, ...]]
+) -> dict[str, Any]:
+  """The values under the one key of each group that the file has."""
+  try:
+    with path.open('rb') as file:
+      is_zip = file.read(len(_ZIP)) == _ZIP
+    if is_zip:
+      with np.load(path, allow_pickle=False) as archive:
+        return _picked(path, archive, wanted)
+    with path.open('rb') as file:
+      content = safe_pickle.load(file)
+  except DataError:
+    raise
+  except safe_pickle.Refused as error:
+    raise DataError(
+        f'{path} is a pickle that is not read: {error}. If you trust it, open '
+        'it yourself and save images and labels by numpy.savez.') from error
+  # A damaged file fails in as many ways as there are layers.
+  except Exception as error:
+    raise DataError(
+        f'{path} is neither a readable .npz file of plain arrays nor a pickle '
+        f'of them ({one_line(error)}).') from error
+  if not isinstance(content, dict):
+    raise DataError(
+        f'{path} is a pickle of {type(content).__name__}; it must be a '
+        f'dictionary with {_allowed(wanted)}.')
+  return _picked(path, content, wanted)
+
+
+def _picked(
+    path: pathlib.Path, content: Mapping[str, Any],
+    wanted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+  """Reads of each group its one key; .npz members are read when asked for."""
+  found = {}
+  for what, keys in wanted.items():
+    present = [key for key in keys if key in content]
+    if len(present) != 1:
+      names = ', '.join(sorted(map(str, content))) or 'nothing'
+      raise DataError(
+          f'{path} must hold {_allowed(wanted)}; for {what} it has '
+          f'{" and ".join(present) or "none"} among {names:.200}.')
+    found[what] = content[present[0]]
+  return found
+
+
+def _allowed(wanted: dict[str, tuple[str, ...]]) -> str:
+  return ' and '.join(
+      f'{what} under one of {", ".join(keys)}' for what, keys in wanted.items())

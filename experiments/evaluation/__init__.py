@@ -1,0 +1,4 @@
+"""Measurements of a trained network and their records on disk.
+
+The modes in `experiments.modes` decide what is measured.
+"""

@@ -1,0 +1,105 @@
+"""The finished groups of one evaluation on disk, and their progress."""
+
+from collections.abc import Iterator
+import json
+import pathlib
+import sys
+from typing import Any
+import zipfile
+
+import numpy as np
+import tqdm
+
+import awp_jax
+from experiments.runs import precision
+from experiments.util import atomic, digests
+
+
+class Records:
+  """Finished groups of examples of one evaluation, in their order.
+
+  Attributes:
+    done: the records.
+  """
+
+  def __init__(
+      self, folder: pathlib.Path, name: str, facts: dict[str, Any]) -> None:
+    """Opens the records, or starts new ones.
+
+    Args:
+      folder: of the run's evaluations.
+      name: of the evaluation.
+      facts: plain values that the records depend on. Others have their own.
+    """
+    self._folder = folder / f'{name}-{digests.of_values(facts)}'
+    self._folder.mkdir(parents=True, exist_ok=True)
+    path = self._folder / 'identity.json'
+    if not path.exists():
+      atomic.write_text(path, json.dumps(facts, indent=2) + '\n')
+    self.done: list[awp_jax.BatchResult] = []
+    self._judges: list[str] = []
+    for path in self._paths():
+      found = _read(path)
+      if found is None:
+        break
+      self.done.append(found[0])
+      self._judges.append(found[1])
+
+  def _paths(self) -> Iterator[pathlib.Path]:
+    number = 0
+    while (path := self._folder / f'{number:05d}.npz').exists():
+      yield path
+      number += 1
+
+  @property
+  def judged_by(self) -> list[dict[str, Any]]:
+    """The different precisions, devices and versions that judged."""
+    return [json.loads(text) for text in dict.fromkeys(self._judges)]
+
+  def append(self, record: awp_jax.BatchResult) -> None:
+    """Adds a record, on disk before this returns."""
+    judge = json.dumps(precision.judged_by(), sort_keys=True)
+    path = self._folder / f'{len(self.done):05d}.npz'
+    with atomic.replacing(path) as file:
+      arrays: dict[str, Any] = record.to_arrays()
+      np.savez(file, **arrays, judged_by=np.array(judge))
+    self.done.append(record)
+    self._judges.append(judge)
+
+
+def _read(path: pathlib.Path) -> tuple[awp_jax.BatchResult, str] | None:
+  """A record and who judged it; None if it is not one of this version."""
+  try:
+    with np.load(path, allow_pickle=False) as archive:
+      return (awp_jax.BatchResult.from_arrays(archive),
+              str(archive['judged_by']))
+  except (KeyError, TypeError, ValueError, zipfile.BadZipFile):
+    return None
+
+
+class Progress:
+  """A bar in a terminal, a line a group elsewhere."""
+
+  def __init__(self, label: str, total: int, correct: int) -> None:
+    """Starts with `correct` of `total` examples classified right."""
+    self._label, self._total, self._robust = label, total, correct
+    self._seconds = 0.0
+    self._bar = tqdm.tqdm(
+        total=None, unit='example', desc=label,
+        disable=not sys.stderr.isatty())
+
+  def add(self, record: awp_jax.BatchResult) -> None:
+    """Shows what is left after a group."""
+    self._robust -= int(record.broken.sum())
+    self._seconds += record.seconds
+    text = (f'{record.attack}: {self._robust} of {self._total} stand '
+            f'({100 * self._robust / self._total:.2f} %), '
+            f'{self._seconds:.0f} s')
+    self._bar.update(len(record.indices))
+    self._bar.set_postfix_str(text)
+    if self._bar.disable:
+      print(f'{self._label}  {text}', flush=True)
+
+  def close(self) -> None:
+    """Leaves the bar as it is."""
+    self._bar.close()

@@ -1,0 +1,88 @@
+"""Learning curves of one run or several, and the styles of all figures."""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+from experiments.runs.metrics import evaluated
+
+#: Okabe and Ito's colors, told apart by color-blind readers; the line style
+#: says the same once more for print in grey.
+TRAIN_STYLE = {'color': '#D55E00', 'linestyle': '--'}
+TEST_STYLE = {'color': '#0072B2', 'linestyle': '-'}
+RUN_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
+#: One more than there are colors, so that 42 runs all look different.
+RUN_MARKERS = ('o', '^', 's', 'v', 'D', 'P', 'X')
+
+
+def plot_curves(
+    lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+  """Natural and robust accuracy and loss over the epochs, as a picture.
+
+  Args:
+    lines: of `metrics.jsonl`.
+    path: of the PNG to write.
+    title: what the run is.
+  """
+  shown = evaluated(lines)
+  epochs = [line['epoch'] for line in shown]
+  marker = 'o' if len(shown) < 3 else None
+  figure, axes = plt.subplots(
+      1, 3, figsize=(13, 3.8), layout='constrained')
+  panels = (
+      ('robust accuracy', 'robust_accuracy'),
+      ('natural accuracy', 'natural_accuracy'),
+      ('robust cross-entropy', 'robust_loss'))
+  for axis, (label, name) in zip(axes, panels, strict=True):
+    for split, style in (('train', TRAIN_STYLE), ('test', TEST_STYLE)):
+      values = [line[f'{split}_{name}'] for line in shown]
+      axis.plot(epochs, values, label=split, marker=marker, **style)
+    axis.set(xlabel='epoch', ylabel=label)
+    axis.grid(alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
+    if 'accuracy' in name:
+      axis.set_ylim(0, 1)
+  axes[0].legend(frameon=False)
+  figure.suptitle(title)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def plot_comparison(
+    runs: Mapping[str, Sequence[dict[str, Any]]], path: pathlib.Path) -> None:
+  """Robust and natural accuracy of several runs over the epochs, overlaid.
+
+  Args:
+    runs: lines of `metrics.jsonl` by the run's name.
+    path: of the PNG to write.
+  """
+  figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+  for number, (name, lines) in enumerate(runs.items()):
+    shown = evaluated(lines)
+    epochs = [line['epoch'] for line in shown]
+    color = RUN_COLORS[number % len(RUN_COLORS)]
+    for axis, metric in zip(axes, ('robust', 'natural'), strict=True):
+      for split, style in (('test', '-'), ('train', '--')):
+        axis.plot(
+            epochs, [line[f'{split}_{metric}_accuracy'] for line in shown],
+            color=color, linestyle=style, label=f'{name}, {split}',
+            linewidth=2 if split == 'test' else 1.2,
+            marker=RUN_MARKERS[number % len(RUN_MARKERS)], markersize=5,
+            markevery=(number % 8 / 80, 0.1))
+  for axis, metric in zip(axes, ('robust', 'natural'), strict=True):
+    axis.set(xlabel='epoch', ylabel=f'{metric} accuracy', ylim=(0, 1.01))
+    axis.grid(alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
+  if len(runs) > 3:  # they would cover the curves
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), frameon=False,
+        loc='outside right upper')
+  else:
+    axes[0].legend(frameon=False, loc='lower right')
+  figure.savefig(path, dpi=120)
+  plt.close(figure)

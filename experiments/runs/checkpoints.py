@@ -1,0 +1,219 @@
+"""The last and the best state of a run on disk: whole or not at all.
+
+The trainer saves and cleans up through `Checkpoints`. Everyone else reads
+through `Reader`, which changes nothing in the folder, so that a run can be
+evaluated while it trains.
+"""
+
+from collections.abc import Callable
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from experiments.util.errors import UserError
+
+#: Sub-folders of a workdir's `checkpoints/`.
+KINDS = ('best', 'last')
+
+#: A step without it was never complete, or is half removed.
+_COMPLETE = '_CHECKPOINT_METADATA'
+
+
+class CheckpointError(UserError):
+  """There is no checkpoint, or none that this run can go on from."""
+
+
+class Checkpoints:
+  """The newest checkpoint of one kind in a workdir, for its trainer.
+
+  Opening it removes what a killed trainer left behind. A newer checkpoint
+  replaces the older one only once it is complete, so that a process killed at
+  any moment leaves one to start from.
+  """
+
+  def __init__(self, workdir: pathlib.Path, kind: str) -> None:
+    """Opens `workdir/checkpoints/<kind>`, which need not exist."""
+    self.folder = (workdir / 'checkpoints' / kind).resolve()
+    _remove_parts(self.folder)
+    self._failed = False
+    self._checkpointer = ocp.training.Checkpointer(
+        self.folder, cleanup_tmp_directories=True,
+        preservation_policy=(
+            ocp.training.preservation_policies.LatestN(n=1)))
+
+  def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
+    """Writes a pytree of arrays and JSON-like notes, and waits until it stands.
+
+    Args:
+      step: the number of steps behind this state.
+      tree: any pytree of arrays.
+      notes: plain values that go with it.
+    """
+    latest = self._checkpointer.latest
+    if latest is not None and latest.step == step:
+      return
+    try:
+      self._checkpointer.save(step, tree, custom_metadata=notes)
+    except (OSError, ValueError) as error:  # what a full disk comes as
+      self._failed = True
+      raise CheckpointError(
+          f'the checkpoint of step {step} could not be written to '
+          f'{self.folder}: {error}. When that is mended, the same command goes '
+          'on from the last complete one.') from error
+
+  def step(self) -> int | None:
+    """The step of the checkpoint on disk, or None."""
+    latest = self._checkpointer.latest
+    return None if latest is None else latest.step
+
+  def load(self, like: Any) -> tuple[Any, dict[str, Any]]:
+    """Reads the checkpoint.
+
+    Args:
+      like: a pytree with the structure, shapes and dtypes to expect.
+
+    Returns:
+      The pytree, with host arrays placed as in `like`, and the notes.
+
+    Raises:
+      CheckpointError: if there is none, or it holds another model's arrays.
+    """
+    latest = self._checkpointer.latest
+    if latest is None:
+      raise CheckpointError(f'there is no checkpoint in {self.folder}.')
+    metadata = self._checkpointer.metadata(latest)
+    check_same(like, metadata.metadata, self.folder)
+    tree = self._checkpointer.load(latest, like)
+    return tree, dict(metadata.custom_metadata or {})
+
+  def close(self) -> None:
+    """Lets go of the folder."""
+    if not self._failed:  # else it would raise the failure again
+      self._checkpointer.close()
+
+
+class Stored(NamedTuple):
+  """A checkpoint as it was read.
+
+  Attributes:
+    step: the number of steps behind it.
+    tree: nested dicts and lists of NumPy arrays.
+    notes: the plain values that were saved with it.
+  """
+
+  step: int
+  tree: Any
+  notes: dict[str, Any]
+
+
+class Reader:
+  """The newest complete checkpoint of one kind, while a trainer may save.
+
+  Nothing is written, removed or locked.
+  """
+
+  def __init__(self, workdir: pathlib.Path, kind: str) -> None:
+    """Looks into `workdir/checkpoints/<kind>`, which need not exist."""
+    self.folder = (workdir / 'checkpoints' / kind).resolve()
+
+  def step(self) -> int | None:
+    """The step of the newest complete checkpoint, or None."""
+    return max((
+        int(step.name) for step in self.folder.glob('[0-9]*')
+        if step.name.isdecimal() and (step / _COMPLETE).exists()), default=None)
+
+  def notes(self) -> dict[str, Any]:
+    """What was saved with the newest checkpoint; {} if there is none."""
+    return {} if self.step() is None else self._newest(_notes)
+
+  def read(self) -> Stored:
+    """Reads the newest complete checkpoint, of whatever network.
+
+    Raises:
+      CheckpointError: if there is none, or it cannot be read.
+    """
+    return self._newest(_read)
+
+  def _newest(self, read: Callable[[pathlib.Path], Any]) -> Any:
+    """`read` of a checkpoint that is still the newest afterwards.
+
+    The trainer removes one as soon as a newer one is complete: what was read
+    meanwhile may be half of it.
+    """
+    step = self.step()
+    while step is not None:
+      found, failure = None, None
+      try:
+        found = read(self.folder / str(step))
+      except Exception as error:
+        failure = error
+      before, step = step, self.step()
+      if step == before:
+        if failure is None:
+          return found
+        raise CheckpointError(
+            f'the checkpoint of step {step} in {self.folder} cannot be read: '
+            f'{failure}') from failure
+    raise CheckpointError(f'there is no checkpoint in {self.folder}.')
+
+
+def _notes(path: pathlib.Path) -> dict[str, Any]:
+  return dict(ocp.metadata(path).custom_metadata or {})
+
+
+def _read(path: pathlib.Path) -> Stored:
+  # NumPy arrays: the devices that wrote them need not be here.
+  like = jax.tree.map(
+      lambda leaf: np.empty(leaf.shape, leaf.dtype),
+      ocp.metadata(path).metadata, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+  return Stored(int(path.name), ocp.load(path, like), _notes(path))
+
+
+def read_variables(workdir: pathlib.Path, kind: str) -> Stored:
+  """The weights that are judged: the moving average's, if there is one.
+
+  Args:
+    workdir: of a run, which may be training.
+    kind: 'best' or 'last'.
+
+  Returns:
+    The checkpoint, whose tree is reduced to 'params' and 'batch_stats'.
+
+  Raises:
+    CheckpointError: if there is none, or it cannot be read.
+  """
+  stored = Reader(workdir, kind).read()
+  network = stored.tree.get('average') or stored.tree
+  return stored._replace(tree={
+      'params': network['params'],
+      'batch_stats': network.get('batch_stats') or {}})
+
+
+def check_same(like: Any, stored: Any, folder: pathlib.Path) -> None:
+  """Raises CheckpointError unless both have the same names and shapes."""
+  wanted, found = _shapes(like), _shapes(stored)
+  for name in sorted(wanted.keys() | found.keys()):
+    if wanted.get(name) != found.get(name):
+      raise CheckpointError(
+          f'the checkpoint in {folder} is of another model: {name!r} has shape '
+          f'{found.get(name, "(absent)")} there, this run needs '
+          f'{wanted.get(name, "(absent)")}.')
+
+
+def _remove_parts(folder: pathlib.Path) -> None:
+  """Removes what a process killed while deleting an old checkpoint left."""
+  for step in folder.glob('[0-9]*'):
+    if step.name.isdecimal() and not (step / _COMPLETE).exists():
+      shutil.rmtree(step)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(
+      tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+  return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+      for path, leaf in leaves if hasattr(leaf, 'shape')}

@@ -1,0 +1,110 @@
+"""The models of a run that are judged: its checkpoints, or a PyTorch file."""
+
+from collections.abc import Callable, Iterator, Sequence
+import functools
+import hashlib
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax.models import torch_exchange
+from experiments.runs import checkpoints, precision, run as run_lib
+from experiments.util import digests
+from experiments.util.errors import UserError, user_errors
+
+
+class RestoredModel(NamedTuple):
+  """A model under evaluation.
+
+  Attributes:
+    name: 'best', 'last', or 'torch-' and the stem of a PyTorch file.
+    origin: which checkpoint it is, as plain values.
+    facts: what its logits depend on, as plain values.
+    logits_fn: images [B, ...] -> logits [B, C].
+  """
+
+  name: str
+  origin: dict[str, Any]
+  facts: dict[str, Any]
+  logits_fn: Callable[[Any], Any]
+
+
+def restore_models(
+    run: run_lib.Run, kinds: Sequence[str] = checkpoints.KINDS
+) -> Iterator[RestoredModel]:
+  """The models to evaluate, each loaded when its turn comes.
+
+  Args:
+    run: of `runs.reopen`.
+    kinds: of its checkpoints; the config may name a PyTorch file instead.
+
+  Yields:
+    The models.
+
+  Raises:
+    UserError: if a checkpoint is not there, or cannot be read.
+  """
+  settings = run.config.evaluation
+  if settings.torch_checkpoint:
+    yield _torch_subject(run, pathlib.Path(settings.torch_checkpoint))
+    return
+  network = precision.network(run.model)
+  for kind, step, variables in load_variables(run, kinds):
+    yield RestoredModel(
+        kind, {'checkpoint': kind, 'step': step}, network_facts(run) | {
+            'weights': digests.of_arrays(variables)},
+        functools.partial(precision.logits, network, variables))
+
+
+def load_variables(
+    run: run_lib.Run, kinds: Sequence[str] = checkpoints.KINDS
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+  """The kind, the step and the judged variables of a run's checkpoints.
+
+  Yields:
+    Those of each kind, in float32; the moving average's, if there is one.
+
+  Raises:
+    UserError: if a checkpoint is not there, or cannot be read.
+  """
+  image = jax.ShapeDtypeStruct(
+      (1, *run.dataset.x_train.shape[1:]), jnp.float32)
+  like = jax.eval_shape(
+      functools.partial(run.model.init, train=False), jax.random.key(0), image)
+  for kind in kinds:
+    stored = checkpoints.read_variables(run.workdir, kind)
+    checkpoints.check_same(
+        like, stored.tree, run.workdir / 'checkpoints' / kind)
+    yield kind, stored.step, precision.variables(stored.tree)
+
+
+def network_facts(run: run_lib.Run) -> dict[str, Any]:
+  """What a network computes from its weights, as plain values."""
+  model = {
+      name: value for name, value in run.config.model.items()
+      if name not in ('dtype', 'param_dtype')}
+  return {'model': model, 'mean': list(run.dataset.mean),
+          'std': list(run.dataset.std)}
+
+
+@user_errors()
+def _torch_subject(run: run_lib.Run, path: pathlib.Path) -> RestoredModel:
+  state_dict = torch_exchange.read_state_dict(path)
+  mean, std = torch_exchange.normalization(state_dict) or (
+      tuple(run.dataset.mean), tuple(run.dataset.std))
+  model = torch_exchange.model_from_torch(state_dict, mean=mean, std=std)
+  classes = getattr(model, 'num_classes', None)
+  if classes != run.dataset.num_classes:
+    raise UserError(
+        f'{path} classifies into {classes} classes, {run.dataset.name} has '
+        f'{run.dataset.num_classes}.')
+  digest = hashlib.sha256(path.read_bytes()).hexdigest()
+  variables = torch_exchange.from_torch(state_dict, model)
+  return RestoredModel(
+      f'torch-{path.stem}', {'torch_checkpoint': path.name, 'sha256': digest},
+      {'weights': digest, 'mean': list(mean), 'std': list(std)},
+      functools.partial(
+          precision.logits, precision.network(model),
+          precision.variables(variables)))

@@ -1,0 +1,229 @@
+"""A run: its config, folder, data and network, checked before it starts."""
+
+import functools
+import pathlib
+import sys
+from typing import Any, NamedTuple
+import zlib
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+import awp_jax
+from experiments.config import optimizers
+from experiments.data import batches, datasets, extra_images
+from experiments.runs import checkpoints, warm_start, workdirs
+from experiments.config import build
+from experiments.util.errors import UserError
+
+
+class Run(NamedTuple):
+  """A run that is ready to start.
+
+  Attributes:
+    config: its plain values.
+    workdir: its folder.
+    setup: the objects that the config describes.
+    dataset: images and labels, without the validation images.
+    validation: images and labels held out from training; empty if none are.
+    model: the network.
+    num_devices: over which each batch is spread.
+    extra: images and labels that are mixed into batches; None without.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  setup: build.Setup
+  dataset: datasets.Dataset
+  validation: tuple[np.ndarray, np.ndarray]
+  model: nn.Module
+  num_devices: int
+  extra: extra_images.ExtraData | None = None
+
+  @property
+  def steps_per_epoch(self) -> int:
+    """Batches in an epoch, the smaller last one included."""
+    return len(self.batch_sizes)
+
+  @property
+  def batch_sizes(self) -> list[int]:
+    """The size of each batch of an epoch.
+
+    The last is what is left over, less what the devices do not divide: fewer
+    than `num_devices` images, others in every epoch. With extra images all are
+    full: an epoch is as many images as there are labelled ones.
+    """
+    if self.extra is not None:
+      return [self.config.batch_size] * -(
+          -len(self.dataset.x_train) // self.config.batch_size)
+    full, rest = divmod(len(self.dataset.x_train), self.config.batch_size)
+    rest -= rest % self.num_devices
+    return [self.config.batch_size] * full + ([rest] if rest else [])
+
+  @property
+  def order(self) -> dict[str, int]:
+    """What the run's order of images depends on beside the config."""
+    facts = {
+        'steps_per_epoch': self.steps_per_epoch,
+        'last_batch': self.batch_sizes[-1],
+        'training_data_crc32': _crc32(
+            self.dataset.x_train, self.dataset.y_train)}
+    if self.extra is not None:
+      facts['extra_data_crc32'] = _crc32(self.extra.images, self.extra.labels)
+    return facts
+
+
+def _crc32(images: np.ndarray, labels: np.ndarray) -> int:
+  return zlib.crc32(
+      np.ascontiguousarray(images).data,
+      zlib.crc32(np.ascontiguousarray(labels).data))
+
+
+def prepare(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Run:
+  """Checks the config, the folder and the data.
+
+  Args:
+    config: with the fields of `experiments/configs/base.py`.
+    workdir: the run's folder; made if it is not there.
+
+  Returns:
+    The run.
+
+  Raises:
+    UserError: for what cannot work, with the value and what is allowed.
+  """
+  built = build.build(config)
+  num_devices = jax.device_count()
+  build.check_devices(config.batch_size, num_devices, 'batch_size')
+  build.check_devices(
+      config.eval.batch_size, num_devices, 'eval.batch_size')
+  if config.init_from:
+    warm_start.check(config.init_from)
+  folder = workdirs.open_workdir(workdir, config)
+  dataset, validation = _load_data(config)
+  if len(dataset.x_train) < num_devices:
+    raise UserError(
+        f'{len(dataset.x_train)} training images cannot be spread over '
+        f'{num_devices} devices.')
+  extra = None
+  if config.extra.path:
+    extra = extra_images.load(
+        config.extra.path, image_shape=dataset.x_train.shape[1:],
+        num_classes=dataset.num_classes)
+    _check_fraction(config)
+  model = build.build_model(config, dataset)
+  workdirs.claim(folder, config)
+  return Run(
+      config, folder, built, dataset, validation, model, num_devices, extra)
+
+
+def reopen(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Run:
+  """The run in a folder, to be read while it may still be training.
+
+  Nothing in the folder is made, changed, removed or locked, and nothing that
+  only training needs is asked for.
+
+  Args:
+    config: of `workdirs.reader_config`.
+    workdir: the run's folder.
+
+  Returns:
+    The run.
+
+  Raises:
+    UserError: for what cannot work, or if the training images are not those
+      that the run was trained on.
+  """
+  built = build.build(config)
+  folder = pathlib.Path(workdir).expanduser()
+  dataset, validation = _load_data(config)
+  now = _crc32(dataset.x_train, dataset.y_train)
+  then = checkpoints.Reader(folder, 'last').notes().get(
+      'training_data_crc32', now)
+  if now != then:
+    raise UserError(
+        f'the training images ({dataset.source}) are not those of the run in '
+        f'{str(folder)!r}: their crc32 is {now}, it was {then}.')
+  return Run(
+      config, folder, built, dataset, validation,
+      build.build_model(config, dataset), jax.device_count())
+
+
+def _load_data(
+    config: ml_collections.ConfigDict
+) -> tuple[datasets.Dataset, tuple[np.ndarray, np.ndarray]]:
+  """The data set without its validation images, and these."""
+  dataset = datasets.load(
+      config.dataset, data_dir=config.data_dir or None,
+      npz_path=config.npz_path or None, num_train=config.num_train or None,
+      num_test=config.num_test or None, seed=config.data_seed,
+      progress=sys.stderr.isatty())
+  if config.num_validation:
+    dataset, *held_out = datasets.split_validation(
+        dataset, config.num_validation, config.data_seed)
+    return dataset, (held_out[0], held_out[1])
+  shape = dataset.x_train.shape[1:]
+  return dataset, (np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32))
+
+
+def _check_fraction(config: ml_collections.ConfigDict) -> None:
+  rows = batches.extra_rows(config.batch_size, config.extra.fraction)
+  if rows.all() or not rows.any():
+    raise UserError(
+        f'extra.fraction={config.extra.fraction!r} of a batch of '
+        f'{config.batch_size} leaves no image of the other kind.')
+
+
+def keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The PRNG keys of a run by their purpose, from its seed alone."""
+  names = ('init', 'order', 'augment', 'step', 'eval')
+  return dict(zip(
+      names, jax.random.split(jax.random.key(config.seed), len(names)),
+      strict=True))
+
+
+def initial_state(run: Run) -> awp_jax.TrainState:
+  """Parameters, statistics and optimizer state before the first step."""
+  images = jnp.zeros((1, *run.dataset.x_train.shape[1:]), jnp.float32)
+  variables = jax.jit(functools.partial(run.model.init, train=False))(
+      keys(run.config)['init'], images)
+  params, batch_stats = variables['params'], variables.get('batch_stats', {})
+  average = None
+  if run.config.ema_decay:
+    # Copies: a step consumes the buffers of the state that it is given.
+    average = awp_jax.Average(
+        *jax.tree.map(jnp.copy, (params, batch_stats)))
+  return awp_jax.TrainState.create(
+      apply_fn=run.model.apply, params=params,
+      tx=optimizers.build_optimizer(run.config, run.steps_per_epoch),
+      batch_stats=batch_stats, average=average,
+      method=run.setup.perturbation)
+
+
+def first_state(run: Run) -> tuple[awp_jax.TrainState, str]:
+  """`initial_state`, or what `init_from` names, and what to say about it.
+
+  Raises:
+    UserError: if that is another network.
+  """
+  source = run.config.init_from
+  if not source:
+    return initial_state(run), ''
+  state = initial_state(run)
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  found, kept = warm_start.graft(variables, warm_start.read(source), source)
+  average = state.average
+  if average is not None:
+    average = awp_jax.Average(*jax.tree.map(
+        jnp.copy, (found['params'], found['batch_stats'])))
+  said = f'the weights start from {source}'
+  if kept:
+    said += f'; the classifier ({", ".join(kept)}) starts at random'
+  return state.replace(
+      params=found['params'], batch_stats=found['batch_stats'],
+      average=average), said

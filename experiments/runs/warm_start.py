@@ -1,0 +1,98 @@
+"""Where weights start, other than at random: `config.init_from`.
+
+A PyTorch file of one of our networks, or the folder of a run, whose best
+checkpoint is taken (its moving average, where it has one). A classifier of
+another number of classes is left behind: the new one starts at random.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax.models import torch_exchange
+from experiments.runs import checkpoints
+from experiments.util.errors import user_errors
+
+#: The modules whose shape depends on the number of classes.
+CLASSIFIERS = ('fc', 'linear')
+
+
+@user_errors()
+def check(path: str) -> None:
+  """Raises ValueError unless there is something to start from."""
+  place = pathlib.Path(path).expanduser()
+  if place.is_dir():
+    if not (place / 'checkpoints' / 'best').is_dir():
+      raise ValueError(
+          f'init_from={path!r} is a folder without checkpoints/best: it is no '
+          'workdir of a run.')
+  elif not place.is_file():
+    raise ValueError(
+        f'init_from={path!r}: there is no such file or folder.')
+
+
+@user_errors()
+def read(path: str) -> dict[str, Any]:
+  """The 'params' and 'batch_stats' of a PyTorch file or of a workdir.
+
+  Raises:
+    ValueError: if it cannot be read, or is of no network that we know.
+  """
+  check(path)
+  place = pathlib.Path(path).expanduser()
+  if place.is_dir():
+    return checkpoints.read_variables(place, 'best').tree
+  state_dict = torch_exchange.read_state_dict(place)
+  # What normalises pixels is the run's own business, not the file's.
+  model = torch_exchange.model_from_torch(
+      state_dict, mean=(0.0,), std=(1.0,))
+  return dict(torch_exchange.from_torch(state_dict, model))
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+  return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf
+      for path, leaf in leaves}
+
+
+@user_errors()
+def graft(variables: Any, found: Any, source: str) -> tuple[Any, list[str]]:
+  """`found` in the place of `variables`, but for a classifier that differs.
+
+  Args:
+    variables: what the network starts from at random, a pytree.
+    found: another network's, with the same names.
+    source: where it is from, for errors.
+
+  Returns:
+    The pytree, in the types of `variables`, and the paths that were left as
+    they are.
+
+  Raises:
+    ValueError: if the networks differ in more than the classifier.
+  """
+  old, new = _by_path(variables), _by_path(found)
+  kept = []
+  for path in sorted(old.keys() | new.keys()):
+    shapes = [
+        tuple(tree[path].shape) if path in tree else None
+        for tree in (old, new)]
+    if shapes[0] == shapes[1]:
+      continue
+    if None in shapes or not set(path.split('/')) & set(CLASSIFIERS):
+      raise ValueError(
+          f'init_from={source!r} holds another network: {path} has shape '
+          f'{shapes[1] or "(absent)"} there, this run needs '
+          f'{shapes[0] or "(absent)"}.')
+    kept.append(path)
+  if kept:
+    # A classifier's kernel and bias belong together.
+    module = kept[0].rpartition('/')[0]
+    kept = [path for path in old if path.startswith(f'{module}/')]
+  leaves = [
+      leaf if path in kept else jnp.asarray(new[path], leaf.dtype)
+      for path, leaf in old.items()]
+  return jax.tree.unflatten(jax.tree.structure(variables), leaves), kept

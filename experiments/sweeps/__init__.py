@@ -1,0 +1,1 @@
+"""Many configs and seeds: jobs, the processes that run them, their records."""

@@ -1,0 +1,196 @@
+"""The runs of a sweep as a table sees them: read, measured, grouped."""
+
+from collections.abc import Sequence
+import importlib
+import json
+import math
+import numbers
+import pathlib
+import statistics
+from typing import Any, NamedTuple
+
+from experiments.config import build
+from experiments.reports import comparison
+from experiments.runs import checkpoints, metrics, workdirs
+from experiments.sweeps import jobs, runner
+from experiments.util.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
+
+
+class Record(NamedTuple):
+  """A run as the table sees it.
+
+  Attributes:
+    name: of its folder.
+    label: of its config.
+    seed: of the run.
+    state: how far it is.
+    config: its fields; empty if it never started.
+    lines: of its `metrics.jsonl`.
+    measured: by the keys of `measure`; empty before the first evaluation.
+    left_out: why an evaluation of the run is not in the table, or ''.
+  """
+
+  name: str
+  label: str
+  seed: int
+  state: runner.State
+  config: dict[str, Any]
+  lines: list[dict[str, Any]]
+  measured: dict[str, float]
+  left_out: str = ''
+
+
+def read(workdir: pathlib.Path, name: str) -> Record:
+  """Reads what there is of a run.
+
+  Args:
+    workdir: of the table.
+    name: of the run's folder in it.
+
+  Returns:
+    A `Record`.
+
+  Raises:
+    UserError: if the name is none of a run.
+  """
+  parsed = jobs.parse_name(name)
+  if parsed is None:
+    raise UserError(f'{name!r} is not the name of a run like "x_at-seed0".')
+  config = runner.read_config(workdir / name)
+  if config:
+    config = workdirs.with_defaults(config)
+  lines = metrics.read_metrics(workdir / name)
+  return Record(
+      name, *parsed, runner.state_of(workdir, name), config, lines,
+      measure(lines, config, workdir / name),
+      read_autoattack(workdir / name)[1])
+
+
+def measure(
+    lines: Sequence[dict[str, Any]], config: dict[str, Any],
+    folder: pathlib.Path) -> dict[str, float]:
+  """The values of a table that a run has so far.
+
+  Args:
+    lines: of its `metrics.jsonl`.
+    config: its fields by their dotted names.
+    folder: its folder, which may hold an `evaluation.json` as well.
+
+  Returns:
+    'best', 'last' (the mean of the last six evaluations), 'natural' (at the
+    best), 'gap', 'autoattack' (if it was evaluated) in per cent;
+    'seconds_per_step' and 'seconds_per_epoch' of training. Nothing before the
+    first evaluation.
+  """
+  if not metrics.evaluated(lines):
+    return {}
+  values = metrics.accuracies(lines, config['select_on'])
+  best, last = values['best'], values['last']
+  seconds = sum(line['seconds_training'] for line in lines)
+  steps = sum(
+      math.ceil(line['images'] / config['batch_size']) for line in lines)
+  measured = {
+      'best': 100 * best['robust_accuracy'],
+      'last': 100 * last['mean_of_last_6'],
+      'natural': 100 * best['natural_accuracy'],
+      'gap': 100 * values['robust_generalisation_gap'],
+      'seconds_per_step': seconds / steps,
+      'seconds_per_epoch': seconds / len(lines)}
+  autoattack, _ = read_autoattack(folder)
+  return measured | ({} if autoattack is None else {'autoattack': autoattack})
+
+
+def read_autoattack(folder: pathlib.Path) -> tuple[float | None, str]:
+  """Robust accuracy of the best checkpoint under the standard AutoAttack.
+
+  Args:
+    folder: of a run.
+
+  Returns:
+    Per cent on all test images, or None; and why an evaluation that is there
+    does not count, or ''.
+  """
+  path = folder / 'evaluation.json'
+  if not path.exists():
+    return None, ''
+  evaluation = json.loads(path.read_text())
+  subject = evaluation['subjects'].get('best', {})
+  entry = subject.get('evaluations', {}).get('aa-standard')
+  if entry is None or subject['origin'].get('checkpoint') != 'best':
+    return None, ''
+  step = checkpoints.Reader(folder, 'best').step()
+  if step is not None and subject['origin']['step'] != step:
+    return None, (
+        f'its AutoAttack is of step {subject["origin"]["step"]}, the best '
+        f'checkpoint is now of step {step}')
+  count, whole = evaluation['num_examples'], evaluation['dataset']['num_test']
+  if count != whole:
+    return None, f'its AutoAttack is on {count} of {whole} test images'
+  return 100 * entry['robust']['accuracy'], ''
+
+
+def changed(label: str, config: dict[str, Any]) -> dict[str, Any]:
+  """Fields in which a run differs from the config of that name as it is now.
+
+  Args:
+    label: of a config in `experiments/configs`; of any other nothing is known.
+    config: the run's fields.
+
+  Returns:
+    The run's values of these fields, without the seed and what no number
+    depends on.
+  """
+  stem, _, argument = label.partition(':')
+  if not (CONFIGS / f'{stem}.py').is_file():
+    return {}
+  module = importlib.import_module(f'experiments.configs.{stem}')
+  try:
+    wanted = module.get_config(*filter(None, [argument]))
+  except (TypeError, ValueError):  # it knows no such argument
+    return {}
+  fields = json.loads(json.dumps(build.flatten(wanted)))
+  return {
+      name: value for name, value in _numbers_only(config).items()
+      if name in fields and value != fields[name]}
+
+
+def _numbers_only(config: dict[str, Any]) -> dict[str, Any]:
+  """The fields that numbers depend on, less the seed."""
+  return {
+      name: value for name, value in config.items()
+      if name not in ('seed', *workdirs.FREE_FIELDS)
+      and not name.startswith(workdirs.FREE_GROUPS)}
+
+
+def group(records: Sequence[Record]) -> dict[str, list[Record]]:
+  """Finished runs of a config together, every other run for itself."""
+  finished = [record for record in records if record.state.kind == 'finished']
+  by_name = {record.name: record for record in records}
+  groups = comparison.group_by_config([
+      {'name': record.label, 'record': record.name,
+       'config': {'': record.label, **_numbers_only(record.config)}}
+      for record in finished])
+  merged = {
+      name: [by_name[run['record']] for run in runs]
+      for name, runs in groups.items()}
+  return merged | {
+      f'{record.label}, seed {record.seed}': [record]
+      for record in records if record not in finished}
+
+
+def mean_lines(runs: Sequence[Record]) -> list[dict[str, Any]]:
+  """The evaluated epochs that all runs have, each value averaged over them."""
+  by_epoch = [
+      {line['epoch']: line for line in metrics.evaluated(run.lines)}
+      for run in runs]
+  means = []
+  for epoch in sorted(set.intersection(*map(set, by_epoch))):
+    lines = [lines[epoch] for lines in by_epoch]
+    shared = set.intersection(*map(set, lines))
+    means.append({
+        key: statistics.mean(line[key] for line in lines)
+        for key in lines[0] if key in shared
+        and isinstance(lines[0][key], numbers.Real)})
+  return means

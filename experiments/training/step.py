@@ -1,0 +1,295 @@
+"""The compiled pieces of a run: the training step, and evaluation by PGD."""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import awp_jax
+from experiments.config.build import AXIS
+from experiments.data import augmentation, batches
+from experiments.runs import precision
+from experiments.runs import run as run_lib
+
+
+class Sums(NamedTuple):
+  """Sums of the step's metrics over the images of an epoch, on the device."""
+
+  loss: Any
+  robust_accuracy: Any
+  gradient_norm: Any
+  perturbation_ratio: Any
+  images: Any
+
+
+def zero_sums() -> Sums:
+  """The sums at the start of an epoch."""
+  return Sums(*(np.zeros((), np.float32) for _ in Sums._fields))
+
+
+def to_tree(state: awp_jax.TrainState, sums: Sums) -> dict[str, Any]:
+  """What a checkpoint holds, as a tree of arrays."""
+  tree = {
+      'step': jnp.asarray(state.step, jnp.int32), 'params': state.params,
+      'batch_stats': state.batch_stats, 'opt_state': state.opt_state,
+      'sums': sums}
+  if state.average is not None:
+    tree['average'] = state.average._asdict()
+  if jax.tree.leaves(state.memory):
+    tree['memory'] = state.memory
+  return tree
+
+
+def from_tree(
+    state: awp_jax.TrainState, tree: dict[str, Any]
+) -> tuple[awp_jax.TrainState, Sums]:
+  """The state and sums of a checkpoint; `state` gives model and optimizer."""
+  average = tree.get('average')
+  return state.replace(
+      step=tree['step'], params=tree['params'],
+      batch_stats=tree['batch_stats'], opt_state=tree['opt_state'],
+      average=None if average is None else awp_jax.Average(**average),
+      memory=tree.get('memory', state.memory),
+  ), Sums(*tree['sums'])
+
+
+def evaluated(state: awp_jax.TrainState) -> awp_jax.TrainState:
+  """The state whose weights are judged: the average's, where there is one."""
+  if state.average is None:
+    return state
+  return state.replace(
+      params=state.average.params, batch_stats=state.average.batch_stats)
+
+
+def on_all_devices() -> jax.sharding.NamedSharding:
+  """The sharding of an array of which every device has a copy."""
+  mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+class TrainingData(NamedTuple):
+  """What lies on every device during training.
+
+  Attributes:
+    images: [N, H, W, C].
+    labels: [N].
+    extra_images: [M, H, W, C], or None.
+    extra_labels: [M], or None.
+  """
+
+  images: Any
+  labels: Any
+  extra_images: Any = None
+  extra_labels: Any = None
+
+
+def training_data(run: run_lib.Run) -> TrainingData:
+  """The run's training images on the host."""
+  dataset, extra = run.dataset, run.extra
+  if extra is None:
+    return TrainingData(dataset.x_train, dataset.y_train)
+  return TrainingData(
+      dataset.x_train, dataset.y_train, extra.images, extra.labels)
+
+
+def order_number(run: run_lib.Run, step: int) -> int:
+  """Which permutation of the training images a step takes its batch from."""
+  if run.extra is None:
+    return step // run.steps_per_epoch
+  config = run.config
+  is_extra = batches.extra_rows(config.batch_size, config.extra.fraction)
+  return step // batches.batches_of_pass(
+      len(run.dataset.y_train), int(np.sum(~is_extra)))
+
+
+def make_order_fn(run: run_lib.Run) -> Callable[..., Any]:
+  """The compiled (key, number) -> permutation [N], on all devices."""
+  return jax.jit(
+      lambda key, number: batches.permutation(
+          key, number, len(run.dataset.y_train)),
+      out_shardings=on_all_devices())
+
+
+def global_batch(
+    run: run_lib.Run, data: TrainingData, order: Any, keys: dict[str, Any],
+    step: Any, size: int) -> tuple[Any, Any]:
+  """Images in [0, 1] and labels of a step, over all devices.
+
+  Args:
+    run: the run.
+    data: of `training_data`.
+    order: the permutation [N] of `order_number(run, step)`.
+    keys: of `runs.keys`.
+    step: counted from 0.
+    size: of this batch.
+
+  Returns:
+    Images [size, H, W, C] and labels: integers [size], or probabilities
+    [size, C] with mixup.
+  """
+  config = run.config
+  policy = augmentation.Augmentation(**config.augmentation)
+  pixels = jnp.dtype(config.model.param_dtype)
+  if pixels == jnp.bfloat16:
+    pixels = jnp.dtype(jnp.float32)  # steps of 2 / 255 need more than 8 bits
+  if run.extra is None:
+    indices = batches.batch_indices(
+        order, step % run.steps_per_epoch, config.batch_size, size)
+    images, labels = data.images[indices], data.labels[indices]
+  else:
+    is_extra = batches.extra_rows(size, config.extra.fraction)
+    own, extra = batches.mixed_batch_indices(
+        keys['order'], order, data.extra_labels.shape[0], step,
+        int(np.sum(~is_extra)), int(np.sum(is_extra)))
+    images, labels = (
+        batches.interleave(is_extra, first, second) for first, second in (
+            (batches.to_pixels(data.images[own], pixels),
+             batches.to_pixels(data.extra_images[extra], pixels)),
+            (data.labels[own], data.extra_labels[extra])))
+  key = jax.random.fold_in(keys['augment'], step)
+  images = batches.to_pixels(
+      augmentation.augment(key, images, policy), pixels)
+  if policy.mixup:
+    return augmentation.mix(
+        jax.random.fold_in(key, 5), images, labels, run.dataset.num_classes,
+        policy.mixup)
+  return images, labels
+
+
+def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
+  """The pmapped step: (state, sums, data, order, keys, device numbers).
+
+  The keys are arguments, so runs of several seeds share a compilation cache.
+
+  Args:
+    run: the run.
+    size: the images of the batch over all devices.
+    factor: of the config's weight perturbation; 0 before the end of warm-up
+      and in steps that the method leaves out.
+
+  Returns:
+    A pmapped function that returns the next state and sums, both un-stacked; it
+    consumes those that it is given.
+  """
+  config = run.config
+  # The host knows the step: two compiled ones are cheaper than a branch in
+  # one, within which the CPU's convolutions run slowly.
+  perturbation = awp_jax.methods.scaled(
+      dataclasses.replace(run.setup.perturbation, start=0, every=1), factor)
+
+  def step(
+      state: awp_jax.TrainState, sums: Sums, data: TrainingData, order: Any,
+      keys: dict[str, Any], device: Any
+  ) -> tuple[awp_jax.TrainState, Sums]:
+    number = jnp.asarray(state.step)
+    images, labels = (
+        batches.device_part(array, device, run.num_devices)
+        for array in global_batch(
+            run, data, order, keys, number, size))
+    state, metrics = awp_jax.train_step(
+        state, (images, labels), keys['step'],
+        objective=run.setup.objective, threat=run.setup.threat,
+        attack=run.setup.attack, perturbation=perturbation,
+        alternations=run.setup.alternations,
+        statistics=config.statistics, axis_name=AXIS)
+    if state.average is not None:
+      state = state.replace(average=awp_jax.update_average(
+          state.average, state.params, state.batch_stats,
+          awp_jax.ema_decay(config.ema_decay, number)))
+    means = metrics._asdict() | {'images': 1}
+    return state, Sums(*(
+        (total + size * means[name]).astype(jnp.float32)
+        for name, total in sums._asdict().items()))
+
+  return jax.pmap(
+      step, axis_name=AXIS, in_axes=(None, None, None, None, None, 0),
+      out_axes=None,
+      donate_argnums=(0, 1))
+
+
+def make_eval_fn(run: run_lib.Run) -> Callable[..., Any]:
+  """The pmapped evaluation: (state, images, labels, valid, key) -> sums.
+
+  The network is judged in float32, whatever it is trained in.
+  """
+  network = precision.network(run.model)
+
+  def apply(variables: Any, images: Any, train: bool) -> Any:
+    del train
+    return precision.logits(network, precision.variables(variables), images)
+
+  def step(
+      state: awp_jax.TrainState, images: Any, labels: Any, valid: Any, key: Any
+  ) -> awp_jax.EvalMetrics:
+    pixels = batches.to_pixels(images, jnp.dtype(jnp.float32))
+    return awp_jax.eval_step(
+        state.replace(apply_fn=apply), (pixels, labels, valid), key,
+        threat=run.setup.threat, attack=run.setup.eval_attack, axis_name=AXIS)
+
+  return jax.pmap(
+      step, axis_name=AXIS, in_axes=(None, 0, 0, 0, None), out_axes=None)
+
+
+def evaluate_split(
+    run: run_lib.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState,
+    images: np.ndarray, labels: np.ndarray, key: Any) -> dict[str, float]:
+  """Natural and robust accuracy and loss on one split.
+
+  Args:
+    run: the run.
+    eval_fn: of `make_eval_fn`.
+    state: the model.
+    images: [N, H, W, C].
+    labels: [N].
+    key: a PRNG key; each batch folds in its number.
+
+  Returns:
+    Means by name; accuracies in [0, 1]. 'nonfinite' is the share of examples
+    with logits or gradients that are not finite: unless it is 0 the attack was
+    weaker than it should be.
+  """
+  size = run.config.eval.batch_size
+  spread = (run.num_devices, size // run.num_devices)
+  pending = []
+  for number in range(math.ceil(len(images) / size)):
+    part = slice(number * size, (number + 1) * size)
+    x, y = images[part], labels[part]
+    valid = np.arange(size) < len(x)
+    x = np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
+    y = np.pad(y, (0, size - len(y)))
+    pending.append(eval_fn(
+        state, x.reshape(*spread, *x.shape[1:]), y.reshape(spread),
+        valid.reshape(spread), jax.random.fold_in(key, number)))
+  sums = jax.tree.map(lambda *values: float(np.sum(values)),
+                      *jax.device_get(pending))
+  return {
+      'natural_accuracy': sums.natural_correct / sums.examples,
+      'robust_accuracy': sums.robust_correct / sums.examples,
+      'natural_loss': sums.natural_loss / sums.examples,
+      'robust_loss': sums.robust_loss / sums.examples,
+      'nonfinite': sums.nonfinite / sums.examples}
+
+
+def evaluate(
+    run: run_lib.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState
+) -> dict[str, float]:
+  """`evaluate_split` on each split, whose name goes before the metric's."""
+  wanted = min(run.config.eval.num_train, len(run.dataset.x_train))
+  shown = np.linspace(0, len(run.dataset.x_train) - 1, wanted).astype(int)
+  splits = {
+      'train': (run.dataset.x_train[shown], run.dataset.y_train[shown]),
+      'test': (run.dataset.x_test, run.dataset.y_test)}
+  if len(run.validation[0]):
+    splits['validation'] = run.validation
+  key = jax.random.fold_in(run_lib.keys(run.config)['eval'], int(state.step))
+  state = evaluated(state)
+  metrics: dict[str, float] = {}
+  for number, (split, (images, labels)) in enumerate(splits.items()):
+    values = evaluate_split(
+        run, eval_fn, state, images, labels, jax.random.fold_in(key, number))
+    metrics |= {f'{split}_{name}': value for name, value in values.items()}
+  return metrics

@@ -1,0 +1,39 @@
+"""What commands share: arguments, one-line errors, text tables."""
+
+import argparse
+from collections.abc import Sequence
+import sys
+from typing import NoReturn
+
+
+def complain(error: object) -> None:
+  """Prints one line on stderr, whatever the error's text looks like."""
+  print('error:', ' '.join(str(error).split()), file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+  """Leaves with one line and exit code 2 for a wrong argument."""
+
+  def __init__(self, description: str) -> None:
+    """Takes the first line of a module's docstring."""
+    super().__init__(
+        description=description.split('\n')[0], allow_abbrev=False)
+
+  def error(self, message: str) -> NoReturn:
+    """Leaves."""
+    complain(message)
+    sys.exit(2)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+  """Text columns: the first row is the head, the first column left-aligned."""
+  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+  lines = []
+  for number, row in enumerate(rows):
+    cells = [
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+    lines.append('  '.join(cells).rstrip())
+    if number == 0:
+      lines.append('  '.join('-' * width for width in widths))
+  return '\n'.join(lines)

@@ -1,0 +1,162 @@
+"""The wrapper around an optimizer against the step that has the loss."""
+
+import jax
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+
+from awp_jax.perturbation import leaves, methods
+from awp_jax.perturbation.optimizer import perturbed_optimizer
+from tests.helpers import perturbation_problem as problem
+from tests.helpers.perturbation_problem import assert_close, run
+
+TX = optax.chain(optax.add_decayed_weights(0.05), optax.adam(0.05))
+NAMES = [name for name in methods.METHODS if name not in ('frwp', 'rwp')]
+
+
+def method_of(name):
+  if name == 'rwp without condition':
+    return methods.rwp(0.3, c_min=None, num_steps=3)
+  if name == 'every second':
+    return methods.every_k(problem.make('wt_awp'), 2)
+  if name == 'awp, 3 steps':
+    return problem.make('awp', num_steps=3)
+  return problem.make(name)
+
+
+@pytest.mark.parametrize('transparent', [False, True])
+@pytest.mark.parametrize('name', [
+    *NAMES, 'rwp without condition', 'every second', 'awp, 3 steps'])
+def test_equals_the_step(name, transparent, x64):
+  params, method = problem.params_as('float64'), method_of(name)
+  keywords = problem.keywords_of(method)
+  wanted = run(method, TX, params, 3)[-1]
+  tx = perturbed_optimizer(TX, method, transparent=transparent, **keywords)
+  grad_fn = jax.grad(problem.mean_fn)
+
+  @jax.jit
+  def update(params, state):
+    updates, state = tx.update(
+        grad_fn(params), state, params,
+        **({} if transparent else {'grad_fn': grad_fn}))
+    return optax.apply_updates(params, updates), state
+
+  state, calls = tx.init(params), 1 + method.num_steps if transparent else 1
+  for _ in range(3 * calls):
+    params, state = update(params, state)
+  assert_close(params, wanted.params, 1e-12)
+  assert_close(state.method_state, wanted.method_state, 1e-12)
+
+
+def test_transparent_sam_is_that_of_optax(x64):
+  params, grad_fn = problem.params_as('float64'), jax.grad(problem.mean_fn)
+  theirs = optax.contrib.sam(
+      optax.sgd(0.1, 0.9),
+      optax.chain(optax.contrib.normalize(), optax.sgd(0.5)))
+  ours = perturbed_optimizer(
+      optax.sgd(0.1, 0.9), methods.sam(0.5), transparent=True)
+  seen = []
+  for tx in (theirs, ours):
+    p, state, path = params, tx.init(params), []
+    for _ in range(6):
+      updates, state = jax.jit(tx.update)(grad_fn(p), state, p)
+      p = optax.apply_updates(p, updates)
+      path.append(p)
+    seen.append(path)
+  assert_close(*seen, 1e-13)
+
+
+def test_left_out_steps_call_nothing():
+  calls = []
+  params = problem.params_as('float32')
+
+  def grad_fn(p):
+    jax.debug.callback(lambda _: calls.append(1), p['dense']['bias'])
+    return jax.grad(problem.mean_fn)(p)
+
+  tx = perturbed_optimizer(TX, methods.start_after(problem.make('awp'), 1))
+  update = jax.jit(lambda g, s, p: tx.update(g, s, p, grad_fn=grad_fn))
+  state = tx.init(params)
+  for expected in (0, 1):
+    updates, state = update(jax.grad(problem.mean_fn)(params), state, params)
+    params = optax.apply_updates(params, updates)
+    jax.effects_barrier()
+    assert len(calls) == expected
+
+
+@pytest.mark.parametrize('name,calls', [
+    # Of three moves the last two are traced once, as the body of a loop.
+    ('awp', 1), ('awp, 3 steps', 2), ('wt_awp', 1), ('random', 1),
+    ('m_rwp', 1), ('off', 0)])
+def test_the_gradient_that_is_handed_in_is_not_taken_again(
+    name, calls, monkeypatch):
+  params, traced = problem.params_as('float32'), []
+  method = methods.awp(0) if name == 'off' else method_of(name)
+  original = leaves.perturb
+  # A copy of w is w: the engine may make one wherever it likes.
+  monkeypatch.setattr(leaves, 'perturb', lambda params, v: jax.tree.map(
+      lambda w: w + 0, original(params, v)))
+
+  def grad_fn(p):
+    traced.append(1)
+    return jax.grad(problem.mean_fn)(p)
+
+  tx = perturbed_optimizer(TX, method, **problem.keywords_of(method))
+  jax.eval_shape(
+      lambda g, state, p: tx.update(g, state, p, grad_fn=grad_fn), params,
+      tx.init(params), params)
+  assert len(traced) == calls
+
+
+@pytest.mark.parametrize('name', [
+    'awp', 'wt_awp', 'rwp without condition', 'momentum_awp'])
+def test_parameters_and_state_may_be_donated(name):
+  method = method_of(name)
+  tx = perturbed_optimizer(TX, method, transparent=True)
+  grad_fn = jax.grad(problem.mean_fn)
+
+  def update(params, state):
+    updates, state = tx.update(grad_fn(params), state, params)
+    return optax.apply_updates(params, updates), state
+
+  ends = []
+  for donated in ((), (0, 1)):
+    params = problem.params_as('float32')
+    state, step = tx.init(params), jax.jit(update, donate_argnums=donated)
+    for _ in range(2 * (1 + method.num_steps)):
+      params, state = step(params, state)
+    ends.append(params)
+  assert_close(*ends, 1e-7)
+
+
+def test_a_step_under_way_stores_the_perturbed_leaves_alone():
+  method = problem.make('awp', mask='out/*')
+  tx = perturbed_optimizer(TX, method, transparent=True)
+  pending = tx.init(problem.params_as('float32')).pending
+  assert list(pending.weights) == ['out/kernel']
+  assert list(pending.ascent.perturbation) == ['out/kernel']
+
+
+def test_size_0_is_the_optimizer_itself():
+  params = problem.params_as('float32')
+  tx = perturbed_optimizer(TX, methods.awp(0))
+  g = jax.grad(problem.mean_fn)(params)
+  updates, _ = tx.update(g, tx.init(params), params, grad_fn=lambda p: 1 / 0)
+  wanted, _ = TX.update(g, TX.init(params), params)
+  jax.tree.map(np.testing.assert_array_equal, updates, wanted)
+
+
+def test_what_it_cannot_do():
+  params = problem.params_as('float32')
+  with pytest.raises(ValueError, match='losses of single examples'):
+    perturbed_optimizer(TX, problem.make('rwp'))
+  with pytest.raises(ValueError, match='uses two batches'):
+    perturbed_optimizer(TX, problem.make('frwp'), noise_key=problem.KEY)
+  with pytest.raises(ValueError, match='noise_key must be a PRNG key'):
+    perturbed_optimizer(TX, problem.make('random'))
+  tx = perturbed_optimizer(TX, problem.make('awp'))
+  with pytest.raises(ValueError, match='grad_fn must be handed'):
+    tx.update(params, tx.init(params), params)
+  with pytest.raises(ValueError, match='params must be handed'):
+    tx.update(params, tx.init(params), grad_fn=lambda p: p)

@@ -1,0 +1,388 @@
+"""The report: what is in it, and how a real browser shows it."""
+
+import html.parser
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+
+import jax
+import numpy as np
+from PIL import Image
+import pytest
+
+import awp_jax
+from experiments import compare
+from experiments.evaluation import probe
+from experiments.modes import landscape, train
+from experiments.reports import figures, gallery, tables
+from experiments.reports import page as page_lib
+from experiments.runs import metrics, restore
+from experiments.runs import run as run_lib
+from experiments.util import atomic
+from tests.experiments.modes import landscape_test, train_test
+
+BROWSER = next(filter(None, map(shutil.which, (
+    'chromium', 'chromium-browser', 'google-chrome'))), None)
+
+
+def attack(name, broken, after):
+  return {'name': name, 'seconds': 1.5, 'robust_accuracy_after': after,
+          'largest_distance': 0.1, 'broken': broken}
+
+
+def judged(accuracy, attacks, warnings=()):
+  return {
+      'robust': {'accuracy': accuracy, 'interval_95': [0.125, 0.625]},
+      'seconds': 1.5 * len(attacks), 'largest_distance': 0.1,
+      'attacks': attacks, 'warnings': [
+          {'kind': 'few-classes', 'message': text, 'attack': '',
+           'num_examples': 0} for text in warnings],
+      'judged_by': [{
+          'precision': 'float32', 'matmul_precision': 'float32',
+          'devices': ['abacus'] * 2, 'versions': {
+              'awp_jax': '1', 'jax': '2', 'jaxlib': '3', 'flax': '4'}}]}
+
+
+#: As `evaluate` writes it, for 8 images of which 7 are classified right.
+EVALUATION = {'num_examples': 8, 'subjects': {'last': {
+    'origin': {}, 'natural': {'accuracy': 0.875, 'interval_95': [0.5, 1.0]},
+    'evaluations': {
+        'fgsm': judged(0.5, [attack('fgsm', [0, 1, 2], 0.5)]),
+        'aa-fast': judged(0.375, [
+            attack('apgd-ce', [1, 2], 0.625), attack('apgd-t', [5, 7], 0.375)],
+            ['there are <few> classes'])}}}}
+
+
+@pytest.fixture(scope='module')
+def reported(tmp_path_factory):
+  """A run with all there can be in a report, and one without most of it."""
+  folder = tmp_path_factory.mktemp('report')
+  config = train_test.small(
+      dataset='npz', npz_path=train_test.write_images(folder / 'images.npz'),
+      epochs=2, awp__gamma=0.01, **landscape_test.SETTINGS)
+  with pytest.MonkeyPatch.context() as monkeypatch:
+    train_test.use_tiny_net(monkeypatch)
+    run = run_lib.prepare(config, folder / 'AT-AWP')
+  train.train(run)
+  shutil.copytree(run.workdir, folder / 'AT')
+  early = (run.workdir / 'report.html').read_text()
+  atomic.write_json(run.workdir / 'evaluation.json', EVALUATION)
+  landscape.measure(run)
+  page_lib.write(run)
+  stored = json.loads((folder / 'AT/config.json').read_text())
+  stored['awp.gamma'] = 0.0
+  (folder / 'AT/config.json').write_text(json.dumps(stored))
+  compare.main([
+      str(folder / 'AT'), str(folder / 'AT-AWP'),
+      f'--output={folder / "comparison.png"}'])
+  return run, early, folder / 'comparison.html'
+
+
+class Reader(html.parser.HTMLParser):
+  """What a page refers to, its figures, and its text."""
+
+  def __init__(self, text):
+    super().__init__()
+    self.references, self.figures, self.text, self.svgs = [], [], '', 0
+    self.feed(text)
+
+  def handle_starttag(self, tag, attributes):
+    named = dict(attributes)
+    self.references += [
+        named[name] for name in ('src', 'href', 'xlink:href', 'data')
+        if name in named]
+    if tag == 'figure' and 'id' in named:
+      self.figures.append(named['id'])
+    self.svgs += tag == 'svg'
+    assert tag not in ('script', 'iframe', 'object', 'embed')
+
+  def handle_data(self, data):
+    self.text += data
+
+
+def pages(reported):
+  run, _, comparison = reported
+  return {'report': run.workdir / 'report.html', 'comparison': comparison}
+
+
+@pytest.mark.parametrize('name', ['report', 'comparison'])
+def test_page_needs_nothing_else(reported, name):
+  text = pages(reported)[name].read_text()
+  page = Reader(text)
+  assert page.references
+  for reference in page.references:
+    assert reference.startswith(('#', 'data:')), reference
+  assert not re.search(r'url\((?!#)|@import', text)
+  assert page.svgs == len(page.figures) > 10
+  ids = re.findall(r'\bid="([^"]*)"', text)
+  assert len(ids) == len(set(ids))
+
+
+def test_every_figure_has_its_files(reported):
+  run, early, comparison = reported
+  assert len(Reader(early).figures) == 8
+  for page, folder in (
+      (run.workdir / 'report.html', run.workdir / 'figures'),
+      (comparison, comparison.with_name('comparison_figures'))):
+    for name in Reader(page.read_text()).figures:
+      with Image.open(folder / f'{name}.png') as picture:
+        assert np.ptp(np.asarray(picture.convert('L'))) > 100
+      assert json.loads((folder / f'{name}.json').read_text())['numbers']
+
+
+def test_numbers_are_those_of_the_run(reported):
+  run, _, _ = reported
+  folder, lines = run.workdir / 'figures', metrics.read_metrics(run.workdir)
+  numbers = json.loads((folder / 'robust_accuracy.json').read_text())['numbers']
+  assert numbers['test']['x'] == [1, 2]
+  assert numbers['test']['y'] == [x['test_robust_accuracy'] for x in lines]
+  gap = json.loads((folder / 'gap.json').read_text())['numbers']['robust']['y']
+  np.testing.assert_allclose(gap, [
+      x['train_robust_accuracy'] - x['test_robust_accuracy'] for x in lines])
+  text = Reader((run.workdir / 'report.html').read_text()).text
+  best = json.loads((run.workdir / 'summary.json').read_text())['best']
+  assert f'{100 * best["robust_accuracy"]:.2f}\N{NO-BREAK SPACE}%' in text
+  assert 'awp.gamma' in text and jax.__version__ in text
+  for wanted in (
+      '37.50\N{NO-BREAK SPACE}%', '12.50 to 62.50', 'there are <few> classes',
+      'Who broke what in aa-fast (last)',
+      'Judged in float32 (matrix products in float32) on 2 x abacus, with '
+      'awp_jax 1, jax 2, jaxlib 3.',
+      f'on 8 x {jax.devices()[0].device_kind}, with awp_jax '
+      f'{awp_jax.__version__}, jax {jax.__version__}'):
+    assert wanted in text
+
+
+def test_who_broke_what():
+  (first, within), (second, between) = tables.who_broke_what(EVALUATION)
+  assert first == 'Who broke what in aa-fast (last)' and '(last)' in second
+  assert [row[:2] for row in within[1:]] == [['apgd-ce', '2'], ['apgd-t', '2']]
+  assert between == [
+      ['broken by', 'not by fgsm', 'not by aa-fast', 'in all'],
+      ['fgsm', '', '1', '3'], ['aa-fast', '2', '', '4']]
+
+
+def test_gallery_is_the_best_checkpoint_attacked(reported):
+  run, _, _ = reported
+  look = probe.look(run)
+  ((_, step, variables),) = restore.load_variables(run, ('best',))
+  assert look.step == step and len(look.labels) == probe.GALLERY
+  assert set(look.labels[:4]) == {0, 1, 2, 3}
+  change = np.abs(look.adversarial - look.images)
+  assert 0.02 < change.max() <= run.config.threat.epsilon + 1e-6
+  for images, seen in (
+      (look.images, look.before), (look.adversarial, look.after)):
+    logits = run.model.apply(variables, images, train=False)
+    np.testing.assert_array_equal(np.argmax(logits, axis=-1), seen)
+  cards = json.loads((run.workdir / 'figures/gallery.json').read_text())
+  assert cards['magnification'] == pytest.approx(5)  # 0.5 / 0.1
+  for card, label, after in zip(
+      cards['images'], look.labels, look.after, strict=True):
+    assert (card['label'], card['after']) == (str(label), str(after))
+
+
+def test_layers_are_perturbed_by_gamma(reported):
+  run, _, _ = reported
+  look = probe.look(run)
+  assert list(look.layers) == ['Conv_0', 'Dense_0']
+  np.testing.assert_allclose(look.ratios, run.config.awp.gamma, rtol=1e-5)
+  assert np.all(look.rises > 0)
+
+
+def test_gradient_does_not_depend_on_the_batches(reported):
+  run, _, _ = reported
+  ((_, _, variables),) = restore.load_variables(run, ('best',))
+
+  def gradient(size):
+    # A start at random would differ from batch to batch: 60 steps forget it.
+    return probe.robust_gradient(
+        jax.random.key(0), run.model, variables, run.dataset.x_train[:10],
+        run.dataset.y_train[:10], run.setup.threat, step_size=0.02,
+        num_steps=30, batch_size=size)
+
+  for a, b in zip(
+      jax.tree.leaves(gradient(10)), jax.tree.leaves(gradient(4)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0.02, atol=2e-3)
+
+
+def test_second_report_looks_at_nothing_again(reported, monkeypatch):
+  run, _, _ = reported
+  before = (run.workdir / 'report.html').read_text()
+  monkeypatch.setattr(
+      probe, '_look', lambda *a: pytest.fail('looked at the model again'))
+  page_lib.write(run)
+  assert (run.workdir / 'report.html').read_text() == before
+
+
+def test_failing_report_costs_a_line(reported, monkeypatch, capsys):
+  run, _, _ = reported
+  before = (run.workdir / 'report.html').read_text()
+  monkeypatch.setattr(
+      page_lib, '_context', lambda *a: (_ for _ in ()).throw(
+          KeyError('no such\nthing')))
+  summary = train.train(run)
+  assert summary == json.loads((run.workdir / 'summary.json').read_text())
+  out = capsys.readouterr().out
+  assert re.search(
+      r'^report\.html could not be written \(KeyError: .*\); nothing else is '
+      r'lost\.$', out, re.M)
+  assert (run.workdir / 'report.html').read_text() == before
+
+
+def test_comparison_tells_what_differs(reported):
+  text = Reader(reported[2].read_text()).text
+  assert 'AT against AT-AWP' in text
+  assert re.search(r'awp\.gamma\s*0\.0\s*0\.01', text)
+  assert 'landscape.points' not in text
+
+
+@pytest.mark.parametrize('values', [[1.0, None, 2.0], [0.001, 1.0, 9.0]])
+def test_lines_take_what_is_not_finite_and_what_is_steep(tmp_path, values):
+  drawn = figures.lines(
+      tmp_path, 'a', [figures.Curve('one', [0, 1, 2], values, 0)], title='<A>',
+      caption='', xlabel='x', ylabel='y')
+  assert 'aria-label="&lt;A&gt;"' in drawn.svg
+  assert 'var(--c0, #0072b2)' in drawn.svg and 'var(--ink' in drawn.svg
+
+
+# A browser opens copies of the pages that carry a script and a policy which
+# forbids every request; both stay out of the pages themselves.
+
+POLICY = (
+    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+    "style-src 'unsafe-inline'; img-src data:; script-src 'unsafe-inline'\">")
+SCRIPT = '''<script>
+const seen = {errors: [], requests: []};
+addEventListener('error', e => seen.errors.push(e.message || e.target.outerHTML
+  .slice(0, 90)), true);
+addEventListener('securitypolicyviolation', e => seen.requests.push(
+  e.blockedURI));
+addEventListener('load', () => {
+  const all = query => [...document.querySelectorAll(query)];
+  seen.width = innerWidth;
+  seen.content = document.documentElement.scrollWidth;
+  seen.dark = matchMedia('(prefers-color-scheme: dark)').matches;
+  seen.resources = performance.getEntriesByType('resource')
+    .map(e => e.name).filter(name => !name.startsWith('data:'));
+  seen.figures = all('figure[id]').map(f => {
+    const svg = f.querySelector('svg'), box = svg.getBoundingClientRect();
+    return {name: f.id, width: box.width, height: box.height,
+      right: box.right, paths: svg.querySelectorAll('path').length,
+      text: svg.querySelectorAll('text').length};
+  });
+  seen.images = all('img').map(i => i.naturalWidth);
+  seen.ink = getComputedStyle(document.querySelector('svg text')).fill;
+  seen.page = getComputedStyle(document.body).backgroundColor;
+  parent.postMessage(JSON.stringify(seen), '*');
+});
+</script>'''
+
+#: The window of a browser without a head is 500 pixels wide at least; a frame
+#: in it is a window of any width to the page inside.
+FRAME = '''<html><meta name="color-scheme" content="light dark"><body><script>
+addEventListener('message', e => {
+  const out = document.createElement('pre');
+  out.id = 'seen';
+  out.textContent = e.data;
+  document.body.append(out);
+});
+</script><iframe src="page.html" style="border: 0; width: %dpx; height: 900px">
+</iframe></body></html>'''
+
+
+def browse(text, folder, width, dark=False):
+  """What a browser of that width sees in a page, and its console."""
+  if BROWSER is None:
+    pytest.skip('no chromium, chromium-browser or google-chrome on the PATH')
+  (folder / 'page.html').write_text(
+      text.replace('<head>', f'<head>{POLICY}{SCRIPT}', 1))
+  path = folder / 'frame.html'
+  path.write_text(FRAME % width)
+  process = subprocess.run([
+      BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run',
+      '--disable-background-networking', '--disable-component-update',
+      '--disable-sync', '--disable-dev-shm-usage', '--hide-scrollbars',
+      f'--user-data-dir={folder / "profile"}', '--window-size=1500,900',
+      f'--blink-settings=preferredColorScheme={0 if dark else 1}',
+      '--enable-logging=stderr', '--virtual-time-budget=9000', '--dump-dom',
+      path.as_uri()],
+      capture_output=True, text=True, timeout=100, check=True,
+      env=os.environ | {'HOME': str(folder)})
+  found = re.search(r'<pre id="seen">(.*?)</pre>', process.stdout, re.S)
+  assert found, process.stderr
+  seen = json.loads(html.unescape(found[1]))
+  seen['console'] = [
+      line for line in process.stderr.splitlines() if 'CONSOLE' in line]
+  return seen
+
+
+@pytest.mark.parametrize('name', ['report', 'comparison'])
+@pytest.mark.parametrize('width,dark', [(375, False), (1440, True)])
+def test_browser_shows_everything(reported, name, width, dark, tmp_path):
+  text = pages(reported)[name].read_text()
+  seen = browse(text, tmp_path, width, dark)
+  assert seen['width'] == width and seen['dark'] == dark
+  assert not seen['errors'] and not seen['console'] and not seen['requests']
+  assert not seen['resources']
+  assert seen['content'] <= width
+  assert [f['name'] for f in seen['figures']] == Reader(text).figures
+  for figure in seen['figures']:
+    assert figure['width'] > 250 and figure['height'] > 100, figure
+    assert figure['right'] <= width
+    assert figure['paths'] > 5 and figure['text'] > 3, figure
+  assert len(seen['images']) == text.count('<img ') and all(seen['images'])
+  ink, page = (
+      int(re.match(r'rgb\((\d+)', seen[k])[1]) for k in ('ink', 'page'))
+  assert (ink > 200 and page < 40) if dark else (ink < 60 and page > 240)
+
+
+def test_browser_check_rejects_bad_pages(tmp_path):
+  svg = '<svg><text>a</text></svg>'
+  good = browse(f'<html><head></head><body>{svg}</body></html>', tmp_path, 375)
+  assert not good['errors'] and not good['requests'] and not good['console']
+  bad = browse(
+      f'<html><head></head><body>{svg}<div style="width: 500px">wide</div>'
+      '<img src="https://example.invalid/x.png"><script>missing()</script>'
+      '</body></html>', tmp_path, 375)
+  assert bad['content'] >= 500
+  assert 'https://example.invalid/x.png' in bad['requests']
+  assert any('missing' in message for message in bad['errors'])
+  assert bad['console'] and bad['images'] == [0]
+
+
+def test_logits_that_are_not_finite_have_no_class():
+  logits = np.array([[0, 1.0], [np.nan, 0], [1, np.inf], [1, 0]])
+  np.testing.assert_array_equal(probe._classes(logits), [1, -1, -1, 0])
+  assert gallery._verdict(0, 0, -1) == 'broken'
+  assert gallery._verdict(0, -1, -1) == 'wrong from the start'
+
+
+def test_templates_are_where_the_code_looks():
+  names = {path.name for path in pathlib.Path(page_lib.TEMPLATES).iterdir()}
+  assert {'report.html.j2', 'comparison.html.j2'} <= names
+
+
+@pytest.mark.parametrize('name, columns', [
+    ('AT', 2), ('cifar10_awp-seed0', 1), ('a_folder_with_a_long_name' * 3, 1)])
+def test_names_of_curves_stay_inside_the_figure(name, columns, tmp_path):
+  curves = [
+      figures.Curve(f'{name}{run}, {which}', [0, 1], [0, 1], run)
+      for run in (0, 1) for which in ('best', 'last')]
+  seen = []
+
+  def look(figure):
+    name_curves(figure)
+    (legend,) = figure.legends
+    seen.append((legend.get_window_extent(), figure.bbox, legend._ncols))
+
+  name_curves = figures.name_curves
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(figures, 'name_curves', look)
+    figures.lines(
+        tmp_path, 'panel', curves, title='', caption='', xlabel='', ylabel='')
+  (box, page, found), = seen
+  assert page.x0 <= box.x0 and box.x1 <= page.x1
+  assert found == columns

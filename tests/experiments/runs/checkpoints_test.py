@@ -1,0 +1,195 @@
+"""Tests of checkpoints: exact, atomic, and of this model only."""
+
+import shutil
+import threading
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from experiments.runs import checkpoints
+
+
+def make_tree(width=3, seed=0):
+  """Parameters of several types with the state of an optimizer."""
+  keys = jax.random.split(jax.random.key(seed), 3)
+  params = nn.Dense(width).init(keys[0], jnp.ones((1, 4)))['params']
+  params['half'] = jax.random.normal(keys[1], (2,), jnp.bfloat16)
+  tx = optax.chain(
+      optax.add_decayed_weights(0.1),
+      optax.sgd(optax.constant_schedule(0.1), 0.9))
+  state = tx.init(params)
+  _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+  return {'step': jnp.asarray(7, jnp.int32), 'params': params,
+          'opt_state': state, 'batch_stats': {}}
+
+
+def assert_same(got, wanted):
+  assert jax.tree.structure(got) == jax.tree.structure(wanted)
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert x.dtype == y.dtype
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def test_round_trip_is_exact_and_newest_replaces(tmp_path):
+  first, second = make_tree(seed=0), make_tree(seed=1)
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  assert store.step() is None
+  store.save(3, first, {'seconds_training': 0.1, 'name': 'one'})
+  store.save(7, second, {'seconds_training': 1.5})
+  store.close()
+  folders = [p.name for p in (tmp_path / 'checkpoints/last').iterdir()]
+  assert folders == ['7']
+
+  again = checkpoints.Checkpoints(tmp_path, 'last')
+  assert again.step() == 7
+  tree, notes = again.load(jax.tree.map(jnp.zeros_like, first))
+  again.close()
+  assert notes == {'seconds_training': 1.5}
+  assert_same(tree, second)
+
+
+def test_saving_a_step_twice_keeps_the_first(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'best')
+  store.save(3, make_tree(seed=0), {'epoch': 1})
+  store.save(3, make_tree(seed=1), {'epoch': 2})
+  tree, notes = store.load(make_tree(seed=2))
+  store.close()
+  assert notes == {'epoch': 1}
+  assert_same(tree, make_tree(seed=0))
+
+
+def contents(folder):
+  """The files below a folder, with their times."""
+  return {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
+
+
+def test_reader_changes_nothing_beside_a_save_under_way(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(), {'epoch': 1})
+  store.close()
+  folder = tmp_path / 'checkpoints/last'
+  for part in ('9.orbax-checkpoint-tmp/state', '2/state'):
+    (folder / part).mkdir(parents=True)
+    (folder / part / 'd').write_bytes(b'half')
+  before = contents(tmp_path)
+  reader = checkpoints.Reader(tmp_path, 'last')
+  assert reader.step() == 3 and reader.notes() == {'epoch': 1}
+  found = reader.read()
+  assert (found.step, found.notes) == (3, {'epoch': 1})
+  assert_same(found.tree['params'], make_tree()['params'])
+  read = checkpoints.read_variables(tmp_path, 'last')
+  assert read.tree.keys() == {'params', 'batch_stats'}
+  assert contents(tmp_path) == before
+
+
+def test_reader_makes_no_folder(tmp_path):
+  reader = checkpoints.Reader(tmp_path / 'run', 'best')
+  assert reader.step() is None and reader.notes() == {}
+  with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
+    reader.read()
+  assert not list(tmp_path.iterdir())
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(), {})
+  store.close()
+  shutil.rmtree(tmp_path / 'checkpoints/last/3/state')
+  with pytest.raises(
+      checkpoints.CheckpointError, match=r'of step 3 in .* cannot be read'):
+    checkpoints.Reader(tmp_path, 'last').read()
+
+
+def test_reading_while_a_trainer_replaces(tmp_path):
+  """Every read is one whole checkpoint; no save fails."""
+  trees = [{'step': np.array(n), 'w': np.full(50, n)} for n in range(1, 13)]
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(1, trees[0], {'n': 1})
+  was_read, failed = threading.Event(), []
+
+  def train():
+    try:
+      for number, tree in enumerate(trees[1:], 2):
+        store.save(number, tree, {'n': number})
+        if number % 3 == 0:  # else all of them may fall into one slow read
+          was_read.clear()
+          assert was_read.wait(timeout=60)
+    except BaseException as error:
+      failed.append(error)
+
+  thread = threading.Thread(target=train)
+  thread.start()
+  steps = []
+  while thread.is_alive() or not steps or steps[-1] < 12:
+    found = checkpoints.Reader(tmp_path, 'last').read()
+    assert found.notes == {'n': found.step} and found.tree['step'] == found.step
+    np.testing.assert_array_equal(found.tree['w'], np.full(50, found.step))
+    steps.append(found.step)
+    was_read.set()
+    if failed:
+      break
+  thread.join()
+  store.close()
+  assert not failed
+  assert steps == sorted(steps) and len(set(steps)) > 2
+
+
+def test_half_written_checkpoint_is_ignored(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(), {})
+  store.close()
+  # What a killed process leaves: a temporary folder of a later step.
+  folder = tmp_path / 'checkpoints/last'
+  part = folder / '9.orbax-checkpoint-tmp'
+  (part / 'state').mkdir(parents=True)
+  (part / 'state/d').write_bytes(b'half')
+  again = checkpoints.Checkpoints(tmp_path, 'last')
+  assert again.step() == 3
+  assert_same(again.load(make_tree(seed=2))[0], make_tree())
+  again.save(9, make_tree(seed=1), {})
+  assert again.step() == 9
+  again.close()
+  assert [p.name for p in folder.iterdir()] == ['9']
+
+
+def test_half_deleted_checkpoint_is_ignored(tmp_path, caplog):
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(), {})
+  store.close()
+  # What a process leaves that was killed while it removed an older step.
+  folder = tmp_path / 'checkpoints/last'
+  (folder / '2/state').mkdir(parents=True)
+  (folder / '2/state/d').write_bytes(b'half')
+  again = checkpoints.Checkpoints(tmp_path, 'last')
+  assert again.step() == 3
+  assert_same(again.load(make_tree(seed=2))[0], make_tree())
+  again.close()
+  assert [p.name for p in folder.iterdir()] == ['3']
+  assert not [r for r in caplog.records if r.levelname == 'WARNING']
+
+
+def test_checkpoint_of_another_model(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(width=3), {})
+  with pytest.raises(checkpoints.CheckpointError) as error:
+    store.load(make_tree(width=5))
+  text = str(error.value)
+  assert 'another model' in text and "bias' has shape (3,)" in text
+  assert '(5,)' in text and str(tmp_path) in text
+
+  more = make_tree()
+  more['params']['extra'] = jnp.ones(2)
+  with pytest.raises(ValueError, match=r"extra' has shape \(absent\)"):
+    store.load(more)
+  store.close()
+
+
+def test_no_checkpoint(tmp_path):
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
+    store.load(make_tree())
+  store.close()

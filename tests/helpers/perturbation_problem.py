@@ -1,0 +1,105 @@
+"""A network of two layers on five examples, for the tests of perturbations."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import awp_jax
+from awp_jax.perturbation import methods, perturbed_step
+
+PARAMS = {
+    'dense': {'kernel': np.linspace(-1, 1, 12).reshape(4, 3),
+              'bias': np.array([0.1, -0.2, 0.3])},
+    'out': {'kernel': np.linspace(1, -2, 6).reshape(3, 2)}}
+X = np.linspace(-1, 2, 20).reshape(5, 4)
+Y = np.array([0, 1, 1, 0, 1])
+KEY = np.array([0, 7], np.uint32)  # a legacy key needs no device to be made
+
+#: Options that a method cannot do without, and a size that matters.
+OPTIONS = {
+    'arwp': {'sigma': 0.1}, 'asam': {}, 'awp': {'gamma': 0.3},
+    'boxed_awp': {'adv_eps': 0.2}, 'frwp': {'gamma': 0.1},
+    'm_arwp': {'sigma': 0.1}, 'm_rwp': {'sigma': 0.1},
+    'momentum_awp': {'adv_lr': 0.2, 'adv_eps': 0.3}, 'random': {'sigma': 0.1},
+    'rwp': {'gamma': 0.3, 'c_min': 0.9}, 'sam': {'rho': 0.5},
+    'sign': {'gamma': 0.3}, 'wt_awp': {'gamma': 0.7, 'mask': 'dense/kernel'}}
+
+
+@functools.cache
+def reference():
+  """The numbers of the published code."""
+  path = pathlib.Path(__file__).parents[1] / 'data/perturbation_reference.json'
+  return json.loads(path.read_text())
+
+
+def params_as(dtype):
+  return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), PARAMS)
+
+
+def losses_fn(params, x=X, y=Y):
+  """Losses [B]."""
+  x = jnp.asarray(x, params['dense']['kernel'].dtype)
+  hidden = jnp.tanh(x @ params['dense']['kernel'] + params['dense']['bias'])
+  return awp_jax.cross_entropy(hidden @ params['out']['kernel'], jnp.asarray(y))
+
+
+def mean_fn(params, x=X, y=Y):
+  return jnp.mean(losses_fn(params, x, y))
+
+
+def make(name, **options):
+  return methods.make(name, **(OPTIONS[name] | options))
+
+
+def keywords_of(method):
+  """What a step of a method needs beside the batch."""
+  keywords = {}
+  if method.direction.source == 'noise':
+    keywords['noise_key'] = KEY
+  if method.natural_batch == 'other':
+    keywords['natural_args'] = (X[::-1], Y[::-1])
+  return keywords
+
+
+def run(method, tx, params, num_steps, *, loss_fn=losses_fn, **keywords):
+  """Some steps on one batch, compiled; the last output and all states."""
+  keywords = keywords_of(method) | keywords
+
+  @jax.jit
+  def step(params, opt_state, state):
+    return perturbed_step.perturbed_step(
+        method, loss_fn, tx, params, opt_state, state, X, Y, **keywords)
+
+  opt_state, state, outs = tx.init(params), method.init(params), []
+  for _ in range(num_steps):
+    outs.append(step(params, opt_state, state))
+    params, opt_state, state = outs[-1][:3]
+  return outs
+
+
+def assert_close(got, wanted, tolerance=1e-10):
+  for a, b in zip(
+      jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
+
+
+def assert_same(got, wanted):
+  for a, b in zip(
+      jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def as_trees(numbers):
+  """JSON's lists as arrays."""
+  return jax.tree.map(
+      np.asarray, numbers, is_leaf=lambda node: isinstance(node, list))
+
+
+def distance(a, b):
+  return max(
+      float(np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64)).max())
+      for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
