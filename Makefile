@@ -1,7 +1,7 @@
 # Two commands on a bare machine: `make demo` and `make test`.
 
-# The newest of these that runs and can make environments: the newest jax needs
-# Python 3.12. A name on the path may be a shim of a version that is not chosen.
+# The first of these that runs and can create environments. The newest jax needs
+# Python 3.12. A name on the path may be a shim for an inactive version.
 PYTHONS := python3.13 python3.12 python3 python3.11
 USABLE := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(PYTHONS); do \
@@ -9,10 +9,10 @@ PYTHON ?= $(shell for p in $(PYTHONS); do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs dist clean
 
 # Trains AT and AT-AWP on the embedded digits, measures the loss around their
-# weights and compares them: it ends with a page to look at.
+# weights and writes a page that compares them.
 demo: $(VENV)/.installed
 	$(BIN)/python experiments/main.py \
 	  --config=experiments/configs/digits_at.py --workdir=runs/demo/AT
@@ -31,18 +31,31 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The site, in site/: warnings, such as broken links, are errors.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The source distribution and the wheel, as PyPI checks them.
+dist: $(VENV)/.installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@test -n '$(PYTHON)' || { echo 'No Python 3.11 or later that can make' \
 	  'environments was found. Name one: make PYTHON=...' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -r requirements.txt
-	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info

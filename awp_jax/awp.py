@@ -1,17 +1,17 @@
 """Adversarial weight perturbation of any pytree of parameters.
 
-AWP trains weights w that stay good in the worst direction near by:
+AWP trains weights w whose loss stays small under worst-case perturbations:
 
   min_w max_{v in V} L(w + v),   V = { v : |v_l| <= gamma |w_l|, all leaves l }.
 
-The inner maximum is approached from v = 0 by K2 projected steps,
+The inner maximum is approximated from v = 0 by K2 projected steps,
 
   v_l <- project( v_l + (gamma / K2) |w_l| g_l / |g_l| ),   g = grad L at w + v,
 
-and the outer step uses the gradient at w + v. With K2 = 1 that is
-v_l = gamma |w_l| g_l / |g_l|: one more forward and backward pass. Norms are
-Frobenius norms of whole leaves; leaves that are no weights (of fewer than two
-axes, or named bias or scale) are left alone.
+and the outer step uses the gradient at w + v. For K2 = 1 this is
+v_l = gamma |w_l| g_l / |g_l|, which costs one more forward and backward pass.
+Norms are Frobenius norms of whole leaves. Leaves with fewer than two axes, or
+named bias or scale, are not perturbed.
 
 Adapting an existing loop takes three lines:
 
@@ -45,12 +45,12 @@ from awp_jax.types import AWPOutput, LossFn, Params, Scalar
 def _method(
     gamma: Scalar, num_steps: int, mask: Mask,
     update_at: UpdateAt = 'perturbed') -> Method:
-  """AWP of one size; these functions count no steps, so it cannot change."""
+  """AWP of constant size: these functions have no step count."""
   if callable(gamma):
     raise ValueError(
-        'gamma must be a number, got a function: these functions count no '
-        'steps, so a schedule would stay at its first value. Use '
-        'perturbed_step(methods.awp(schedule), ...), whose state counts them.')
+        'gamma must be a number, got a function: these functions have no step '
+        'count, so a schedule would stay at its first value. Use '
+        'perturbed_step(methods.awp(schedule), ...), whose state counts steps.')
   return methods.awp(
       gamma, num_steps=num_steps, mask=mask, update_at=update_at)
 
@@ -60,22 +60,22 @@ def awp_perturbation(
     mask: Mask = is_weight, has_aux: bool = False,
     axis_name: str | None = None,
 ) -> Callable[..., Params]:
-  """The weight adversary alone: a function that returns v.
+  """Returns a function that computes the adversarial perturbation v.
 
   Args:
-    loss_fn: as in `awp_value_and_grad`, like every other argument.
-    gamma: the relative size of the perturbation.
-    num_steps: K2, the adversary's steps.
-    mask: which leaves are perturbed.
-    has_aux: whether `loss_fn` returns a pair; its second part is dropped.
-    axis_name: the axis of the devices, or None.
+    loss_fn: as in `awp_value_and_grad`.
+    gamma: as in `awp_value_and_grad`.
+    num_steps: as in `awp_value_and_grad`.
+    mask: as in `awp_value_and_grad`.
+    has_aux: whether `loss_fn` returns a pair; aux is dropped.
+    axis_name: as in `awp_value_and_grad`.
 
   Returns:
     A function of `loss_fn`'s arguments that returns v, a pytree like the
-    parameters; zeros, without a pass, where `gamma` is the number 0.
+    parameters. If `gamma` is the number 0, v is zero and costs no pass.
 
   Raises:
-    ValueError: as `awp_value_and_grad`.
+    ValueError: as in `awp_value_and_grad`.
   """
   method = _method(gamma, num_steps, mask)
 
@@ -95,37 +95,37 @@ def awp_value_and_grad(
 ) -> Callable[..., tuple[Any, Params]]:
   """`jax.value_and_grad` at the adversarially perturbed weights w + v.
 
-  A drop-in for `jax.value_and_grad(loss_fn, has_aux=has_aux)`: the returned
-  function takes the same arguments, whatever their names, and returns the same
-  shapes, but value and gradient are those at w + v. Every pass calls `loss_fn`
-  with the same arguments, so a dropout key among them gives the same masks in
-  both.
+  A drop-in replacement for `jax.value_and_grad(loss_fn, has_aux=has_aux)`: the
+  returned function takes the same arguments and returns the same structure, but
+  value and gradient are those at w + v. Every pass calls `loss_fn` with the
+  same arguments, so a dropout key among them gives the same masks in all
+  passes.
 
   Args:
     loss_fn: `loss_fn(params, *args, **kwargs)` -> scalar, or (scalar, aux).
-    gamma: |v_l| / |w_l|, >= 0; 0.005 to 0.01 in the paper. The number 0 is the
-      plain `jax.value_and_grad`, and costs no more than it. A traced gamma is
-      allowed and always pays for the adversary's passes.
-    num_steps: K2 >= 1, the adversary's steps, each of gamma / K2.
+    gamma: |v_l| / |w_l|, >= 0; 0.005 to 0.01 in the paper. The number 0 gives
+      the plain `jax.value_and_grad` at no extra cost. A traced gamma always
+      costs the passes of the ascent.
+    num_steps: K2 >= 1, the number of ascent steps, each of gamma / K2.
     mask: which leaves are perturbed: a predicate of (path, leaf), patterns of
-      paths, or a pytree of bools. By default those with two axes or more whose
-      name is neither bias nor scale.
+      paths, or a pytree of bools. By default, leaves with two or more axes that
+      are not named bias or scale.
     has_aux: whether `loss_fn` returns a pair. aux comes from the pass at w + v.
     axis_name: under `pmap`, `shard_map` or `vmap(axis_name=...)`, the axis that
-      the examples are spread over and the parameters replicated over. Losses
-      and gradients are averaged over it, the adversary's too: there is one v
-      for the whole batch. Sharded parameters need `jax.jit` and no `axis_name`.
+      shards the examples and replicates the parameters. Losses and gradients
+      are averaged over it, including those of the ascent, so there is one v for
+      the whole batch. For sharded parameters use `jax.jit` without `axis_name`.
 
   Returns:
     A function of `loss_fn`'s arguments that returns (value, gradients).
 
   Raises:
-    ValueError: for a gamma that is negative or a function of the step, or fewer
-      than one step.
+    ValueError: if gamma is negative or a function of the step, or `num_steps`
+      is less than 1.
 
   .. note::
-    Weight decay that the optimizer adds sees whichever parameters it is given;
-    the paper's code decays w + v. `awp_step` does that.
+    Weight decay in the optimizer acts on the parameters passed to it. The
+    paper's code decays w + v, as `awp_step` does by default.
   """
   method = _method(gamma, num_steps, mask)
 
@@ -147,43 +147,43 @@ def awp_step(
     return_perturbation: bool = True, **unknown: Any) -> AWPOutput:
   """One step of training with adversarial weight perturbation.
 
-    v = the adversary's perturbation,     G = grad L(w + v),
+    v = the adversarial perturbation,     G = grad L(w + v),
     w <- optimizer(w + v, G) - v.
 
-  Pure: jit it, with `loss_fn`, `tx` and the keywords closed over.
+  A pure function: jit it with `loss_fn`, `tx` and the keywords closed over.
 
   Args:
     loss_fn: `loss_fn(params, *args)` -> scalar, or (scalar, aux).
     tx: any optax optimizer.
     params: w, any pytree of float arrays.
     opt_state: the state of `tx`.
-    *args: handed to `loss_fn` behind the parameters: the batch, keys, ... By
-      position only, so no name of the loss's can collide with one of these
-      keywords. Bind the others: `functools.partial(loss_fn, train=True)`.
+    *args: passed to `loss_fn` after the parameters: the batch, keys, ... They
+      are positional only, so that no argument of `loss_fn` collides with these
+      keywords. Bind others by `functools.partial(loss_fn, train=True)`.
     gamma: as in `awp_value_and_grad`.
     num_steps: as in `awp_value_and_grad`.
     mask: as in `awp_value_and_grad`.
     has_aux: as in `awp_value_and_grad`.
-    update_at: the parameters that `tx` is shown, hence those that its weight
-      decay acts on: 'perturbed' (w + v, as in the paper's code) or 'natural'
-      (w). Some optimizers need 'natural'; see `steps.apply_at_perturbed`.
+    update_at: the parameters passed to `tx`, on which its weight decay acts:
+      'perturbed' (w + v, as in the paper's code) or 'natural' (w). Some
+      optimizers need 'natural'; see `perturbed_step.apply_at_perturbed`.
     axis_name: as in `awp_value_and_grad`.
-    return_perturbation: whether v is part of the output. Without it a jitted
-      step needs one buffer of the size of the parameters less.
-    **unknown: none is allowed.
+    return_perturbation: whether the output includes v. Without it, a jitted
+      step needs one parameter-sized buffer less.
+    **unknown: not allowed; raises a TypeError.
 
   Returns:
-    An `AWPOutput`. Its perturbation is zeros where gamma is the number 0, and
-    None without `return_perturbation`.
+    An `AWPOutput`. Its perturbation is zero if gamma is the number 0, and None
+    without `return_perturbation`.
 
   Raises:
-    TypeError: for an unknown keyword.
-    ValueError: as `awp_value_and_grad`, or for an unknown `update_at`.
+    TypeError: if there are unknown keywords.
+    ValueError: as in `awp_value_and_grad`, or if `update_at` is unknown.
   """
   if unknown:
     raise TypeError(
         f'awp_step got an unknown keyword, {", ".join(map(repr, unknown))}. '
-        'Arguments of the loss go by position, behind opt_state; bind the '
+        'Pass arguments of the loss by position, after opt_state; bind the '
         'others with functools.partial.')
   method = _method(gamma, num_steps, mask, update_at)
   out = perturbed_step.perturbed_step(

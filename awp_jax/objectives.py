@@ -1,17 +1,16 @@
-"""What the inputs ascend and what the weights descend.
+"""Objectives: the losses that inputs ascend and weights descend.
 
-Adversarial training is a game of two losses of one network f:
+Adversarial training uses two losses of one network f:
 
   x'  ascends   attack_loss(f(x'), f(x), y)             per example
   w   descends  mean of train_loss(f(x'), f(x), y)
 
-An `Objective` is that pair, together with the habits of its published code that
-change numbers: most of them bear on batch statistics. The three of the paper
-are `adversarial` (Madry et al. 2018), `trades` (Zhang et al. 2019) and `mart`
-(Wang et al. 2020); `natural` is training without an adversary.
+An `Objective` is this pair, together with the details of its published code
+that affect results, mostly through batch statistics. `adversarial` (Madry et
+al. 2018), `trades` (Zhang et al. 2019) and `mart` (Wang et al. 2020) are those
+of the AWP paper; `natural` is training without an adversary.
 
-Labels y are integers [B], or probabilities [B, C] where examples are mixed
-(mixup): cross-entropies take both.
+Labels y are integers [B], or probabilities [B, C] for mixed examples (mixup).
 
   >>> import jax.numpy as jnp
   >>> logits = jnp.array([[2.0, 0.0, -1.0]])
@@ -35,7 +34,7 @@ ObjectiveLoss = Callable[[Array, Array | None, Array], Array]
 
 
 def _log_probabilities(logits: Array) -> Array:
-  # Half precision would lose the small probabilities that robust losses need.
+  # Robust losses need small probabilities, which half precision would round.
   wide = numerics.wide(logits)
   return jax.nn.log_softmax(wide, axis=-1)
 
@@ -61,13 +60,14 @@ def hard_labels(labels: Array) -> Array:
 
 
 def is_correct(logits: Array, labels: Array) -> Array:
-  """Whether finite logits put the label first.
+  """Whether the logits are finite and the label has the largest one.
 
-  Logits that are not finite are a failure: the argmax of NaN is a class too.
+  Non-finite logits count as incorrect: the argmax of NaN may be the label.
 
   Args:
     logits: [B, C].
-    labels: integers [B], or probabilities [B, C], of which the largest counts.
+    labels: integers [B], or probabilities [B, C]; the most probable class is
+      the label.
 
   Returns:
     Bools [B].
@@ -78,11 +78,11 @@ def is_correct(logits: Array, labels: Array) -> Array:
 
 def cross_entropy(
     logits: Array, labels: Array, smoothing: float = 0.0) -> Array:
-  """-sum_k q_k log softmax(z)_k of each example; -log softmax(z)_y if q is y.
+  """Per-example cross-entropy, -sum_k q_k log softmax(z)_k.
 
   Args:
-    logits: [B, C], C >= 1.
-    labels: integers [B] in [0, C), or probabilities q [B, C].
+    logits: z [B, C], C >= 1.
+    labels: integers [B] in [0, C), with q one-hot, or probabilities q [B, C].
     smoothing: s in [0, 1): the target becomes (1 - s) q + s / C (Szegedy et
       al. 2016).
 
@@ -102,7 +102,7 @@ def cross_entropy(
 def kl_divergence(logits: Array, other_logits: Array) -> Array:
   """KL(p || q) = sum_k p_k (log p_k - log q_k) of two softmax distributions.
 
-  Finite for all finite logits: a class of probability zero contributes zero.
+  Finite for all finite logits: classes with p_k = 0 contribute zero.
 
   Args:
     logits: [B, C], of p.
@@ -133,30 +133,30 @@ def cw_margin(logits: Array, labels: Array) -> Array:
 
 
 class Objective(NamedTuple):
-  """A pair of losses, and what its published code does beside them.
+  """A pair of losses, with the conventions of its published code.
 
-  Equal arguments of `natural`, `standard`, `trades` and `mart` give one object,
-  so that an objective may be a static argument of a jitted function.
+  `natural`, `adversarial`, `trades` and `mart` return the same object for equal
+  arguments, so an objective can be a static argument of a jitted function.
 
   Attributes:
     name: 'AT', 'TRADES', 'MART' or 'natural'.
     attack_loss: (logits at x', logits at x or None, labels) -> losses [B],
-      which the inputs ascend. Natural logits are handed over, without a
-      gradient, where `attack_uses_natural`. None: there is no attack, x' = x.
-    train_loss: the same arguments -> losses [B]; their mean is what the
-      weights descend, and what their perturbation ascends. The gradient goes
-      through both logits.
+      which the inputs ascend. Natural logits are passed, without a gradient, if
+      `attack_uses_natural`. None: there is no attack, x' = x.
+    train_loss: the same arguments -> losses [B]. The weights descend their
+      mean, and the weight perturbation ascends it. The gradient flows through
+      both logits.
     passes: the forward passes that `train_loss` needs, in the order in which
-      they move the running statistics.
+      they update the running statistics.
     attack_uses_natural: whether `attack_loss` reads the natural logits.
     attack_mode: whether the published attack runs the model with batch
-      statistics ('train') or with the running ones ('eval').
-    reference_passes: the forward passes at w + v that move the running
+      statistics ('train') or with running statistics ('eval').
+    reference_passes: the forward passes at w + v that update the running
       statistics in the published code.
-    reference_pass_after_update: whether the published code makes one more
-      natural pass, at the new weights, that moves them.
-    gradient_floor: what the published L_2 attack adds to the norm of the
-      gradient of the *mean* loss before it divides by it.
+    reference_pass_after_update: whether the published code updates them in a
+      further natural pass, at the new weights.
+    gradient_floor: added by the published L_2 attack to the norm of the
+      gradient of the *mean* loss, in the division.
   """
 
   name: str
@@ -171,14 +171,14 @@ class Objective(NamedTuple):
 
 
 def check_smoothing(smoothing: float) -> None:
-  """Raises ValueError unless the smoothing of labels is in [0, 1)."""
+  """Raises ValueError unless the label smoothing is in [0, 1)."""
   checks.not_negative('label_smoothing', smoothing)
   if smoothing >= 1:
     raise ValueError(f'label_smoothing must be below 1, got {smoothing!r}.')
 
 
 def _cached(make: Callable[..., Objective]) -> Callable[..., Objective]:
-  """One object for equal arguments, which a jitted step takes as static."""
+  """Caches objectives, so that equal arguments give one static object."""
   cached = functools.cache(make)
 
   def find(*arguments: float) -> Objective:
@@ -195,7 +195,7 @@ def natural(label_smoothing: float = 0.0) -> Objective:
   """Training without an adversary: CE(f(x), y).
 
   Args:
-    label_smoothing: of the targets, in [0, 1).
+    label_smoothing: smoothing of the targets, in [0, 1).
   """
   check_smoothing(label_smoothing)
   return _natural(label_smoothing)
@@ -215,22 +215,22 @@ def _natural(label_smoothing: float) -> Objective:
 
 
 def adversarial(label_smoothing: float = 0.0) -> Objective:
-  """Adversarial training: both sides play on CE(f(x'), y).
+  """Adversarial training: inputs ascend and weights descend CE(f(x'), y).
 
   Args:
-    label_smoothing: of the targets that the weights see, in [0, 1); the inputs
-      ascend the plain cross-entropy.
+    label_smoothing: smoothing of the targets in the train loss, in [0, 1). The
+      inputs ascend the plain cross-entropy.
 
   References:
     Madry et al., Towards Deep Learning Models Resistant to Adversarial
     Attacks, ICLR 2018.
   """
   check_smoothing(label_smoothing)
-  return _standard(label_smoothing)
+  return _adversarial(label_smoothing)
 
 
 @_cached
-def _standard(label_smoothing: float) -> Objective:
+def _adversarial(label_smoothing: float) -> Objective:
 
   def attack_loss(logits: Array, natural: Array | None, labels: Array) -> Array:
     del natural
@@ -253,7 +253,7 @@ def trades(beta: float = 6.0, label_smoothing: float = 0.0) -> Objective:
 
   Args:
     beta: the weight of the robust term, >= 0 (1 / lambda in the paper).
-    label_smoothing: of the targets of the cross-entropy, in [0, 1).
+    label_smoothing: smoothing of the cross-entropy's targets, in [0, 1).
 
   References:
     Zhang et al., Theoretically Principled Trade-off between Robustness and
@@ -288,18 +288,18 @@ def _trades(beta: float, label_smoothing: float) -> Objective:
 def mart(beta: float = 5.0, label_smoothing: float = 0.0) -> Objective:
   """MART: BCE(f(x'), y) + beta KL(p || p') (1.0000001 - p_y).
 
-  With p = softmax f(x), p' = softmax f(x') and k the most probable wrong class
-  at x',
+  Here p = softmax f(x), p' = softmax f(x'), k is the most probable wrong class
+  at x', and
 
     BCE = CE(f(x'), y) - log(1.0001 - p'_k + 1e-12).
 
-  The attack ascends CE(f(x'), y). The published code adds 1e-12 to p' inside
-  the logarithm of the KL term as well; here that logarithm is exact. Of soft
-  labels the most probable class is y everywhere but in the cross-entropy.
+  The attack ascends CE(f(x'), y). The published code also adds 1e-12 to p' in
+  the logarithm of the KL term; here that logarithm is exact. For soft labels, y
+  is the most probable class except in the cross-entropy.
 
   Args:
     beta: the weight of the second term, >= 0.
-    label_smoothing: of the targets of the cross-entropy, in [0, 1).
+    label_smoothing: smoothing of the cross-entropy's targets, in [0, 1).
 
   References:
     Wang et al., Improving Adversarial Robustness Requires Revisiting

@@ -1,12 +1,12 @@
 """Threat models: which inputs an adversary may choose.
 
-For an input x the adversary picks x' from
+For an input x the adversary chooses x' from
 
   { x' :  |x' - x|_p <= epsilon,   lower <= x'_i <= upper },   p = inf, 2, 1,
 
-where the norm runs over everything but the first (batch) axis. Whatever an
-attack has to know of that set stands here: how to start in it, which way is
-steepest, how to come back into it, and how far an input has gone.
+where the norm runs over all axes but the first (batch) axis. `ThreatModel`
+provides the operations on this set that attacks need: random starts, steepest
+steps, projections and distances.
 
   >>> import jax.numpy as jnp
   >>> threat = ThreatModel('Linf', epsilon=8 / 255)
@@ -40,8 +40,8 @@ def _over_features(x: Array) -> tuple[int, ...]:
 def l2_norms(x: Array) -> Array:
   """Euclidean norm of each example, |x_i|_2, shape [B, 1, ..., 1].
 
-  Each example is scaled by its largest entry first, so that neither tiny nor
-  huge entries leave the range of float32 when they are squared.
+  Each example is first scaled by its largest entry, so squares of tiny or huge
+  entries stay in the range of float32.
 
   Args:
     x: [B, ...], rank >= 2.
@@ -53,7 +53,7 @@ def l2_norms(x: Array) -> Array:
 
 
 def unit_l2(x: Array, floor: float = 0.0) -> Array:
-  """x_i / (|x_i|_2 + floor) of each example; one of zeros stays zero."""
+  """x_i / (|x_i|_2 + floor) for each example; zeros stay zeros."""
   unit, _ = numerics.unit_and_norm(
       numerics.wide(x), _over_features(x), floor)
   return unit.astype(x.dtype)
@@ -66,18 +66,18 @@ def l1_norms(x: Array) -> Array:
 
 
 def sparse_signs(gradient: Array, share: float | Array) -> Array:
-  """The signs of the largest entries of each gradient, of unit L1 norm.
+  """Signs of the largest entries of each gradient, scaled to unit L1 norm.
 
-  An L_1 step onto the single largest entry would be the steepest, but the box
-  stops it at once; spread over the largest few it gets further.
+  The steepest L_1 step changes only the single largest entry, but the box soon
+  stops it. Steps over several large entries go further.
 
   Args:
     gradient: [B, ...].
-    share: the fraction of the entries that moves, in [0, 1], one number or [B];
-      at least one entry does. Entries tied with the last of them move as well.
+    share: the fraction of entries to change, in [0, 1], a number or [B]. At
+      least one entry changes. Ties with the smallest of them change as well.
 
   Returns:
-    Steps like `gradient`; zero where the gradient is.
+    Steps like `gradient`; zero where the gradient is zero.
   """
   size = gradient[0].size
   flat = jnp.abs(gradient).reshape(-1, size)
@@ -89,28 +89,28 @@ def sparse_signs(gradient: Array, share: float | Array) -> Array:
   return (kept / moved).reshape(gradient.shape)
 
 
-#: Halvings of the interval that holds the shrinkage of an L1 projection; a
-#: last exact step on the linear piece found follows.
+#: Bisections for the shrinkage of an L1 projection, before the final exact step
+#: on a linear piece.
 _HALVINGS = 30
 
 
 def project_l1(
     delta: Array, x: Array, epsilon: float | Array, lower: float = 0.0,
     upper: float = 1.0) -> Array:
-  """The nearest d to `delta` with |d|_1 <= epsilon and x + d inside the box.
+  """The nearest d to `delta` with |d|_1 <= epsilon and x + d in the box.
 
     d_i = sign(delta_i) clip(|delta_i| - a, 0, c_i)
 
-  with c_i the smaller of |delta_i| and the room to the box, and a >= 0 the
-  smallest shrinkage for which the sum of |d_i| is at most epsilon. That sum is
-  piecewise linear and falls with a, so halving finds the piece.
+  where c_i is the smaller of |delta_i| and the distance to the box boundary,
+  and a >= 0 is the smallest shrinkage with sum_i |d_i| <= epsilon. The sum is
+  piecewise linear and decreasing in a, so bisection finds the linear piece.
 
   Args:
     delta: [B, ...].
     x: inputs of the same shape, inside the box.
-    epsilon: the radius, > 0, one number or [B].
-    lower: the smallest value of an entry of x + d.
-    upper: the largest.
+    epsilon: the radius, > 0, a number or [B].
+    lower: the lower bound of the entries of x + d.
+    upper: the upper bound.
 
   Returns:
     Perturbations like `delta`.
@@ -145,28 +145,28 @@ def project_l1(
   return jnp.sign(delta) * inside
 
 
-#: The share of the entries that a plain L1 step moves; APGD starts with it too.
+#: The fraction of entries that an L1 step changes; also APGD's initial value.
 L1_SHARE = 0.2
 
-#: PyTorch's `renorm` adds this to the norm that it divides by. Kept, because it
-#: also keeps the rounding of float32 from ending outside of the ball.
+#: PyTorch's `renorm` adds this to its divisor. It also keeps points inside the
+#: ball despite float32 rounding.
 _RENORM_MARGIN = 1e-7
 
 
 @dataclasses.dataclass(frozen=True)
 class ThreatModel:
-  """The l_p ball of radius `epsilon` around an input, within a box.
+  """The L_p ball of radius `epsilon` around an input, within a box.
 
   Attributes:
     norm: 'Linf', 'L2' or 'L1'.
     epsilon: the radius, > 0, in the units of the inputs (pixels in [0, 1]:
       8 / 255 and 128 / 255 are usual on CIFAR-10).
-    lower: the smallest value that an entry of an input may take.
-    upper: the largest.
+    lower: the lower bound of the entries of inputs.
+    upper: the upper bound.
 
   Raises:
-    ValueError: for an unknown norm, an epsilon that is not finite and
-      positive, or an empty box.
+    ValueError: if the norm is unknown, epsilon is not finite and positive, or
+      the box is empty.
   """
 
   norm: Norm
@@ -182,19 +182,19 @@ class ThreatModel:
           f'the box needs lower < upper, got [{self.lower}, {self.upper}].')
 
   def random_start(self, key: Array, x: Array) -> Array:
-    """A random point of the ball around each input, clipped to the box.
+    """Draws a point in the ball around each input, clipped to the box.
 
-    L_inf: every entry uniform in [-epsilon, epsilon]. L_2: a uniform
-    direction, and a length uniform in [0, epsilon], as the reference draws it
-    (a uniform *point* of the ball would nearly always lie on its surface).
-    L_1: normal noise as wide as the box, projected onto ball and box.
+    L_inf: every entry uniform in [-epsilon, epsilon]. L_2: a uniform direction
+    with a length uniform in [0, epsilon], as in the reference (uniform points
+    of the ball would concentrate near its surface). L_1: normal noise with the
+    width of the box as standard deviation, projected onto ball and box.
 
     Args:
       key: a PRNG key.
       x: inputs [B, ...].
 
     Returns:
-      Points like `x`, inside ball and box.
+      Points shaped like `x`, inside ball and box.
     """
     if self.norm == 'Linf':
       delta = jax.random.uniform(
@@ -211,17 +211,17 @@ class ThreatModel:
     return self.clip(x + delta)
 
   def linear_maximizer(self, gradient: Array, floor: float = 0.0) -> Array:
-    """The unit step in the ball's norm that a linear loss gains most from.
+    """The unit step that maximizes a linear loss.
 
     argmax_{|d| <= 1} <d, g>: sign(g) for L_inf, g / |g|_2 for L_2; zero where
     the gradient is zero. For L_1 the step is spread evenly over the fifth of
-    the entries with the largest |g|, since the box would stop a single one.
+    the entries with the largest |g|, since the box soon stops a single entry.
 
     Args:
       gradient: [B, ...].
-      floor: added to |g|_2 in the division, >= 0, in the units of the gradient;
-        some published attacks have one. It shortens the steps of examples whose
-        gradient nearly vanishes. L_inf and L_1 do without.
+      floor: added to |g|_2 in the division, >= 0, in the units of the gradient,
+        as in some published attacks. It shortens the steps of examples with
+        small gradients. Ignored for L_inf and L_1.
 
     Returns:
       The steps, shaped like `gradient`.
@@ -233,12 +233,12 @@ class ThreatModel:
     return unit_l2(gradient, floor)
 
   def project(self, x_adv: Array, x: Array) -> Array:
-    """Brings `x_adv` into the ball around `x`, then into the box.
+    """Projects `x_adv` onto the ball around `x`, then onto the box.
 
-    For L_inf and L_1 this is the nearest point of the set. For L_2 the two
-    projections in turn, as in the reference: the result lies in ball and box
-    (clipping moves no entry further from `x`, which lies in the box itself),
-    though a nearer point may exist.
+    For L_inf and L_1 the result is the nearest point of the set. For L_2 the
+    two projections are applied in turn, as in the reference. The result lies in
+    ball and box, since clipping never moves an entry away from `x`, but it need
+    not be the nearest point.
 
     Args:
       x_adv: perturbed inputs [B, ...].
@@ -261,7 +261,7 @@ class ThreatModel:
     return self.clip(near)
 
   def distance(self, x_adv: Array, x: Array) -> Array:
-    """|x'_i - x_i|_p of each example, shape [B], in the norm of the ball."""
+    """|x'_i - x_i|_p of each example, shape [B], in the ball's norm."""
     delta = x_adv - x
     if self.norm == 'Linf':
       return jnp.max(jnp.abs(delta), axis=_over_features(delta))

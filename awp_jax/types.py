@@ -1,4 +1,4 @@
-"""Names for what the library passes around, and the callbacks' contracts."""
+"""Type aliases, callback protocols and the outputs of steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -14,45 +14,45 @@ Scalar = chex.Numeric
 #: A pytree of arrays: a linen dict, an `nnx.State`, an Equinox module, a dict.
 Params = Any
 
-#: Decides, from the slash-separated path of a leaf and the leaf, whether the
-#: leaf is perturbed.
+#: Maps the slash-separated path of a leaf and the leaf to whether the leaf is
+#: perturbed.
 LeafPredicate = Callable[[str, Array], bool]
 
 
 class LossFn(Protocol):
-  """A loss of parameters, as `jax.value_and_grad` takes it.
+  """A loss of the parameters, as for `jax.value_and_grad`.
 
-  `loss_fn(params, *args, **kwargs)` returns a scalar: the mean over the
-  examples that `args` hold on this device. With `has_aux=True` it returns a
-  pair of that scalar and any pytree.
+  `loss_fn(params, *args, **kwargs)` returns a scalar, the mean over this
+  device's examples in `args`. With `has_aux=True` it returns a pair of that
+  scalar and any pytree.
   """
 
   def __call__(self, params: Params, /, *args: Any, **kwargs: Any) -> Any:
-    """The loss, and aux if the caller asked for it."""
+    """Returns the loss, or (loss, aux)."""
     ...
 
 
 class InputLossFn(Protocol):
-  """A loss of inputs, one value per example.
+  """A per-example loss of the inputs.
 
-  `loss_fn(x)` maps inputs [B, ...] to losses [B]; entry i must be the loss of
+  `loss_fn(x)` maps inputs [B, ...] to losses [B]; entry i is the loss of
   example i. (A model in train mode couples the examples through its batch
-  statistics. That is allowed: the gradient taken is that of the sum.)
+  statistics. This is allowed: attacks differentiate the sum of the losses.)
   """
 
   def __call__(self, x: Array, /) -> Array:
-    """Losses [B]."""
+    """Returns losses [B]."""
     ...
 
 
 class StatefulInputLossFn(Protocol):
-  """An `InputLossFn` that carries a state, say running batch statistics.
+  """An `InputLossFn` with a state, such as running batch statistics.
 
   `loss_fn(x, state)` returns the losses [B] and the next state.
   """
 
   def __call__(self, x: Array, state: Any, /) -> tuple[Array, Any]:
-    """Losses [B] and the next state."""
+    """Returns losses [B] and the next state."""
     ...
 
 
@@ -60,23 +60,23 @@ class LogitsFn(Protocol):
   """A classifier: maps inputs [B, ...] to logits [B, C]."""
 
   def __call__(self, x: Array, /) -> Array:
-    """Logits [B, C]."""
+    """Returns logits [B, C]."""
     ...
 
 
 class ForwardFn(Protocol):
-  """A model as `train_step` and `eval_step` call it.
+  """The forward function of a model for `train_step` and `eval_step`.
 
   `forward_fn(params, batch_stats, x, train, key)` returns logits [B, C] and the
-  running statistics after the pass, a pytree of the structure and shapes of
-  `batch_stats`, to whose dtypes it is cast; a model without statistics returns
-  what it was given.
+  running statistics after the pass. The statistics must have the structure and
+  shapes of `batch_stats` and are cast to its dtypes. A model without statistics
+  returns `batch_stats` unchanged.
 
   `train` is a Python bool: True for batch statistics and dropout. `key` is a
-  PRNG key for dropout in train mode and None in eval mode. Every pass of a step
-  over the weights gets the same key, so the ascent and the descent draw the
-  same masks. The function must be pure, and `x` is in the box of the threat
-  model: the model normalizes inside.
+  PRNG key for dropout in train mode and None in eval mode. All weight passes of
+  a step get the same key, so ascent and descent use the same dropout masks. The
+  function must be pure. `x` lies in the box of the threat model; normalize it
+  inside the function.
 
   For flax.nnx and Equinox see `examples/train_step_nnx.py` and
   `examples/train_step_equinox.py`.
@@ -85,20 +85,20 @@ class ForwardFn(Protocol):
   def __call__(
       self, params: Params, batch_stats: Any, x: Array, train: bool,
       key: Array | None, /) -> tuple[Array, Any]:
-    """Logits [B, C] and the next statistics."""
+    """Returns logits [B, C] and the next statistics."""
     ...
 
 
 class AWPOutput(NamedTuple):
-  """What one step of adversarial weight perturbation returns.
+  """Output of one step of adversarial weight perturbation.
 
   Attributes:
     params: the parameters after the update, without the perturbation.
     opt_state: the optimizer's next state.
     loss: scalar, the loss at w + v before the update, averaged over devices.
-    aux: what the loss returned beside its value at w + v, or None.
-    perturbation: v, a pytree like `params`, zeros on leaves left alone; None if
-      it was not asked for.
+    aux: the auxiliary output of the loss at w + v, or None.
+    perturbation: v, a pytree like `params`, zero on unperturbed leaves; None if
+      not requested.
   """
 
   params: Params
@@ -109,19 +109,18 @@ class AWPOutput(NamedTuple):
 
 
 class PerturbedOutput(NamedTuple):
-  """What one step with any method of weight perturbation returns.
+  """Output of one step with any weight perturbation method.
 
   Attributes:
     params: the parameters after the update, without the perturbation.
     opt_state: the optimizer's next state.
     method_state: the method's next state.
     loss: scalar, a L(w) + b L(w + v) before the update, averaged over devices.
-    aux: what the loss returned beside its value, or None.
-    perturbation: v, a pytree like `params`, zeros on leaves left alone; None if
-      it was not asked for.
+    aux: the auxiliary output of the loss, or None.
+    perturbation: v, a pytree like `params`, zero on unperturbed leaves; None if
+      not requested.
     unperturbed_loss: scalar, L(w) on the batch of the pass at w + v, if the
-      method evaluated it on all examples; else NaN. It costs no pass of its
-      own.
+      method evaluated it on all examples; else NaN. It costs no extra pass.
   """
 
   params: Params

@@ -1,1 +1,1 @@
-"""Timings; nothing here is run by the tests."""
+"""Benchmarks: timings, verdicts, reference data and mutation tests."""

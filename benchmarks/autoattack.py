@@ -1,13 +1,12 @@
-"""Times AutoAttack `standard` against the reference, alternating, on the CPU.
+"""Times AutoAttack `standard` and the reference in turn on the CPU.
 
   python benchmarks/autoattack.py fixture.npz data_dir --count 1000 \
       [--reference path/to/auto-attack] [--rounds 2] [--model resnet]
 
-`data_dir` is where tfds finds a prepared cifar10. The reference needs PyTorch;
-where that is installed for another interpreter, name it with `--python`. Each
-side runs in a process of its own, first for every batch size of its list on a
-few examples, then the best of them on all. Ours runs twice in one process: with
-compiling and after it.
+`data_dir` is the folder of a cifar10 prepared by tfds. The reference needs
+PyTorch; `--python` names another interpreter that has it. Each side runs in its
+own process: every batch size of its list on a few examples, then the fastest on
+all. Ours runs twice in one process, with compiling and after it.
 """
 
 import argparse
@@ -26,7 +25,7 @@ SIZES = {'ours': (16, 32, 64, 128), 'reference': (50, 100, 250, 500)}
 
 
 def load_images(data_dir: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """The first `count` test images of CIFAR-10: [N, 32, 32, 3] in [0, 1]."""
+  """First `count` test images of CIFAR-10, [N, 32, 32, 3] in [0, 1]."""
   import tensorflow_datasets as tfds
 
   source = tfds.data_source('cifar10', split='test', data_dir=data_dir)
@@ -36,7 +35,7 @@ def load_images(data_dir: str, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
-  """One evaluation, and a second one when everything is compiled."""
+  """Times evaluations with our library; the first one compiles."""
   import autoattack_fixture
   from flax import traverse_util
   import jax
@@ -46,7 +45,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
   from awp_jax.evaluation.evaluate import EvalOptions
   from awp_jax.threat import ThreatModel
 
-  # The second evaluation finds there what the first one compiled.
+  # The second evaluation reuses the programs that the first one compiled.
   jax.config.update('jax_compilation_cache_dir', tempfile.mkdtemp(
       dir=os.path.dirname(job['data'])))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
@@ -79,7 +78,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def torch_model(job: dict[str, Any]) -> Any:
-  """The job's network in PyTorch: as wide and deep as its file says."""
+  """The job's network in PyTorch, with the sizes of its file."""
   import torch
   from torch import nn
 
@@ -92,7 +91,7 @@ def torch_model(job: dict[str, Any]) -> Any:
   state = {name.removeprefix('param/'): torch.tensor(fixture[name])
            for name in fixture if name.startswith('param/')}
   kernels = [value for name, value in state.items() if value.ndim == 4]
-  # Convolutions stand at 0, 2, 4, ..., each before its ReLU.
+  # Convolutions have the indices 0, 2, 4, ...; a ReLU follows each.
   layers: list[Any] = []
   for i in range(len(kernels)):
     out, into, size, _ = state[f'{2 * i}.weight'].shape
@@ -106,7 +105,7 @@ def torch_model(job: dict[str, Any]) -> Any:
 
 
 def run_reference(job: dict[str, Any]) -> dict[str, Any]:
-  """The reference on the same images."""
+  """Times the reference on the same images."""
   sys.path.insert(0, job['reference'])
   from autoattack import AutoAttack
   import torch
@@ -136,7 +135,7 @@ def run_reference(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def draw_weights(job: dict[str, Any]) -> dict[str, Any]:
-  """Saves a PreActResNet-18 with random weights, flat."""
+  """Saves the flat variables of a PreActResNet-18 with random weights."""
   from flax import traverse_util
   import jax
 
@@ -154,7 +153,7 @@ SIDES = {'ours': run_ours, 'reference': run_reference, 'draw': draw_weights}
 
 
 def spawn(side: str, job: dict[str, Any], python: str) -> dict[str, Any]:
-  """Runs one side in a process of its own."""
+  """Runs one side in its own process."""
   here = pathlib.Path(__file__)
   paths = [str(here.parents[1]), str(here.parent)]
   done = subprocess.run(
@@ -169,7 +168,7 @@ def spawn(side: str, job: dict[str, Any], python: str) -> dict[str, Any]:
 def best_size(
     side: str, job: dict[str, Any], python: str, sizes: tuple[int, ...],
     data: str) -> int:
-  """The batch size that is fastest on a few examples with version 'fast'."""
+  """Finds the fastest batch size on a few examples, version 'fast'."""
   took = {}
   for size in sizes:
     trial = {**job, 'data': data, 'batch_size': size, 'version': 'fast',
@@ -180,13 +179,14 @@ def best_size(
 
 
 def compare(arguments: argparse.Namespace) -> None:
-  """Chooses batch sizes, then alternates full runs and prints the ratios."""
+  """Chooses batch sizes, alternates full runs and prints the ratios."""
   job = {
       'model': arguments.model, 'norm': arguments.norm,
       'epsilon': arguments.epsilon, 'fixture': arguments.fixture,
       'version': arguments.version, 'reference': arguments.reference,
       'repeats': 2, 'weights': arguments.weights,
-      # Random weights: the model's own answers, else nothing is attacked.
+      # Random weights: the model's own predictions are the labels, so that
+      # all examples are attacked.
       'own_labels': arguments.model == 'resnet' and not arguments.weights}
   sides = {'ours': sys.executable}
   if arguments.reference:
@@ -229,19 +229,19 @@ def main() -> None:
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('fixture', help="npz with the fixture's network")
-  parser.add_argument('data_dir', help='of a prepared cifar10')
+  parser.add_argument('data_dir', help='folder of a prepared cifar10')
   parser.add_argument('--reference', help='a checkout of fra31/auto-attack')
   parser.add_argument('--python', default=sys.executable)
   parser.add_argument('--model', default='fixture',
                       choices=('fixture', 'resnet'))
   parser.add_argument('--weights', help='npz of flat Flax variables of the '
-                      'resnet, params/conv1/kernel...; else random ones')
+                      'resnet, params/conv1/kernel...; random by default')
   parser.add_argument('--norm', default='Linf')
   parser.add_argument('--epsilon', type=float, default=8 / 255)
   parser.add_argument('--version', default='standard')
   parser.add_argument('--count', type=int, default=1000)
   parser.add_argument('--trial', type=int, default=64,
-                      help='examples for choosing the batch size')
+                      help='examples used to choose the batch size')
   parser.add_argument('--sizes', type=int, nargs='*')
   parser.add_argument('--rounds', type=int, default=2)
   compare(parser.parse_args())

@@ -1,9 +1,9 @@
-"""Compares verdicts with those of the reference AutoAttack on its fixture.
+"""Compares verdicts with those of the reference AutoAttack on a fixture.
 
   python benchmarks/autoattack_fixture.py path/to/autoattack.npz [--count 64]
 
-The file holds a small convolutional network, 256 CIFAR-10 test images and which
-of them each attack of the reference left standing. Prints Markdown.
+The file holds a small convolutional network, 256 CIFAR-10 test images, and
+which of them survive each attack of the reference. Prints Markdown.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ATTACKS = ('apgd-ce', 'apgd-t', 'fab-t', 'square')
 
 
 def layers_of(data: Any) -> tuple[list[int], int]:
-  """Numbers of the convolutions, in order, and of the linear layer."""
+  """Indices of the convolutions, in order, and of the linear layer."""
   numbers = sorted(
       int(key.removeprefix('param/').removesuffix('.weight'))
       for key in data if key.startswith('param/') and key.endswith('.weight'))
@@ -35,9 +35,9 @@ def layers_of(data: Any) -> tuple[list[int], int]:
 def network(data: Any) -> Callable[[jax.Array], jax.Array]:
   """The fixture's network, images [B, H, W, 3] -> logits [B, classes].
 
-  Convolutions of 3x3 with ReLU, the first of stride 1 and the others of stride
-  2, their mean over the pixels, and a linear layer. Their number and widths are
-  those of the file.
+  3x3 convolutions with ReLU, the first of stride 1 and the others of stride 2,
+  a mean over the pixels, and a linear layer. The file sets their number and
+  widths.
   """
   convolutions, linear = layers_of(data)
   kernels = [
@@ -60,13 +60,13 @@ def network(data: Any) -> Callable[[jax.Array], jax.Array]:
 
 
 def compare(data: Any, count: int, batch_size: int | None) -> None:
-  """Runs each attack alone and `standard`, and prints what differs."""
+  """Runs each attack alone and `standard`; prints verdicts that differ."""
   logits_fn = network(data)
   images = data['x'][:count].astype(np.float32).transpose(0, 2, 3, 1) / 255
   labels = data['y'][:count]
   margins = jax.jit(lambda x: cw_margin(logits_fn(x), labels))
-  print('| threat | attack | reference stands | ours stands | judged '
-        'differently | seconds |')
+  print('| threat | attack | robust, reference | robust, ours | verdicts that '
+        'differ | seconds |')
   print('|---|---|---|---|---|---|')
   notes = []
   for threat in THREATS:
@@ -85,11 +85,11 @@ def compare(data: Any, count: int, batch_size: int | None) -> None:
             flush=True)
       natural, found = margins(images), margins(result.adversarial)
       for i in differ:
-        outcome = 'stands' if result.robust[i] else (
+        outcome = 'robust' if result.robust[i] else (
             f'broken, margin {-float(found[i]):.2g}')
         notes.append(
             f'| {threat.norm} | {shown} | {i} | '
-            f'{"stands" if reference[i] else "broken"} | {outcome} | '
+            f'{"robust" if reference[i] else "broken"} | {outcome} | '
             f'{-float(natural[i]):.2g} |')
   print('\n| threat | attack | example | reference | ours | natural margin |')
   print('|---|---|---|---|---|---|')

@@ -2,12 +2,12 @@
 
   python benchmarks/mutation.py awp_jax/threat.py tests/awp_jax/threat_test.py
 
-Every mutant is the module with one change: another operator, comparison or
-constant, swapped branches of a `where`, a keyword dropped, a check or an error
-removed. The tests run against each in a process of its own, forked from one
-that has imported jax and started no backend, so a mutant costs its tests and no
-imports. A mutant that no test notices has survived. Tests that start processes
-of their own see the unchanged module and are of no use here.
+A mutant is the module with one change: another operator, comparison or
+constant, swapped branches of a `where`, a dropped keyword, a removed check or
+error. The tests run against each mutant in its own process, forked from one
+that has imported jax and started no backend, so a mutant costs no imports. A
+mutant survives if all tests pass. Tests that start other processes see the
+unchanged module there and detect nothing.
 """
 
 import argparse
@@ -44,11 +44,11 @@ _NAMES = {
 
 
 class Mutant(NamedTuple):
-  """A change of one place.
+  """A module with one change.
 
   Attributes:
-    line: of the place.
-    change: what was there and what took its place.
+    line: line of the change.
+    change: the code before and after.
     source: the whole mutated module.
   """
 
@@ -58,7 +58,7 @@ class Mutant(NamedTuple):
 
 
 def _replacements(node: ast.AST) -> Iterator[ast.AST]:
-  """What may take the place of a node."""
+  """Yields the replacements of a node."""
   if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
     yield ast.BinOp(node.left, _ARITHMETIC[type(node.op)](), node.right)
   elif isinstance(node, ast.Compare):
@@ -114,7 +114,7 @@ def _calls(node: ast.Call) -> Iterator[ast.AST]:
 
 
 def _is_skipped(node: ast.AST, field: str) -> bool:
-  """Annotations, decorators, docstrings and the words of messages."""
+  """Whether a node is an annotation, decorator, docstring or message."""
   return (
       field in ('annotation', 'returns', 'decorator_list', 'bases')
       or isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom)
@@ -125,7 +125,7 @@ def _is_skipped(node: ast.AST, field: str) -> bool:
 def _places(
     node: ast.AST, in_raise: bool = False
 ) -> Iterator[tuple[ast.AST, Callable[[ast.AST], None]]]:
-  """Every node that may be replaced, with the function that does it."""
+  """Yields each node to mutate, with a function that replaces it."""
   in_raise = in_raise or isinstance(node, ast.Raise)
   for field, value in ast.iter_fields(node):
     several = isinstance(value, list)
@@ -146,7 +146,7 @@ def _places(
 
 
 def make_mutants(source: str) -> list[Mutant]:
-  """All mutants of a module, in the order of its lines."""
+  """Returns all mutants of a module, ordered by line."""
   tree = ast.parse(source)
   mutants = []
   for node, put in _places(tree):
@@ -175,7 +175,7 @@ def _load_instead(path: pathlib.Path, source: str) -> None:
 
 
 def _run_tests(path: pathlib.Path, source: str, options: list[str]) -> int:
-  """Runs the tests in this process, silently; pytest's exit code."""
+  """Runs the tests silently in this process; returns the exit code."""
   import pytest
 
   _load_instead(path, source)
@@ -201,7 +201,7 @@ def _start(path: pathlib.Path, source: str, options: list[str]) -> int:
 def run_mutants(
     path: pathlib.Path, mutants: list[Mutant], options: list[str], jobs: int,
     limit: float) -> list[str]:
-  """'killed', 'survived' or 'timeout' for each mutant, in their order."""
+  """Returns 'killed', 'survived' or 'timeout' per mutant, in order."""
   verdicts, waiting = [''] * len(mutants), list(range(len(mutants)))[::-1]
   running: dict[int, tuple[int, float]] = {}
   while waiting or running:
@@ -230,26 +230,27 @@ def run_mutants(
 
 
 def main() -> None:
-  """Runs the mutants of one module, prints and stores the survivors."""
+  """Runs the mutants of one module; prints and stores the survivors."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('module', type=pathlib.Path)
-  parser.add_argument('tests', nargs='+', help='files, or options of pytest')
+  parser.add_argument('tests', nargs='+', help='test files or pytest options')
   parser.add_argument('--jobs', type=int, default=2)
-  parser.add_argument('--lines', default='', help='only these, FIRST-LAST')
   parser.add_argument(
-      '--sample', type=int, help='only so many, drawn without replacement')
-  parser.add_argument('--output', type=pathlib.Path, help='a JSON file')
+      '--lines', default='', help='range of lines to mutate, FIRST-LAST')
+  parser.add_argument(
+      '--sample', type=int, help='number of mutants to draw')
+  parser.add_argument('--output', type=pathlib.Path, help='JSON file')
   options = parser.parse_args()
   path = options.module.resolve()
   sys.path.insert(0, os.getcwd())
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  # Programs that a mutant leaves alone are compiled once for all of them.
+  # Programs that a mutation does not affect are compiled once for all.
   cache = tempfile.TemporaryDirectory()
   os.environ.update({
       'JAX_COMPILATION_CACHE_DIR': cache.name,
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'})
-  import flax  # noqa: F401 (imported once, for all forks)
+  import flax  # noqa: F401 (imported once for all forks)
   import jax  # noqa: F401
   import ml_collections  # noqa: F401
   import optax  # noqa: F401

@@ -1,15 +1,15 @@
-"""What weight perturbation adds to a training step, measured side by side.
+"""Measures the time that weight perturbation adds to a training step.
 
   python benchmarks/overhead.py --width=64 --depth=18 --batch_size=32
   python benchmarks/overhead.py --methods 'awp(gamma=0.01)' 'sam' 'awp(every=2)'
 
-Every objective's step is compiled without and with AWP; then all of them take
-turns, round after round in one process, so that a machine whose speed drifts
-treats them alike. Processor seconds stand beside those of the clock, for a
-machine that does other work as well. Beside the measured overhead stands that
-of the arithmetic: a pass forward counts 1, the gradient of inputs or of weights
-1 each. With --methods it is AT alone, by each of these weight perturbations,
-and the mean of consecutive steps is taken: some methods leave steps out.
+The step of every objective is compiled without and with AWP. The steps then run
+in turn in one process, so that drift of the machine's speed affects all alike.
+Processor time is reported next to wall-clock time, for machines that do other
+work, and the overhead by arithmetic next to the measured one: a forward pass
+counts 1, the gradient of inputs or of weights 1 each. With --methods the
+objective is AT with each of these weight perturbations, and consecutive steps
+are averaged, because some methods skip steps.
 """
 
 import argparse
@@ -24,19 +24,19 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-#: Forward passes with a gradient of the weights, in one descent.
+#: Forward passes with a gradient of the weights in one descent pass.
 DESCENT_PASSES = {'AT': 1, 'TRADES': 2, 'MART': 2}
 
 
 def arithmetic(objective: str, num_steps: int) -> float:
-  """What AWP adds to a step, as a fraction of it, by counting passes.
+  """Overhead of AWP by counting passes, as a fraction of the step.
 
   Args:
     objective: 'AT', 'TRADES' or 'MART'.
-    num_steps: of the attack.
+    num_steps: steps of the attack.
 
   Returns:
-    (3 p) / (2 K + c + 3 p): p passes with weight gradients, K of the attack
+    (3 p) / (2 K + c + 3 p), with p passes with weight gradients, K attack steps
     with input gradients, and c = 1 natural pass for the attack of TRADES.
   """
   weights = 3 * DESCENT_PASSES[objective]
@@ -44,7 +44,7 @@ def arithmetic(objective: str, num_steps: int) -> float:
 
 
 def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
-  """By name, a function of the step's number that makes it and waits."""
+  """Compiles the steps; returns `run(number)` by name, which blocks."""
   import jax
   import jax.numpy as jnp
   import optax
@@ -69,7 +69,7 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
   def call(objective: Any, perturbation: awp_jax.Method | None) -> Any:
     first = awp_jax.TrainState.create(
         method=perturbation, **model_state).replace(step=jnp.int32(0))
-    # The policy without passes that only move statistics.
+    # The policy without passes that only update statistics.
     step = jax.jit(lambda state: awp_jax.train_step(
         state, (x, y), jax.random.key(3), objective=objective,
         threat=awp_jax.ThreatModel('Linf', 8 / 255),
@@ -95,7 +95,7 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Measures and prints a line of JSON."""
+  """Measures and prints JSON."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('--depth', type=int, default=18)

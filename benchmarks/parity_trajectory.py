@@ -1,18 +1,18 @@
-"""Writes the small trajectories that the tests compare training steps with.
+"""Writes the small trajectories of the parity tests of the training step.
 
   python benchmarks/parity_trajectory.py tests/data
 
-The published algorithm of AT-AWP and of TRADES-AWP (L_inf), written again in
-PyTorch from its description, on a tiny PreActResNet-10 and random images, in
-float64. The files are read by tests/helpers/torch_layout.py:
+The published algorithms of AT-AWP and TRADES-AWP (L_inf), reimplemented in
+PyTorch from their description, on a tiny PreActResNet-10 and random images, in
+float64. tests/helpers/torch_layout.py reads the files:
 
   cfg/*                eps, alpha (the attack's step), gamma, K (its steps), lr,
                        momentum, weight_decay, beta (of TRADES), steps
   x [T, B, 3, H, W]    images in [0, 1], y [T, B] their labels
   delta0               the attack starts from x + delta0
-  x_adv, loss [T]      what it returns; the loss at w + v, without weight decay
+  x_adv, loss [T]      its result; the loss at w + v, without weight decay
   init/*, final/*      parameters and BatchNorm's statistics, before and after
-  momentum/*           the optimizer's, after the last step
+  momentum/*           of the optimizer, after the last step
 
 The running variance is the biased one, as in Flax.
 """
@@ -39,10 +39,10 @@ Loss = Callable[[], torch.Tensor]
 
 
 class BatchNorm(nn.BatchNorm2d):
-  """Batch normalisation that keeps the biased variance."""
+  """Batch normalization that tracks the biased variance."""
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Normalises x [B, C, H, W] by the batch or by what is kept."""
+    """Normalizes x [B, C, H, W] by batch or running statistics."""
     if not self.training:
       return super().forward(x)
     var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
@@ -84,12 +84,12 @@ def gradient(model: nn.Module, loss: Loss) -> tuple[torch.Tensor, list]:
 def awp_step(
     model: nn.Module, loss: Loss, momenta: list[torch.Tensor],
     gamma: float) -> torch.Tensor:
-  """Descends at w + v: weights, statistics and momenta change in place.
+  """Descends at w + v; updates weights, statistics and momenta in place.
 
   Args:
-    model: In train mode.
-    loss: Of the model as it stands.
-    momenta: Of the optimizer, one for each parameter.
+    model: The model in train mode.
+    loss: The loss of the model at its current weights.
+    momenta: Momenta of the optimizer, one per parameter.
     gamma: |v_l| / |w_l|, for parameters with two axes or more.
 
   Returns:
@@ -97,7 +97,7 @@ def awp_step(
   """
   kept = {name: value.clone() for name, value in model.named_buffers()}
   _, ascent = gradient(model, loss)
-  # The pass that finds v leaves no trace in the running statistics.
+  # The pass that finds v does not change the running statistics.
   for name, value in model.named_buffers():
     value.copy_(kept[name])
   w = [p.detach().clone() for p in model.parameters()]
@@ -117,15 +117,15 @@ def awp_step(
 
 
 def at_step(model, logits: Logits, x, y, start, momenta, gamma):
-  """AT-AWP: (x', loss). The attack, in train mode, moves the statistics."""
+  """AT-AWP: (x', loss). The attack, in train mode, updates statistics."""
   model.train()
   x_adv = attack(lambda z: functional.cross_entropy(logits(z), y), x, start)
   with torch.no_grad():
-    logits(x_adv)  # The published code computes the loss of x' once more.
+    logits(x_adv)  # The published code computes the loss of x' again.
   value = awp_step(
       model, lambda: functional.cross_entropy(logits(x_adv), y), momenta, gamma)
   with torch.no_grad():
-    logits(x)  # And it logs the natural accuracy at the new weights.
+    logits(x)  # It also logs the natural accuracy at the new weights.
   return x_adv, value
 
 
@@ -147,7 +147,7 @@ def trades_step(model, logits: Logits, x, y, start, momenta, gamma):
 
 
 def trajectory(kind: str) -> dict[str, np.ndarray]:
-  """All arrays of a file.
+  """Computes all arrays of a file.
 
   Args:
     kind: 'at' or 'trades'.

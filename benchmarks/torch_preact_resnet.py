@@ -1,4 +1,4 @@
-"""PreActResNet for PyTorch, reading this library's weights.
+"""PreActResNet in PyTorch, which loads the weights of this library.
 
 Names and layouts are those of the AWP authors' networks.
 """
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 class Block(nn.Module):
-  """Normalise, convolve, twice; the shortcut sees the normalised input."""
+  """Twice normalize and convolve; the shortcut takes normalized input."""
 
   def __init__(
       self, into: int, out: int, stride: int, norm: type[nn.Module]) -> None:
@@ -27,7 +27,7 @@ class Block(nn.Module):
           nn.Conv2d(into, out, 1, stride, bias=False))
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    """Maps features [B, C, H, W] to the block's."""
+    """Maps features [B, C, H, W] to the block's output."""
     out = functional.relu(self.bn1(x))
     past = x if self.shortcut is None else self.shortcut(out)
     return past + self.conv2(functional.relu(self.bn2(self.conv1(out))))
@@ -39,8 +39,8 @@ class PreActResNet(nn.Module):
   Args:
     classes: Number of logits.
     width: Channels of the first stage.
-    blocks: Of each stage.
-    norm: Layer that normalises the features.
+    blocks: Number of blocks of each stage.
+    norm: Normalization layer.
   """
 
   def __init__(
@@ -69,10 +69,10 @@ _NAMES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
 
 
 def load(weights: Any) -> PreActResNet:
-  """A PreActResNet-18 in eval mode from flat Flax variables.
+  """Makes a PreActResNet-18 in eval mode from flat Flax variables.
 
   Args:
-    weights: Arrays by path, params/layer1_0/conv1/kernel.
+    weights: Arrays by path, such as params/layer1_0/conv1/kernel.
   """
   state = {}
   for path in weights:

@@ -1,12 +1,12 @@
-"""Seconds of a training step, of this library and of the released PyTorch code.
+"""Times a training step of this library and of the released PyTorch code.
 
   python benchmarks/train_step.py --batch_size=32
   python benchmarks/train_step.py --batch_size=32 --reference=PATH \
     --reference_python=PYTHON
 
-PATH is a checkout of csdongxian/AWP and PYTHON an interpreter that has PyTorch;
-the two then take turns, each in its own process, so that a machine whose speed
-drifts treats both alike. Steps are timed after a first one, which compiles.
+PATH is a checkout of csdongxian/AWP and PYTHON an interpreter with PyTorch. The
+two run in turn, each in its own process, so that drift of the machine's speed
+affects both alike. The first step compiles and is not timed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def timed(step: Callable[[], Any], repeats: int) -> list[float]:
-  """Seconds of each of `repeats` calls, after one that is not counted."""
+  """Seconds of each of `repeats` calls, after one untimed call."""
   step()
   seconds = []
   for _ in range(repeats):
@@ -65,7 +65,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
   started = time.perf_counter()
   compiled = jax.jit(step, donate_argnums=0).lower(state).compile()
   compile_seconds = time.perf_counter() - started
-  # Donation takes the buffers of its argument, so they must be its own.
+  # The step donates its argument, so it needs its own buffers.
   holder = [jax.tree.map(jnp.copy, state)]
 
   def call() -> None:
@@ -77,7 +77,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def reference(options: argparse.Namespace) -> dict[str, Any]:
-  """Times the same step made of the released network and weight adversary."""
+  """Times the same step with the released network and weight adversary."""
   sys.path.insert(0, str(pathlib.Path(options.reference) / 'AT_AWP'))
   import preactresnet
   import torch
@@ -101,7 +101,7 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
     delta = (x + delta).clamp(0, 1) - x
     for _ in range(10):
       delta.requires_grad_()
-      # As the released code does: backward to the weights as well.
+      # Like the released code, backward to the weights as well.
       functional.cross_entropy(network(x + delta), y).backward()
       moved = (delta + eta * delta.grad.sign()).detach()
       delta = (x + moved.clamp(-epsilon, epsilon)).clamp(0, 1) - x
@@ -120,7 +120,7 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
     optimizer.step()
     if perturbation is not None:
       adversary.restore(perturbation)
-    network(x)  # the released code measures natural accuracy like this
+    network(x)  # the released code measures natural accuracy this way
 
   return {
       'name': f'released code, PyTorch {torch.__version__}, '
@@ -129,7 +129,7 @@ def reference(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """The command line."""
+  """Parses the command line."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--batch_size', type=int, default=32)
   parser.add_argument('--image_size', type=int, default=32)

@@ -1,1 +1,1 @@
-"""Short scripts that train with and without AWP; each compares the two."""
+"""Short scripts that train with and without AWP and compare the two."""

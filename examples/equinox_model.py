@@ -2,10 +2,10 @@
 
   python examples/equinox_model.py
 
-A perceptron with dropout learns handwritten digits (scikit-learn's, nothing is
-downloaded) from a few hundred images. The arrays of the module are the
-parameters; the rest of it is put back inside the loss function. The dropout key
-is an argument of the loss: both passes of a step draw the same masks.
+A perceptron with dropout classifies handwritten digits (scikit-learn's, no
+download) after training on a few hundred images. The arrays of the module are
+the parameters; the loss function adds the static rest. The dropout key is an
+argument of the loss, so both passes of a step draw the same masks.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import pathlib
 import sys
 from typing import Any
 
-# So that the command above finds the library and the folder of examples.
+# The command above must find the library and the folder of examples.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import equinox as eqx
@@ -51,8 +51,8 @@ class Perceptron(eqx.Module):
 
 
 def make_step(gamma: float, tx: optax.GradientTransformation) -> Any:
-  """A step of training, compiled once for all seeds."""
-  # What is no array: the same whatever the seed.
+  """Makes a training step, compiled once for all seeds."""
+  # Everything except arrays; does not depend on the seed.
   _, static = eqx.partition(Perceptron(jax.random.key(0)), eqx.is_inexact_array)
 
   def loss_fn(
@@ -78,7 +78,7 @@ def make_step(gamma: float, tx: optax.GradientTransformation) -> Any:
 def accuracy(
     step: Any, tx: optax.GradientTransformation, seed: int, steps: int
 ) -> float:
-  """Trains on 300 digits; accuracy on the others."""
+  """Trains on 300 digits; returns the accuracy on the others."""
   images, labels = load_digits(return_X_y=True)
   x, x_test, y, y_test = map(jnp.asarray, train_test_split(
       images.astype('float32') / 16, labels, train_size=NUM_TRAIN,

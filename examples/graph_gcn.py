@@ -2,14 +2,13 @@
 
   python examples/graph_gcn.py --data=FOLDER --datasets cora citeseer
 
-The task is to classify the nodes of a citation graph with a tenth of the labels
-known. WT-AWP perturbs the first layer only, and mixes the perturbed loss with
-the plain one:
+The nodes of a citation graph are classified from a tenth of the labels. WT-AWP
+perturbs only the first layer and mixes the perturbed loss with the plain one:
 
   (1 - lam) L(w) + lam L(w + v),    |v_1| = gamma |w_1|
 
-`FOLDER` holds `cora.npz` and `citeseer.npz`; without `--data` they are
-downloaded into `~/.cache/awp_jax` at the first run.
+`FOLDER` holds `cora.npz` and `citeseer.npz`. Without `--data` the first run
+downloads them into `~/.cache/awp_jax`.
 
 References:
   Wu, Bojchevski, Huang, Adversarial Weight Perturbation Improves Generalization
@@ -24,7 +23,7 @@ import sys
 from typing import Any, NamedTuple
 import urllib.request
 
-# So that the command above finds the library and the folder of examples.
+# The command above must find the library and the folder of examples.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from flax import linen as nn
@@ -72,7 +71,7 @@ class Nodes(NamedTuple):
 
 
 def fetch(name: str) -> pathlib.Path:
-  """The file of a graph, downloaded once and verified."""
+  """Downloads the file of a graph once, verified, and returns its path."""
   path = CACHE / f'{name}.npz'
   if not path.exists():
     with urllib.request.urlopen(f'{URL}{name}.npz', timeout=30) as response:
@@ -87,7 +86,7 @@ def fetch(name: str) -> pathlib.Path:
 
 
 def load(path: pathlib.Path) -> Graph:
-  """Reads a graph: undirected, without weights, its largest component."""
+  """Reads the largest component of a graph, undirected and unweighted."""
   with np.load(path) as file:
     missing = {'adj_data', 'attr_data', 'labels'} - set(file)
     if missing:
@@ -110,7 +109,7 @@ def load(path: pathlib.Path) -> Graph:
 
 
 def _sparse(matrix: Any) -> sparse.BCOO:
-  """A SciPy matrix for JAX; sorted indices make its products faster."""
+  """Converts a SciPy matrix; sorted indices speed up products."""
   matrix = matrix.tocsr().astype(np.float32)
   matrix.sum_duplicates()
   coo = matrix.tocoo()
@@ -124,7 +123,7 @@ def split(labels: Any, seed: int) -> Nodes:
   """The stratified split of the paper's code for a seed."""
   rng = np.random.RandomState(seed)
   labels = np.asarray(labels)
-  # In the order of the paper's code: how this rounds decides who is drawn.
+  # The order of operations in the paper's code: rounding affects the split.
   one_tenth = 1 - 0.1 - 0.8
   known, test = train_test_split(
       np.arange(len(labels)), train_size=one_tenth + 0.1, test_size=0.8,
@@ -177,11 +176,15 @@ class GCN(nn.Module):
 def train(
     graph: Graph, nodes: Nodes, key: jax.Array, method: Method, steps: int,
     num_classes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Trains a network; validation loss and accuracy, test accuracy by step."""
+  """Trains a network.
+
+  Returns:
+    Validation loss, validation accuracy and test accuracy of each step.
+  """
   model = GCN(num_classes)
   init_key, dropout_key = jax.random.split(key)
   params = model.init(init_key, graph)['params']
-  # Adam's decay in the paper's code is coupled: part of the gradient.
+  # Weight decay in the paper's code is coupled: part of the gradient.
   tx = optax.chain(optax.add_decayed_weights(5e-4), optax.adam(0.01))
 
   def losses(logits: Any, which: jax.Array) -> jax.Array:
@@ -207,7 +210,7 @@ def train(
 
 
 def chosen_step(loss: np.ndarray, accuracy: np.ndarray) -> int:
-  """The last step whose validation loss or accuracy was the best so far.
+  """Last step at which validation loss or accuracy was the best so far.
 
     >>> chosen_step(np.array([3., 2., 4., 3.]), np.array([0.1, 0.2, 0.3, 0.3]))
     2

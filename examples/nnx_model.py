@@ -2,10 +2,10 @@
 
   python examples/nnx_model.py
 
-A small convolutional network learns handwritten digits (scikit-learn's, nothing
-is downloaded) from a few hundred images. `nnx.split` parts the module into
-parameters, which are perturbed, and running statistics, which the loss function
-returns beside the loss: of the passes of a step, the one at w + v counts.
+A small convolutional network classifies handwritten digits (scikit-learn's, no
+download) after training on a few hundred images. `nnx.split` splits the module
+into parameters, which are perturbed, and running statistics, which the loss
+function returns as aux. A step keeps the statistics of the pass at w + v.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import pathlib
 import sys
 from typing import Any
 
-# So that the command above finds the library and the folder of examples.
+# The command above must find the library and the folder of examples.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from flax import nnx
@@ -31,7 +31,7 @@ BATCH = 50
 
 
 class Network(nnx.Module):
-  """Two convolutions with batch normalisation, dropout, one linear layer."""
+  """Two convolutions with batch normalization, dropout, a linear layer."""
 
   def __init__(self, rngs: nnx.Rngs):
     self.first = nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs)
@@ -54,18 +54,18 @@ class Network(nnx.Module):
 
 
 def parts(seed: int) -> Any:
-  """A network's graph, which holds no array, parameters, and statistics."""
+  """Splits a network: graph (no arrays), parameters, statistics."""
   return nnx.split(Network(nnx.Rngs(seed)), nnx.Param, nnx.BatchStat)
 
 
 def make_step(gamma: float, tx: optax.GradientTransformation) -> Any:
-  """A step of training, compiled once for all seeds."""
+  """Makes a training step, compiled once for all seeds."""
   graph, *_ = parts(seed=0)
 
   def loss_fn(
       params: Any, batch_stats: Any, x: jax.Array, y: jax.Array,
       key: jax.Array) -> tuple[jax.Array, Any]:
-    # A copy: variables from outside of the gradient must not be written to.
+    # Copy: nnx forbids writes to variables from outside the gradient.
     model = nnx.merge(graph, params, batch_stats, copy=True)
     logits = model(x, train=True, rngs=nnx.Rngs(dropout=key))
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
@@ -88,7 +88,7 @@ def make_step(gamma: float, tx: optax.GradientTransformation) -> Any:
 def accuracy(
     step: Any, tx: optax.GradientTransformation, seed: int, steps: int
 ) -> float:
-  """Trains on 200 digits; accuracy on the others."""
+  """Trains on 200 digits; returns the accuracy on the others."""
   images, labels = load_digits(return_X_y=True)
   images = images.reshape(-1, 8, 8, 1).astype('float32') / 16
   x, x_test, y, y_test = map(jnp.asarray, train_test_split(

@@ -1,7 +1,7 @@
-"""What the examples share: their arguments, one-line errors, and the table.
+"""Arguments, one-line errors and the table of the examples.
 
-An example yields a `Row` for each method; rows of the same data are compared
-seed by seed with the first of them:
+An example yields a `Row` per method. Rows on the same data are compared seed by
+seed with the first one:
 
   >>> _ = show([Row('wine', 'plain', [0.90, 0.94], 2.0),
   ...           Row('wine', 'AWP', [0.92, 0.95], 3.0)])
@@ -28,9 +28,9 @@ class Row(NamedTuple):
 
   Attributes:
     data: the data set.
-    method: what was trained.
-    accuracies: on test examples, in [0, 1], one for each seed.
-    seconds: of all seeds together, compiling included.
+    method: name of the method.
+    accuracies: on test examples, in [0, 1], one per seed.
+    seconds: total over all seeds, including compilation.
   """
 
   data: str
@@ -40,26 +40,26 @@ class Row(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-  """Arguments of an example; a wrong one ends it with one line."""
+  """Parser of an example; reports a wrong argument in one line."""
 
   def __init__(self, description: str | None, *, seeds: int, steps: int):
     first_line = (description or '').split('\n')[0]
     super().__init__(description=first_line, allow_abbrev=False)
     self.add_argument(
         '--seeds', type=count, default=seeds,
-        help=f'how many seeds, from 0 (default: {seeds})')
+        help=f'number of seeds, from 0 (default: {seeds})')
     self.add_argument(
         '--steps', type=count, default=steps,
-        help=f'steps of training (default: {steps})')
+        help=f'training steps (default: {steps})')
 
   def error(self, message: str) -> NoReturn:
-    """Leaves with one line on stderr."""
+    """Prints one line to stderr and exits with status 2."""
     print('error:', ' '.join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
 def count(text: str) -> int:
-  """A whole number >= 1, for argparse."""
+  """Parses a whole number >= 1, for argparse."""
   if not text.isdecimal() or int(text) < 1:
     raise argparse.ArgumentTypeError(
         f'must be a whole number >= 1, got {text!r}.')
@@ -67,7 +67,7 @@ def count(text: str) -> int:
 
 
 def size(text: str) -> float:
-  """A finite number >= 0, for argparse."""
+  """Parses a finite number >= 0, for argparse."""
   try:
     value = float(text)
   except ValueError:
@@ -84,13 +84,13 @@ def rows(
   """Trains every method on every seed.
 
   Args:
-    data: the name of the data.
-    methods: by name.
-    seeds: how many seeds.
+    data: name of the data set.
+    methods: the methods by name.
+    seeds: number of seeds.
     train: `train(method, seed)` -> accuracy on the test examples of that seed.
 
   Yields:
-    A row for each method.
+    A row per method.
   """
   for name, method in methods.items():
     start = time.perf_counter()
@@ -99,16 +99,16 @@ def rows(
 
 
 def show(table: Iterable[Row]) -> list[Row]:
-  """Prints rows as they come and returns them.
+  """Prints rows as they arrive and returns them.
 
-  Accuracies are means over seeds in per cent, with their standard error where
-  the seeds are several. The gain is the mean of the differences to the first
-  row of the same data, seed by seed: both saw the same examples.
+  Accuracies are means over seeds in percent, with their standard error if there
+  are several seeds. The gain is the mean difference, seed by seed, from the
+  first row of the same data; both use the same examples.
   """
   firsts: dict[str, Row] = {}
   done: list[Row] = []
   for row in table:
-    if not done:  # an error before the first row leaves no head behind
+    if not done:  # no header if an error precedes the first row
       _line('data', 'method', 'seeds', 'test accuracy', 'gain by seed',
             'seconds')
     first = firsts.setdefault(row.data, row)
@@ -122,7 +122,7 @@ def show(table: Iterable[Row]) -> list[Row]:
 
 
 def _spread(values: Sequence[float], sign: str) -> str:
-  """Mean and standard error in per cent."""
+  """Formats mean and standard error in percent."""
   text = f'{100 * statistics.mean(values):{sign}.2f}'
   if len(values) > 1:
     error = statistics.stdev(values) / math.sqrt(len(values))
@@ -140,12 +140,12 @@ def _line(*cells: str) -> None:
 def run(
     parser: Parser, compare: Callable[[Any], Iterable[Row]],
     argv: Sequence[str] | None) -> list[Row]:
-  """Parses the arguments, compares, prints.
+  """Parses the arguments, runs the comparison and prints its rows.
 
   Args:
-    parser: of the example's arguments.
-    compare: the parsed arguments -> rows.
-    argv: the arguments; None for those of the command.
+    parser: parser of the example's arguments.
+    compare: parsed arguments -> rows.
+    argv: the arguments; None for `sys.argv`.
 
   Returns:
     The rows.

@@ -1,6 +1,6 @@
-"""Adversarial training on digits: what the examples of `train_step` share.
+"""Adversarial training on digits, shared by the examples of `train_step`.
 
-They differ in the model alone, that is in how they make a `TrainState`.
+They differ only in the model, that is in how they make a `TrainState`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ TX = optax.adam(3e-3)
 
 
 def make_step(method: Method) -> Any:
-  """A step of adversarial training, compiled once for all seeds."""
+  """Makes an adversarial training step, compiled once for all seeds."""
 
   @jax.jit
   def step(
@@ -49,7 +49,7 @@ def make_step(method: Method) -> Any:
 
 def robust_accuracy(
     step: Any, state: TrainState, seed: int, num_steps: int) -> float:
-  """Trains on 400 digits; accuracy on the others under PGD-10."""
+  """Trains on 400 digits; returns the PGD-10 accuracy on the others."""
   images, labels = load_digits(return_X_y=True)
   images = images.reshape(-1, 8, 8, 1).astype('float32') / 16
   x, x_test, y, y_test = map(jnp.asarray, train_test_split(
@@ -70,10 +70,10 @@ def main(
   """Prints robust test accuracies of AT without and with AWP.
 
   Args:
-    description: of the script.
+    description: the script's docstring.
     make_state: seed -> the state before the first step. Its functions must be
-      the same for all seeds, or the step compiles again for each.
-    argv: the arguments; None for those of the command.
+      the same for all seeds, or the step compiles again for each seed.
+    argv: the arguments; None for `sys.argv`.
 
   Returns:
     The rows.

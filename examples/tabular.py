@@ -1,12 +1,12 @@
-"""AWP for a perceptron on tables, its parameters a plain dict.
+"""AWP for a perceptron on tables, with a plain dict of parameters.
 
   python examples/tabular.py                # natural inputs
   python examples/tabular.py --eps=0.05     # trained and tested under attack
 
-The data are scikit-learn's breast cancer and wine tables (nothing is
-downloaded), half of the rows for training, columns scaled to [0, 1]. With
-`--eps`, training and test inputs are moved by PGD in the L_inf ball of that
-radius: adversarial training, AWP's home.
+The data are scikit-learn's breast cancer and wine tables (no download), half of
+the rows for training, columns scaled to [0, 1]. With `--eps`, PGD attacks the
+training and test inputs in the L_inf ball of that radius: adversarial training,
+the setting for which AWP was proposed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ import pathlib
 import sys
 from typing import Any
 
-# So that the command above finds the library and the folder of examples.
+# The command above must find the library and the folder of examples.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import jax
@@ -37,7 +37,7 @@ Params = dict[str, jax.Array]
 
 
 def init(key: jax.Array, columns: int, classes: int) -> Params:
-  """Two layers."""
+  """Initializes two layers."""
   keys = jax.random.split(key)
   scale = jax.nn.initializers.he_normal()
   return {'hidden': scale(keys[0], (columns, HIDDEN)),
@@ -47,7 +47,7 @@ def init(key: jax.Array, columns: int, classes: int) -> Params:
 
 
 def logits_of(params: Params, x: jax.Array) -> jax.Array:
-  """[B, columns] -> [B, classes]."""
+  """Inputs [B, columns] -> logits [B, classes]."""
   hidden = jax.nn.relu(x @ params['hidden'] + params['hidden_bias'])
   return hidden @ params['out'] + params['out_bias']
 
@@ -61,7 +61,7 @@ def losses(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
 def attacked(
     key: jax.Array, params: Params, x: jax.Array, y: jax.Array, eps: float
 ) -> jax.Array:
-  """The inputs, moved by PGD where eps > 0."""
+  """Attacks the inputs by PGD if eps > 0."""
   if eps == 0:
     return x
   return pgd(key, lambda x: losses(params, x, y), x, ThreatModel('Linf', eps),
@@ -69,7 +69,7 @@ def attacked(
 
 
 def mean_loss(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
-  """What the weights descend."""
+  """Training loss of the weights."""
   return losses(params, x, y).mean()
 
 
@@ -81,7 +81,7 @@ def step(
   batch_key, attack_key = jax.random.split(key)
   rows = jax.random.randint(batch_key, (BATCH,), 0, len(y))
   x, y = attacked(attack_key, params, x[rows], y[rows], eps), y[rows]
-  # These three lines stand for value_and_grad, tx.update and apply_updates.
+  # These three lines replace value_and_grad, tx.update and apply_updates.
   params, opt_state, *_ = awp_step(
       mean_loss, tx, params, opt_state, x, y, gamma=gamma)
   return params, opt_state
@@ -91,14 +91,14 @@ def step(
 def evaluate(
     params: Params, x: jax.Array, y: jax.Array, key: jax.Array, eps: float
 ) -> jax.Array:
-  """Accuracy on inputs that are attacked where eps > 0."""
+  """Accuracy on the inputs, attacked if eps > 0."""
   x = attacked(key, params, x, y, eps)
   return (logits_of(params, x).argmax(-1) == y).mean()
 
 
 def accuracy(
     table: str, eps: float, steps: int, gamma: float, seed: int) -> float:
-  """Trains on half of the rows; accuracy on the others."""
+  """Trains on half of the rows; returns the accuracy on the others."""
   columns, labels = TABLES[table](return_X_y=True)
   x, x_test, y, y_test = train_test_split(
       columns.astype('float32'), labels, train_size=0.5, stratify=labels,
@@ -118,7 +118,7 @@ def accuracy(
 
 @functools.cache
 def optimizer() -> optax.GradientTransformation:
-  """One object for all seeds, so that they share what is compiled."""
+  """One object for all seeds, so that they share compiled functions."""
   return optax.adam(3e-3)
 
 

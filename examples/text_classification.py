@@ -1,16 +1,16 @@
-"""AWP as competitions on text use it: clipped per entry, set in after a while.
+"""AWP as used in text competitions: clipped per entry, starting after a while.
 
   python examples/text_classification.py
   python examples/text_classification.py --csv=FILE     # columns: text, label
 
 A small transformer classifies short texts. Without `--csv` they are the first
-sentences of SciPy's documentation, and the question is which subpackage each
-comes from: `Compute the Kolmogorov-Smirnov test ...` -> `stats`. All weights,
-the embeddings too, are perturbed by moves clipped to adv_eps |w_ij|:
+sentences of SciPy's documentation, and the label is the subpackage:
+`Compute the Kolmogorov-Smirnov test ...` -> `stats`. All weights, including
+embeddings, are perturbed by moves clipped to adv_eps |w_ij|:
 
   v = clip( adv_lr |w_l| g_l / |g_l| ),  within +- adv_eps |w_ij|
 
-Until `--start` steps have passed a step is a plain one and costs no more.
+The first `--start` steps are plain steps, at the cost of plain steps.
 """
 
 import ast
@@ -23,7 +23,7 @@ import re
 import sys
 from typing import Any, NamedTuple
 
-# So that the command above finds the library and the folder of examples.
+# The command above must find the library and the folder of examples.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from flax import linen as nn
@@ -37,19 +37,19 @@ from sklearn.model_selection import train_test_split
 from awp_jax import Method, methods, perturbed_step
 from examples import report
 
-LENGTH = 16  # words of a text that are read
-WORDS = 2000  # that have a vector of their own
+LENGTH = 16  # words read per text
+WORDS = 2000  # words in the vocabulary, at most
 BATCH = 64
-FEWEST = 100  # texts that a subpackage must have to be a class
+FEWEST = 100  # texts of a subpackage, at least, for a class
 
 
 class Texts(NamedTuple):
-  """Texts and their classes.
+  """Texts and their labels.
 
   Attributes:
     texts: N strings.
-    labels: their classes, [N] of 0..C-1.
-    classes: the C names.
+    labels: class indices [N], in 0..C-1.
+    classes: names of the C classes.
   """
 
   texts: list[str]
@@ -58,7 +58,7 @@ class Texts(NamedTuple):
 
 
 def scipy_docs() -> Texts:
-  """The first sentences of SciPy's documentation, read without running it."""
+  """First sentences of SciPy's docstrings, read without importing them."""
   root = pathlib.Path(scipy.__file__).parent
   pairs: dict[str, str] = {}
   for path in sorted(root.glob('[a-z]*/**/*.py')):
@@ -75,7 +75,7 @@ def scipy_docs() -> Texts:
 
 
 def read_csv(path: pathlib.Path) -> Texts:
-  """Texts from a file with the columns `text` and `label`."""
+  """Reads texts from a file with the columns `text` and `label`."""
   with path.open(newline='', encoding='utf-8') as file:
     reader = csv.DictReader(file)
     columns = reader.fieldnames or []
@@ -99,7 +99,7 @@ def _number(pairs: list[tuple[str, str]]) -> Texts:
 
 
 def tokens(texts: list[str], vocabulary: dict[str, int]) -> np.ndarray:
-  """Word numbers [N, LENGTH]: 0 is the end, 1 an unknown word."""
+  """Word indices [N, LENGTH]: 0 is padding, 1 an unknown word."""
   numbers = np.zeros((len(texts), LENGTH), np.int32)
   for row, text in zip(numbers, texts, strict=True):
     words = re.findall(r'\w+', text.lower())[:LENGTH]
@@ -108,7 +108,7 @@ def tokens(texts: list[str], vocabulary: dict[str, int]) -> np.ndarray:
 
 
 def vocabulary_of(texts: list[str]) -> dict[str, int]:
-  """The most common words that occur twice or more, numbered from 2."""
+  """Maps the most common words, seen twice or more, to 2, 3, ..."""
   counts = Counter(
       word for text in texts for word in re.findall(r'\w+', text.lower()))
   common = [word for word, times in counts.most_common(WORDS) if times > 1]
@@ -116,7 +116,7 @@ def vocabulary_of(texts: list[str]) -> dict[str, int]:
 
 
 class Transformer(nn.Module):
-  """One transformer layer, and the mean over the words."""
+  """One transformer layer and a mean over the words."""
 
   num_classes: int
   features: int = 64
@@ -173,7 +173,7 @@ def logits_of(model: Transformer, params: Any, x: jax.Array) -> Any:
 
 def accuracy(
     texts: Texts, method: Method, seed: int, steps: int) -> float:
-  """Trains on four fifths of the texts; accuracy on the others."""
+  """Trains on four fifths of the texts; returns accuracy on the others."""
   known, held_out = train_test_split(
       np.arange(len(texts.labels)), test_size=0.2, stratify=texts.labels,
       random_state=seed)
@@ -208,13 +208,13 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
   parser.add_argument('--csv', type=pathlib.Path, help='your texts')
   parser.add_argument(
       '--adv_lr', type=report.size, default=1.0,
-      help='a move, relative to |w_l| (default: 1)')
+      help='size of a move, relative to |w_l| (default: 1)')
   parser.add_argument(
       '--adv_eps', type=report.size, default=0.05,
-      help='the box, relative to |w_ij| (default: 0.05)')
+      help='half side of the box, relative to |w_ij| (default: 0.05)')
   parser.add_argument(
       '--start', type=report.count, default=50,
-      help='plain steps before it sets in (default: 50)')
+      help='plain steps before AWP starts (default: 50)')
   return report.run(parser, compare, argv)
 
 

@@ -1,11 +1,11 @@
-"""Adversarial training of an Equinox module by `train_step`.
+"""Adversarial training of an Equinox module with `train_step`.
 
   python examples/train_step_equinox.py
 
 `train_step` takes any model as a forward function, `(params, batch_stats, x,
-train, key) -> (logits, batch_stats)`. The perceptron, with dropout and without
-running statistics, is that of `equinox_model.py`; the accuracies are under
-attack.
+train, key) -> (logits, batch_stats)`. The model is the perceptron of
+`equinox_model.py`, with dropout and without running statistics. The table shows
+robust accuracies.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import pathlib
 import sys
 from typing import Any
 
-# So that the command above finds the library and the folder of examples.
+# The command above must find the library and the folder of examples.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 import equinox as eqx
@@ -24,19 +24,19 @@ from examples import equinox_model, report, robust_digits
 
 
 def parts(seed: int) -> Any:
-  """The arrays of a perceptron, and the rest of it."""
+  """Splits a perceptron into its arrays and the static rest."""
   return eqx.partition(
       equinox_model.Perceptron(jax.random.key(seed)), eqx.is_inexact_array)
 
 
-#: The perceptron without its arrays: the same whatever the seed.
+#: The perceptron without its arrays; does not depend on the seed.
 STATIC = parts(seed=0)[1]
 
 
 def forward_fn(
     params: Any, batch_stats: Any, x: jax.Array, train: bool,
     key: jax.Array | None) -> tuple[jax.Array, Any]:
-  """Logits; there are no running statistics to move."""
+  """Returns logits, and `batch_stats` unchanged: there are none."""
   model, x = eqx.combine(params, STATIC), x.reshape(len(x), -1)
   if not train:
     return jax.vmap(model)(x), batch_stats
@@ -45,7 +45,7 @@ def forward_fn(
 
 
 def make_state(seed: int) -> TrainState:
-  """The state before the first step."""
+  """Makes the state before the first step."""
   return TrainState.create(
       forward_fn=forward_fn, params=parts(seed)[0], tx=robust_digits.TX)
 

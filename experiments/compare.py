@@ -1,12 +1,12 @@
-"""Compares finished runs: a table, their curves in one picture, and a page.
+"""Compares finished runs: a table, a figure of their curves, and a page.
 
   python experiments/compare.py runs/demo/AT runs/demo/AT-AWP
 
-The page, `comparison.html`, has everything inside and opens offline: curves,
-the weight loss landscape and the attacks of all runs, where they were measured.
+The page, `comparison.html`, is self-contained and opens offline. It shows the
+curves of all runs, and their weight loss landscapes and attacks if measured.
 
-Give runs of several seeds as well: runs whose configs differ in nothing but the
-seed share a row, with mean and standard deviation.
+Runs whose configs differ only in the seed share a row, with mean and standard
+deviation.
 """
 
 import argparse
@@ -22,27 +22,29 @@ from experiments.util import console
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-  """Prints the table and writes the picture and the page."""
+  """Prints the table; writes the figure and the page."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
   parser.add_argument(
       '--output', type=pathlib.Path, default=pathlib.Path('comparison.png'),
-      help='where the picture goes (default: comparison.png); the page goes '
-      'beside it, as .html')
+      help='path of the figure (default: comparison.png); the page is written '
+      'next to it as .html')
   options = parser.parse_args(argv)
   try:
-    groups = comparison.group_by_config([comparison.read_run(path) for path in options.workdirs])
+    groups = comparison.group_by_config(
+        [comparison.read_run(path) for path in options.workdirs])
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
-  print('Accuracies on test images, per cent; the gap is robust accuracy on '
-        'training less that on test images at the last epoch.\n')
+  print('Accuracies on test images in percent. The gap is robust accuracy on '
+        'training images minus\nrobust accuracy on test images at the last '
+        'epoch.\n')
   print(console.table(comparison.rows(groups)))
   curves.plot_comparison(
       {name: runs[0]['lines'] for name, runs in groups.items()},
       options.output)
   page = options.output.with_suffix('.html')
   comparison.write_page(groups, page)
-  print(f'\ncurves: {options.output}\nthe page to look at: {page}')
+  print(f'\ncurves: {options.output}\npage: {page}')
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Runs an experiment: flags, and one call.
+"""Trains, evaluates, or measures the landscape of a network.
 
   python experiments/main.py --config=experiments/configs/cifar10_awp.py
 
@@ -9,9 +9,9 @@ import argparse
 import pathlib
 import sys
 import traceback
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-# So that the command above finds the packages beside this folder as well.
+# Lets the command above find the packages without an installation.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -19,30 +19,33 @@ from absl import app, flags, logging
 import ml_collections
 from ml_collections import config_flags
 
+if TYPE_CHECKING:
+  from experiments.runs import run as run_lib
+
 CONFIGS = ROOT / 'experiments' / 'configs'
 DEFAULT = CONFIGS / 'digits_awp.py'
 
 _CONFIG = config_flags.DEFINE_config_file(
-    'config', None, f'File with the config; by default {DEFAULT.name}.')
+    'config', None, f'Config file; by default {DEFAULT.name}.')
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder of the run; by default runs/<name of the config>.')
+    'workdir', None, 'Folder of the run; by default runs/<config name>.')
 _MODE = flags.DEFINE_enum(
-    'mode', 'train', ['train', 'evaluate', 'landscape'], 'What to do.')
+    'mode', 'train', ['train', 'evaluate', 'landscape'], 'What to run.')
 _COMPARE_TO = flags.DEFINE_list(
     'compare_to', [],
-    'With --mode=landscape: folders of other finished runs, separated by '
-    'commas; theirs is measured too, and drawn into the same figure.')
+    'With --mode=landscape: comma-separated folders of other finished runs to '
+    'measure and draw in the same figure.')
 _DEBUG = flags.DEFINE_bool(
-    'debug', False, 'Shows the traceback of every error.')
+    'debug', False, 'Show the traceback of every error.')
 _CACHE = flags.DEFINE_string(
     'compilation_cache', None,
-    'Folder in which compiled programs are kept for later runs; by default '
-    '$JAX_COMPILATION_CACHE_DIR, if that is set.')
+    'Folder that caches compiled programs for later runs; by default '
+    '$JAX_COMPILATION_CACHE_DIR, if set.')
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:
-  """Leaves with one line on stderr; with --debug behind the traceback."""
-  # Before the flags are parsed, their values are not to be had.
+  """Exits with one line on stderr, after the traceback with --debug."""
+  # Flags have no values before they are parsed.
   is_debug = _DEBUG.value if flags.FLAGS.is_parsed() else (
       '--debug' in sys.argv)
   if is_debug and sys.exc_info()[0]:
@@ -52,8 +55,8 @@ def _fail(error: object, code: int = 2) -> NoReturn:
 
 
 def parse(argv: list[str]) -> list[str]:
-  """Parses the flags; leaves with one line for a wrong one."""
-  # ml_collections looks in sys.argv for --config.NAME, behind --config only.
+  """Parses the flags; exits with one line for a wrong one."""
+  # ml_collections reads sys.argv and finds --config.NAME only after --config.
   sys.argv[:] = argv = _config_first(argv)
   if {'--help', '-help', '-h', '--helpshort', '--helpfull'} & set(argv):
     _help()
@@ -66,14 +69,14 @@ def parse(argv: list[str]) -> list[str]:
   if rest[1:]:
     _fail(f'unknown arguments: {" ".join(rest[1:])}')
   if flags.FLAGS['verbosity'].using_default_value:
-    # Orbax tells its life at INFO, which app.run would choose.
+    # Orbax logs verbosely at INFO, the default of app.run.
     flags.FLAGS['verbosity'].value = logging.WARNING
     flags.FLAGS['verbosity'].using_default_value = False
   return rest
 
 
 def _help() -> NoReturn:
-  """Prints the flags and the fields of the config, and leaves."""
+  """Prints the flags and the fields of the config, and exits."""
   from experiments.config import help
 
   print(__doc__)
@@ -84,21 +87,21 @@ def _help() -> NoReturn:
 
 
 def _config_first(argv: list[str]) -> list[str]:
-  """The arguments with --config in front, whether it was given or not."""
+  """Moves --config to the front, or adds the default."""
   parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   parser.add_argument('--config', '-config', default=str(DEFAULT))
   known, rest = parser.parse_known_args(argv[1:])
   if not pathlib.Path(known.config.partition(':')[0]).is_file():
-    ours = sorted(
+    available = sorted(
         path.name for path in CONFIGS.glob('*.py') if path.stem != '__init__')
     _fail(
         f'--config={known.config}: there is no such file; {CONFIGS} has '
-        f'{", ".join(ours)}.')
+        f'{", ".join(available)}.')
   return [argv[0], f'--config={known.config}', *rest]
 
 
 def _check_names(argv: list[str]) -> None:
-  """Leaves with the nearest name for a --config.NAME that does not exist."""
+  """Exits with the nearest name for an unknown --config.NAME."""
   from experiments.config import build
   from experiments.configs import base
 
@@ -120,7 +123,7 @@ def _run_name() -> str:
 def _of_run(
     config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> ml_collections.ConfigDict:
-  """The config to read the run in `workdir` with."""
+  """The config for reading the run in `workdir`."""
   from experiments.runs import workdirs
 
   flag = flags.FLAGS['config']
@@ -131,16 +134,14 @@ def _of_run(
 
 
 def main(argv: list[str]) -> None:
-  """Trains, evaluates or measures the landscape, as the flags say."""
+  """Runs the mode in the flags."""
   del argv
   import jax
 
   from experiments.config import build
   from experiments.configs import base
-  from experiments.modes import evaluate, landscape, train
-  from experiments.reports import page
+  from experiments.modes import landscape
   from experiments.runs import run as run_lib
-  from experiments.runs import workdirs
   from experiments.util.errors import UserError
 
   if _CACHE.value:
@@ -151,24 +152,41 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(
         _WORKDIR.value or f'runs/{_run_name()}').expanduser()
     if _COMPARE_TO.value and _MODE.value != 'landscape':
-      raise UserError('--compare_to goes with --mode=landscape.')
+      raise UserError('--compare_to requires --mode=landscape.')
     if _MODE.value == 'landscape':
       landscape.run_all(_of_run(config, workdir), workdir, _COMPARE_TO.value)
       return
     if _MODE.value == 'evaluate':
-      config = _of_run(config, workdir)
-      evaluate.check(config, workdir)
-      run = run_lib.reopen(config, workdir)
-      if not (workdir / 'config.json').exists():  # of a PyTorch file alone
-        workdirs.claim(workdirs.open_workdir(workdir, config), config)
-      evaluate.evaluate(run)
-      page.write_or_say_why(run, 'evaluate')
-      print(f'\neverything is in {run.workdir / "evaluation.json"}, and in '
-            'report.html beside it')
+      _evaluate(_of_run(config, workdir), workdir)
       return
     run = run_lib.prepare(config, workdir)
   except (UserError, OSError) as error:
     _fail(error)
+  _train(run)
+
+
+def _evaluate(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+  """Evaluates the run in `workdir` or a PyTorch file; writes the report."""
+  from experiments.modes import evaluate
+  from experiments.reports import page
+  from experiments.runs import run as run_lib
+  from experiments.runs import workdirs
+
+  evaluate.check(config, workdir)
+  run = run_lib.reopen(config, workdir)
+  if not (workdir / 'config.json').exists():  # a PyTorch file without a run
+    workdirs.claim(workdirs.open_workdir(workdir, config), config)
+  evaluate.evaluate(run)
+  page.write_or_warn(run, 'evaluate')
+  print(f'\nresults: {run.workdir / "evaluation.json"} and report.html')
+
+
+def _train(run: 'run_lib.Run') -> None:
+  """Trains and prints the robust accuracy; exits on errors."""
+  from experiments.modes import train
+  from experiments.util.errors import UserError
+
   try:
     summary = train.train(run)
   except UserError as error:
@@ -177,14 +195,14 @@ def main(argv: list[str]) -> None:
     _fail(error, code=1)
   except OSError as error:
     _fail(
-        f'{error}. When that is mended, the same command goes on from the last '
-        'checkpoint.', code=1)
+        f'{error}. Once this is fixed, run the same command to resume from the '
+        'last checkpoint.', code=1)
   if summary is not None:
     best, last = summary['best'], summary['last']
     print(
         f'robust accuracy: best {best["robust_accuracy"]:.4f} (epoch '
-        f'{best["epoch"]}), last {last["robust_accuracy"]:.4f}; everything is '
-        f'in {run.workdir}')
+        f'{best["epoch"]}), last {last["robust_accuracy"]:.4f}; results in '
+        f'{run.workdir}')
 
 
 if __name__ == '__main__':

@@ -1,14 +1,15 @@
-"""Labels images by a naturally trained network, for robust self-training.
+"""Labels images with a naturally trained network, for robust self-training.
 
   python experiments/pseudo_labels.py --workdir=runs/natural \
-    --images=unlabelled.npz --output=extra.npz --per_class=50000
+    --images=unlabeled.npz --output=extra.npz --per_class=50000
 
 The output holds `image`, `label`, `confidence` (the largest probability) and
-`origin` (which network, in JSON); training takes it as `extra.path`. Images
-come as for `experiments/data/extra_images.py`; labels that they have are ignored.
+`origin` (the network, as JSON). Training reads it as `extra.path`. The formats
+of the images are those of `experiments/data/extra_images.py`; existing labels
+are ignored.
 
-With `--torch_checkpoint` a PyTorch file labels, instead of the run's own
-network; the run in the workdir says which data set it is for.
+`--torch_checkpoint` labels with a PyTorch file instead of the run's network.
+The run in the workdir still determines the data set.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,25 +30,18 @@ from awp_jax.core import checks
 from experiments.config import build
 from experiments.data import batches, extra_images
 from experiments.modes import evaluate
-from experiments.runs import (
-  checkpoints,
-  precision,
-  restore,
-  workdirs,
-)
-from experiments.runs import (
-  run as run_lib,
-)
+from experiments.runs import checkpoints, precision, restore, workdirs
+from experiments.runs import run as run_lib
 from experiments.util import atomic, console
 from experiments.util.errors import UserError, user_errors
 
 
-class Labelled(NamedTuple):
-  """What a network says of images.
+class Labeled(NamedTuple):
+  """Labels that a network assigns to images.
 
   Attributes:
-    labels: the most probable class, int32 [N].
-    confidence: its probability, float32 [N].
+    labels: most probable classes, int32 [N].
+    confidence: their probabilities, float32 [N].
   """
 
   labels: np.ndarray
@@ -56,19 +50,19 @@ class Labelled(NamedTuple):
 
 def predict(
     logits_fn: Callable[[Any], Any], images: np.ndarray, batch_size: int
-) -> Labelled:
-  """Labels images in batches of one shape, spread over all devices.
+) -> Labeled:
+  """Labels images in batches of one shape, sharded over all devices.
 
   Args:
     logits_fn: images [B, H, W, C] in [0, 1] -> logits [B, K].
     images: [N, H, W, C], uint8 or floats in [0, 1].
-    batch_size: over all devices, which must divide it.
+    batch_size: over all devices; a multiple of their number.
 
   Returns:
-    A label and its probability for each image.
+    The label and its probability for each image.
 
   Raises:
-    UserError: if the batch size does not divide, or logits are not finite.
+    UserError: for a wrong batch size or non-finite logits.
   """
   with user_errors():
     checks.count('batch_size', batch_size)
@@ -79,7 +73,7 @@ def predict(
   def label(batch: Any) -> Any:
     logits = logits_fn(batches.to_pixels(batch, jnp.dtype(jnp.float32)))
     logits = logits.astype(jnp.float32)
-    # NaN, if any logit is infinite or NaN, whatever softmax makes of it.
+    # Softmax may hide a non-finite logit, so mark such images with NaN.
     finite = jnp.where(jnp.isfinite(logits).all(axis=-1), 0.0, jnp.nan)
     return logits.argmax(axis=-1), jax.nn.softmax(logits).max(axis=-1) + finite
 
@@ -99,13 +93,13 @@ def predict(
       bar.update(len(part))
   if not np.isfinite(confidence).all():
     raise UserError(
-        'the network gives logits that are not finite, first for image '
+        'the logits of the network are not finite, first for image '
         f'{int(np.flatnonzero(~np.isfinite(confidence))[0])}.')
-  return Labelled(labels, confidence)
+  return Labeled(labels, confidence)
 
 
 def check_selection(min_confidence: float, per_class: int) -> None:
-  """Raises UserError for numbers that `select` does not take."""
+  """Raises UserError for values out of range."""
   if not 0 <= min_confidence <= 1:
     raise UserError(
         f'min_confidence must be in [0, 1], got {min_confidence!r}.')
@@ -114,57 +108,58 @@ def check_selection(min_confidence: float, per_class: int) -> None:
 
 
 def select(
-    labelled: Labelled, num_classes: int, *, min_confidence: float = 0.0,
+    labeled: Labeled, num_classes: int, *, min_confidence: float = 0.0,
     per_class: int = 0) -> np.ndarray:
   """Chooses images by confidence.
 
   Args:
-    labelled: of `predict`.
+    labeled: from `predict`.
     num_classes: K.
-    min_confidence: in [0, 1]; less sure ones are left out.
-    per_class: the most confident n of each class; 0 takes all. Of equally
-      confident ones the first are taken.
+    min_confidence: in [0, 1]; drops less confident images.
+    per_class: keeps the n most confident images of each class; 0 keeps all.
+      Ties are broken by position.
 
   Returns:
-    Their positions in ascending order.
+    Positions of the chosen images in ascending order.
 
   Raises:
-    UserError: for numbers out of range, if nothing is left, or if a class has
+    UserError: for values out of range, if no image is left, or if a class has
       fewer than `per_class` images.
   """
   check_selection(min_confidence, per_class)
-  positions = np.flatnonzero(labelled.confidence >= min_confidence)
+  positions = np.flatnonzero(labeled.confidence >= min_confidence)
   if not len(positions):
     raise UserError(
         f'min_confidence={min_confidence} leaves no image; the highest '
-        f'confidence is {np.max(labelled.confidence):.4f}.')
+        f'confidence is {np.max(labeled.confidence):.4f}.')
   if not per_class:
     return positions
-  labels = labelled.labels[positions]
+  labels = labeled.labels[positions]
   counts = np.bincount(labels, minlength=num_classes)
   if np.min(counts) < per_class:
     raise UserError(
-        f'per_class={per_class}: only {np.min(counts)} images are labelled '
+        f'per_class={per_class}: only {np.min(counts)} images are labeled '
         f'{np.argmin(counts)} with a confidence of {min_confidence} or more.')
-  order = np.lexsort((-labelled.confidence[positions], labels))
+  order = np.lexsort((-labeled.confidence[positions], labels))
   starts = np.cumsum(counts) - counts
   chosen = order[(starts[:, None] + np.arange(per_class)).reshape(-1)]
   return np.sort(positions[chosen])
 
 
 def prepare(
-    workdir: pathlib.Path, torch_checkpoint: pathlib.Path | None) -> run_lib.Run:
-  """The run that is in a workdir, to use its network.
+    workdir: pathlib.Path, torch_checkpoint: pathlib.Path | None
+) -> run_lib.Run:
+  """Opens the run in a workdir to use its network.
 
   Args:
-    workdir: with the run's `config.json`.
-    torch_checkpoint: a PyTorch file instead of the run's own checkpoints.
+    workdir: contains the run's `config.json`.
+    torch_checkpoint: a PyTorch file to use instead of the run's checkpoints.
 
   Returns:
-    The run; nothing in its folder is changed.
+    The run. Its folder is not changed.
 
   Raises:
-    UserError: if there is no run, or nothing to take a network from.
+    UserError: if there is no run, or no checkpoint.
   """
   config = workdirs.stored_config(workdir)
   config.evaluation.torch_checkpoint = str(torch_checkpoint or '')
@@ -173,42 +168,42 @@ def prepare(
 
 
 def load_subject(run: run_lib.Run, kind: str) -> restore.RestoredModel:
-  """The network that labels: the run's checkpoint, or the PyTorch file."""
+  """Loads the run's checkpoint of that kind, or the PyTorch file."""
   return next(restore.restore_models(run, (kind,)))
 
 
 def save(
-    path: pathlib.Path, images: np.ndarray, labelled: Labelled,
+    path: pathlib.Path, images: np.ndarray, labeled: Labeled,
     origin: dict[str, Any], *, compress: bool = False) -> None:
-  """Writes the file that `extra_data.load` reads, whole or not at all.
+  """Writes the file that `extra_images.load` reads, atomically.
 
   Args:
-    path: of the .npz.
-    images: those that were chosen, [N, H, W, C].
-    labelled: what the network says of them.
-    origin: plain values that tell where the labels are from.
-    compress: whether to; it takes longer than labelling may have.
+    path: of the .npz file.
+    images: the chosen images, [N, H, W, C].
+    labeled: their labels.
+    origin: the source of the labels, as plain values.
+    compress: whether to compress the file, which may take longer than labeling.
   """
   write = np.savez_compressed if compress else np.savez
   with atomic.replacing(path) as file:
     write(
-        file, image=images, label=labelled.labels,
-        confidence=labelled.confidence,
+        file, image=images, label=labeled.labels,
+        confidence=labeled.confidence,
         origin=np.array(json.dumps(origin)))
 
 
-def counts_table(labelled: Labelled, num_classes: int) -> str:
-  """Images and mean confidence of each class, as text."""
+def counts_table(labeled: Labeled, num_classes: int) -> str:
+  """A table of the number of images and the mean confidence of each class."""
   rows = [['class', 'images', 'mean confidence']]
   for label in range(num_classes):
-    confidence = labelled.confidence[labelled.labels == label]
+    confidence = labeled.confidence[labeled.labels == label]
     mean = f'{confidence.mean():.4f}' if len(confidence) else '-'
     rows.append([str(label), str(len(confidence)), mean])
   return console.table(rows)
 
 
 def run_all(options: Any) -> None:
-  """Labels, chooses and writes, as the command's options say."""
+  """Labels images, selects some and writes them."""
   check_selection(options.min_confidence, options.per_class)
   if options.output.suffix != '.npz':
     raise UserError(f'--output={options.output} must end in .npz.')
@@ -224,48 +219,50 @@ def run_all(options: Any) -> None:
         f'per_class={options.per_class} of {num_classes} classes are more than '
         f'the {len(images)} images in {options.images}.')
   subject = load_subject(run, options.checkpoint)
-  labelled = predict(subject.logits_fn, images, options.batch_size)
+  labeled = predict(subject.logits_fn, images, options.batch_size)
   chosen = select(
-      labelled, num_classes, min_confidence=options.min_confidence,
+      labeled, num_classes, min_confidence=options.min_confidence,
       per_class=options.per_class)
   total = len(images)
   if len(chosen) < total:
     images = images[chosen]
-    labelled = Labelled(*(values[chosen] for values in labelled))
+    labeled = Labeled(*(values[chosen] for values in labeled))
   origin = {
       **subject.origin, 'judged_by': precision.judged_by(),
       'workdir': str(options.workdir), 'images': str(options.images),
       'min_confidence': options.min_confidence,
       'per_class': options.per_class}
-  save(options.output, images, labelled, origin, compress=options.compress)
-  print(counts_table(labelled, num_classes))
+  save(options.output, images, labeled, origin, compress=options.compress)
+  print(counts_table(labeled, num_classes))
   print(f'\n{len(images):,} of {total:,} images are in {options.output}')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """The command; returns its exit code."""
+  """Runs the command and returns its exit code."""
   parser = console.Parser(__doc__)
 
   def path(text: str) -> pathlib.Path:
     return pathlib.Path(text).expanduser()
 
   parser.add_argument(
-      '--workdir', type=path, required=True, help='of a run')
+      '--workdir', type=path, required=True, help='folder of a run')
   parser.add_argument(
       '--images', type=path, required=True, help='.npz or pickle')
   parser.add_argument('--output', type=path, required=True, help='an .npz')
   parser.add_argument('--checkpoint', choices=checkpoints.KINDS, default='best')
   parser.add_argument(
-      '--torch_checkpoint', type=path, help="instead of the run's own")
+      '--torch_checkpoint', type=path,
+      help="use this file instead of the run's checkpoints")
   parser.add_argument(
       '--batch_size', type=int, default=512, help='over all devices')
   parser.add_argument(
-      '--min_confidence', type=float, default=0.0, help='leaves out others')
+      '--min_confidence', type=float, default=0.0,
+      help='drops less confident images')
   parser.add_argument(
       '--per_class', type=int, default=0,
-      help='takes the N most confident of each class; 0: all')
+      help='keeps the N most confident images per class; 0: all')
   parser.add_argument(
-      '--compress', action='store_true', help='a smaller file, slowly')
+      '--compress', action='store_true', help='writes a smaller file, slower')
   try:
     run_all(parser.parse_args(argv))
   except (UserError, OSError) as error:

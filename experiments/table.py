@@ -1,16 +1,16 @@
-"""Runs configs and seeds, and sets their results beside the published ones.
+"""Runs configs and seeds, and compares the results with published ones.
 
   python experiments/table.py --seeds=0,1 --workdir=runs/table \
     --configs=experiments/configs/cifar10_at.py,experiments/configs/cifar10_awp.py
 
-Every run is a process of its own. What is finished is not run again, what was
-stopped goes on from its last checkpoint, and what fails stands in the table
-with its reason. Ctrl-C and SIGTERM let the run under way save first.
+Every run is a separate process. Finished runs are not repeated, stopped runs
+resume from their last checkpoint, and failed runs are listed in the table with
+the reason. After Ctrl-C or SIGTERM, the current run saves a checkpoint first.
 `--config.NAME=VALUE` changes a field of every run. `--only_table` runs nothing.
-A seed is that of the initial weights, the order of images and the noise; the
-images themselves depend on `--config.data_seed` alone, 0 by default.
-The table covers all runs in the workdir, also those which another process with
-the same workdir has made: start one per accelerator.
+A seed sets the initial weights, the order of images and the noise. The choice
+of images depends only on `--config.data_seed`, 0 by default.
+The table covers all runs in the workdir, including those of other processes
+with the same workdir: start one process per accelerator.
 """
 
 import argparse
@@ -37,19 +37,20 @@ COLUMNS = {
     'autoattack': 'AutoAttack', 'seconds_per_step': 's/step',
     'seconds_per_epoch': 's/epoch'}
 
-#: Of these, those which `published` may know.
+#: Columns that have published values.
 PUBLISHED = ('best', 'last', 'natural', 'autoattack')
 
 LEGEND = (
-    'Robust accuracy on test images, per cent, mean ± standard deviation over '
-    'seeds: the best evaluation and the mean of the last six; natural accuracy '
-    'at the best; gap: robust accuracy on training images less that on test '
-    'images at the last evaluation; seconds of training. Runs that are not '
-    'finished stand for themselves.')
+    'Mean ± standard deviation over seeds. Accuracies are in percent on test '
+    'images. best: robust accuracy at the best evaluation; last 6: mean robust '
+    'accuracy of the last six evaluations; natural: natural accuracy at the '
+    'best evaluation; gap: robust accuracy on training images minus that on '
+    'test images at the last evaluation; s/step, s/epoch: seconds of training. '
+    'Unfinished runs have separate rows.')
 
 
 def rows(groups: dict[str, list[records.Record]]) -> list[list[str]]:
-  """The table's cells; '-' where nothing is known."""
+  """The table's cells; '-' for missing values."""
   measured = {key for runs in groups.values() for key in runs[0].measured}
   keys = [key for key in COLUMNS if key != 'autoattack' or key in measured]
   head = ['config', 'seeds']
@@ -58,11 +59,11 @@ def rows(groups: dict[str, list[records.Record]]) -> list[list[str]]:
   table = [[*head, 'state']]
   for name, runs in groups.items():
     cells = [name, ', '.join(str(run.seed) for run in runs)]
-    beside = published.find(runs[0].label) or {}
+    reference = published.find(runs[0].label) or {}
     for key in keys:
       cells.append(_cell(key, [run.measured.get(key) for run in runs]))
       if key in PUBLISHED:
-        cells.append(f'{beside[key]:.2f}' if key in beside else '-')
+        cells.append(f'{reference[key]:.2f}' if key in reference else '-')
     table.append([*cells, _progress(runs[0])])
   return table
 
@@ -83,7 +84,7 @@ def _progress(run: records.Record) -> str:
 
 
 def notes(groups: dict[str, list[records.Record]]) -> list[str]:
-  """What the reader must know beside the table, a line each."""
+  """Notes below the table, one line each."""
   found = []
   for name, runs in groups.items():
     if runs[0].state.error:
@@ -92,21 +93,21 @@ def notes(groups: dict[str, list[records.Record]]) -> list[str]:
     fields = records.changed(runs[0].label, runs[0].config)
     if fields:
       found.append(
-          f'{name} differs from its config in '
+          f'{name} differs from its config: '
           f'{", ".join(f"{key}={fields[key]!r}" for key in sorted(fields))}'
-          + (': the published numbers are not for this.'
+          + ('. The published numbers do not apply.'
              if published.find(runs[0].label) else '.'))
   return found
 
 
 def markdown(cells: Sequence[Sequence[str]]) -> str:
-  """The same table for a README."""
+  """The table in Markdown."""
   lines = [f'| {" | ".join(row)} |' for row in cells]
   return '\n'.join([lines[0], '|---' * len(cells[0]) + '|', *lines[1:]])
 
 
 def as_json(groups: dict[str, list[records.Record]]) -> dict[str, Any]:
-  """All of the table as plain values."""
+  """The contents of `table.json`."""
   return {
       name: {
           'config': runs[0].label,
@@ -123,17 +124,17 @@ def write(workdir: pathlib.Path, listed: Sequence[str]) -> str:
 
   Args:
     workdir: with the runs.
-    listed: names of runs that come first, in this order, also if they never
-      started; all others in the folder follow.
+    listed: names of the runs listed first, in this order, even if they never
+      started. All others in the folder follow.
 
   Returns:
     The table as text.
   """
   names = dict.fromkeys([*listed, *runner.find_runs(workdir)])
   groups = records.group([records.read(workdir, name) for name in names])
-  cells, beside = rows(groups), notes(groups)
+  cells, remarks = rows(groups), notes(groups)
   atomic.write_text(workdir / 'table.md', '\n\n'.join(
-      [markdown(cells), LEGEND, *beside]) + '\n')
+      [markdown(cells), LEGEND, *remarks]) + '\n')
   atomic.write_text(
       workdir / 'table.json', json.dumps(as_json(groups), indent=2) + '\n')
   shown = {
@@ -143,42 +144,44 @@ def write(workdir: pathlib.Path, listed: Sequence[str]) -> str:
     curves.plot_comparison(shown, workdir / 'table.png')
   return '\n'.join([
       console.table(cells), '',
-      *(textwrap.fill(text, 80) for text in (LEGEND, *beside))])
+      *(textwrap.fill(text, 80) for text in (LEGEND, *remarks))])
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-  """Options, and the overrides for every run."""
+  """Parses the options and the overrides for every run."""
   parser = console.Parser(__doc__)
   parser.add_argument(
-      '--configs', type=str, help='their files, with commas between')
-  parser.add_argument('--seeds', default='0', help='by default 0')
+      '--configs', type=str, help='files, separated by commas')
+  parser.add_argument(
+      '--seeds', default='0', help='separated by commas; default: 0')
   parser.add_argument('--workdir', type=pathlib.Path, required=True)
   parser.add_argument(
-      '--only_table', action='store_true', help='run nothing')
+      '--only_table', action='store_true',
+      help='only write the table; run nothing')
   options, rest = parser.parse_known_args(argv)
   for argument in rest:
     if not re.fullmatch(r'--config\.[\w.]+=.*', argument, re.DOTALL):
       parser.error(
-          f'unknown argument {argument!r}; fields of all configs are changed '
-          'by --config.NAME=VALUE.')
+          f'unknown argument {argument!r}; use --config.NAME=VALUE to change a '
+          'field of all configs.')
     if argument.startswith('--config.seed='):
-      parser.error(f'{argument}: the seeds are those of --seeds=0,1,2.')
+      parser.error(f'{argument}: set seeds with --seeds=0,1,2.')
   if not options.configs and not options.only_table:
-    parser.error('--configs names no config; --only_table needs none.')
+    parser.error('--configs is missing; only --only_table works without it.')
   return options, rest
 
 
 def main(
     argv: Sequence[str] | None = None,
     script: pathlib.Path = runner.MAIN) -> int:
-  """Runs and prints.
+  """Runs the sweep, writes the table and prints it.
 
   Args:
-    argv: of the command.
-    script: what runs one config.
+    argv: arguments of the command.
+    script: the script that runs one config.
 
   Returns:
-    The exit code: 1 if a listed run failed.
+    The exit code: 1 if a listed run failed, 2 for wrong arguments.
   """
   options, overrides = _parse(argv)
   workdir = options.workdir.expanduser()
@@ -189,11 +192,11 @@ def main(
         for config in jobs.parse_configs(options.configs)
     ] if options.configs else []
     if options.only_table and not listed and not runner.find_runs(workdir):
-      raise UserError(f'{str(workdir)!r} holds no runs of a table.')
+      raise UserError(f'{str(workdir)!r} holds no runs.')
     names = [job.name for job in listed]
     stopped = None
     if not options.only_table:
-      # The files are up to date while the next run is under way.
+      # Keeps the table up to date during the sweep.
       stopped = runner.run_jobs(
           listed, workdir, overrides, script,
           after_each=lambda: write(workdir, names))
@@ -202,9 +205,9 @@ def main(
   except (UserError, OSError) as error:
     console.complain(error)
     return 2
-  print(f'\nthe same as table.md and table.json, and curves: {workdir}')
+  print(f'\ntable.md, table.json and table.png are in {workdir}')
   if stopped:
-    print(f'{stopped}: the same command goes on from there.')
+    print(f'{stopped}: run the same command to resume.')
   return int(any(
       runner.state_of(workdir, name).kind == 'failed' for name in names))
 

@@ -1,1 +1,1 @@
-"""Attacks on inputs, a module each; `awp_jax` exports their functions."""
+"""Attacks on inputs, one per module; `awp_jax` exports their functions."""

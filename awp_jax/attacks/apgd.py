@@ -1,18 +1,18 @@
 """Auto-PGD: projected gradient ascent that chooses its own step sizes.
 
 With P the projection onto ball and box, s the steepest direction and a step
-size eta, 2 epsilon at first, one iteration makes
+size eta, at first 2 epsilon, one iteration computes
 
   z   = P( x_k + eta s(grad loss(x_k)) )
   x_+ = P( x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1}) ).
 
-At checkpoints (after 22 % of the iterations, then at intervals that shrink by
-3 % down to 6 %) eta is halved where the loss rose in at most 75 % of the
-iterations since the last one, or where it was not halved there and the best
-loss has not risen since; the iterate then goes back to the best point.
+Checkpoints come after 22 % of the iterations, then at intervals that shrink by
+3 % down to 6 %. A checkpoint halves eta if the loss rose in at most 75 % of the
+iterations since the previous one, or if the previous one did not halve it and
+the best loss has not risen since. The iterate then returns to the best point.
 
-In L_1 steps are sparse: the share of the entries that moves follows the
-sparsity of the best point, and three stages shrink the ball from three times
+In L_1 steps are sparse: the share of the entries that move depends on the
+sparsity of the best point. Three stages shrink the ball from three times
 epsilon to epsilon.
 
   >>> import jax, jax.numpy as jnp
@@ -35,7 +35,8 @@ from awp_jax.attacks import apgd_steps
 from awp_jax.attacks.apgd_steps import APGDState
 from awp_jax.core import checks
 from awp_jax.evaluation import evaluate, protocol
-from awp_jax.evaluation.model import LogitsLoss, Model
+from awp_jax.evaluation.losses import LogitsLoss
+from awp_jax.evaluation.model import Model
 from awp_jax.evaluation.protocol import (
   AttackSpec,
   BoundAttack,
@@ -48,8 +49,8 @@ from awp_jax.types import Array
 Loss = Literal['ce', 'dlr', 'dlr-targeted', 'margin']
 LOSSES: tuple[Loss, ...] = ('ce', 'dlr', 'dlr-targeted', 'margin')
 
-#: How many classes a loss needs, and what replaces it with fewer.
-_NEEDS: dict[Any, tuple[int, str]] = {
+#: Fewest classes that a loss needs, and its replacement with fewer.
+_MIN_CLASSES: dict[Any, tuple[int, str]] = {
     'dlr': (3, 'margin'), 'dlr-targeted': (4, 'difference')}
 
 
@@ -59,7 +60,7 @@ def _target(examples: Examples, restarts: int) -> Array:
 
 
 def _check_loss(loss: Loss | LogitsLoss, num_classes: int) -> None:
-  """Raises ValueError unless a callable loss gives one number per example."""
+  """Raises ValueError unless a callable loss returns one value per example."""
   if isinstance(loss, str):
     return
   whole = jax.ShapeDtypeStruct((2,), jnp.int32)
@@ -84,10 +85,10 @@ def apgd_spec(
   if isinstance(loss, str):
     if targeted not in (None, loss == 'dlr-targeted'):
       raise ValueError(
-          f'targeted={targeted!r} does not go with loss={loss!r}: only '
-          "'dlr-targeted' and a callable loss run per target class.")
+          f'targeted={targeted!r} does not match loss={loss!r}: only '
+          "'dlr-targeted' and callable losses run per target class.")
     targeted = loss == 'dlr-targeted'
-  fewest, instead = _NEEDS.get(loss, (2, loss))
+  fewest, instead = _MIN_CLASSES.get(loss, (2, loss))
 
   def build(model: Model, threat: ThreatModel) -> BoundAttack:
     _check_loss(loss, model.num_classes)
@@ -135,22 +136,23 @@ def apgd(
     labels: integers [N] in [0, C).
     threat: L_inf, L_2 or L_1.
     loss: 'ce', 'dlr' (C >= 3), 'dlr-targeted' (C >= 4) or 'margin'. With fewer
-      classes a DLR loss gives way to the difference of logits above its
-      division, with a warning. Or a function (logits [B, C], labels [B],
-      targets [B]) -> losses [B] that the adversary makes large.
-    num_steps: iterations of a run, >= 1.
-    restarts: runs from other random starts, per target where targeted.
-    num_targets: targeted: the most likely wrong classes, at most C - 1.
+      classes a DLR loss is replaced by its numerator, a difference of logits,
+      with a warning. Or a function (logits [B, C], labels [B], targets [B]) ->
+      losses [B] that the attack ascends.
+    num_steps: iterations per run, >= 1.
+    restarts: runs from different random starts; per target if targeted.
+    num_targets: if targeted, number of the most likely wrong classes to
+      target, at most C - 1.
     targeted: whether a callable loss has runs for each of `num_targets`
-      classes; else its `targets` are the most likely wrong ones.
-    eps_schedule: L_1: shrink the ball in stages.
-    options: how the examples stream through.
+      classes. Otherwise its `targets` are the most likely wrong classes.
+    eps_schedule: for L_1, shrink the ball in stages.
+    options: batching, resuming and reporting.
 
   Returns:
-    What stands and what broke.
+    The result.
 
   Raises:
-    ValueError: for arguments that are not as above.
+    ValueError: for arguments outside the ranges above.
 
   References:
     Croce and Hein, Reliable Evaluation of Adversarial Robustness with an

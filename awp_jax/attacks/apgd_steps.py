@@ -1,7 +1,7 @@
-"""One iteration of Auto-PGD, as pure functions of what the model says.
+"""One iteration of Auto-PGD, as pure functions of losses and gradients.
 
-The formulas stand in `awp_jax.attacks.apgd`. Every row of the state runs at its
-own iteration t; t = 0 judges the start, so a run of K steps has K + 1
+See `awp_jax.attacks.apgd` for the formulas. Every row of the state has its own
+iteration t. Evaluation t = 0 is of the start, so a run of K steps has K + 1
 evaluations.
 """
 
@@ -18,22 +18,22 @@ from awp_jax.evaluation.protocol import Examples, Report
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
-_RISES = 0.75        # fewer rises than this fraction: the step is halved
-_NEW_SHARE = 0.75    # weight of the new step against the last one
+_RISES = 0.75        # halve the step if at most this fraction of losses rose
+_NEW_SHARE = 0.75    # weight of the new step; the rest is momentum
 _DENSITY = 1.5       # L1: the best point's sparsity over the next step's
-_SPARSER = 0.95      # L1: below this ratio of sparsities, steps start afresh
-_L1_SHRINK = 1.5     # L1: what a step size is divided by
+_SPARSER = 0.95      # L1: below this ratio of sparsities, reset the step size
+_L1_SHRINK = 1.5     # L1: divisor of the step size
 _L1_SMALLEST = 10.0  # L1: the first step size over the smallest
 
 
 class Schedule(NamedTuple):
-  """What happens at evaluation t = 0, 1, ...; tuples, so that it is hashable.
+  """Settings of evaluation t = 0, 1, ...; tuples, so that it is hashable.
 
   Attributes:
-    first: whether a stage begins: t is its start, not the end of a step.
-    last_stage: whether the ball is the real one, so that successes count.
-    epsilon: the radius in force.
-    window: how many iterations the checkpoint at t looks back on; 0 if none.
+    first: whether t is the start of a stage, not the end of a step.
+    last_stage: whether the radius is the final one, so that successes count.
+    epsilon: the radius at t.
+    window: number of iterations covered by the checkpoint at t; 0 if none.
   """
 
   first: tuple[bool, ...]
@@ -46,18 +46,19 @@ class APGDState(NamedTuple):
   """One row per example; images [B, ...], the rest [B].
 
   Attributes:
-    x: the point to be evaluated next.
+    x: the next point to evaluate.
     previous: the point before it.
     best: the point of the highest loss so far in this stage.
-    best_gradient: the gradient there.
-    best_loss: the loss there.
-    last_loss: at the last evaluation.
+    best_gradient: the gradient at `best`.
+    best_loss: the loss at `best`.
+    last_loss: the loss at the last evaluation.
     step_size: eta.
-    rises: how often the loss rose since the last checkpoint.
+    rises: number of times the loss rose since the last checkpoint.
     check_loss: `best_loss` at the last checkpoint.
-    reduced: whether the step was halved there.
+    reduced: whether the last checkpoint halved the step.
     share: L1: the fraction of the entries that a step moves.
-    sparsity: L1: how many entries of the best point had moved.
+    sparsity: L1: number of moved entries of the best point at the last
+      checkpoint.
     time: t, the number of evaluations made.
   """
 
@@ -77,7 +78,7 @@ class APGDState(NamedTuple):
 
 
 def checkpoint_windows(num_steps: int) -> tuple[int, ...]:
-  """Window of the checkpoint after step t = 0..num_steps; 0 where none is."""
+  """Window of the checkpoint after step t = 0..num_steps; 0 if none."""
   window = max(int(0.22 * num_steps), 1)
   smallest = max(int(0.06 * num_steps), 1)
   shrink = max(int(0.03 * num_steps), 1)
@@ -92,12 +93,12 @@ def checkpoint_windows(num_steps: int) -> tuple[int, ...]:
 
 def make_schedule(
     threat: ThreatModel, num_steps: int, staged: bool) -> Schedule:
-  """The course of a run.
+  """The schedule of a run.
 
   Args:
-    threat: its norm decides about checkpoints, its epsilon about radii.
+    threat: its norm selects the checkpoints, its epsilon the radii.
     num_steps: iterations, summed over the stages.
-    staged: whether the ball shrinks from 3 epsilon over 2 epsilon in stages of
+    staged: whether the radius shrinks in stages: 3, 2 and 1 times epsilon for
       30, 30 and 40 % of the iterations.
 
   Returns:
@@ -125,7 +126,7 @@ def _column(values: Array, like: Array) -> Array:
   return values.reshape((-1,) + (1,) * (like.ndim - 1))
 
 
-def _pick(mask: Array, new: Array, old: Array) -> Array:
+def _select(mask: Array, new: Array, old: Array) -> Array:
   return jnp.where(_column(mask, new), new, old)
 
 
@@ -139,7 +140,7 @@ def _project(
 
 
 def _moved(x_adv: Array, x: Array) -> Array:
-  """How many entries differ, [B]."""
+  """Number of entries that differ, [B]."""
   changed = (x_adv != x).reshape(x.shape[0], -1)
   return jnp.sum(changed, axis=-1).astype(x.dtype)
 
@@ -174,7 +175,7 @@ def start(
 def _record(
     state: APGDState, seen: Gradients, x: Array, threat: ThreatModel,
     schedule: Schedule) -> APGDState:
-  """Takes in an evaluation; at the start of a stage, all counters anew."""
+  """Records an evaluation; resets the counters at the start of a stage."""
   first = jnp.asarray(schedule.first)[state.time]
   radius = jnp.asarray(schedule.epsilon, x.dtype)[state.time]
   losses = seen.losses.astype(x.dtype)
@@ -184,12 +185,12 @@ def _record(
   moved = _moved(state.x, x)
   size = x[0].size
   return state._replace(
-      previous=_pick(first, state.x, state.previous),
-      best=_pick(better, state.x, state.best),
-      best_gradient=_pick(better, seen.gradient, state.best_gradient),
+      previous=_select(first, state.x, state.previous),
+      best=_select(better, state.x, state.best),
+      best_gradient=_select(better, seen.gradient, state.best_gradient),
       best_loss=best_loss,
-      # The reference compares the first step with a loss of 0, not with the
-      # start's, and so does this.
+      # As in the reference, the first step is compared with a loss of 0, not
+      # with the loss of the start.
       last_loss=jnp.where(first, 0, losses),
       rises=jnp.where(first, 0, state.rises + (losses > state.last_loss)),
       step_size=jnp.where(
@@ -205,17 +206,17 @@ def _record(
 def _halve(
     state: APGDState, gradient: Array, due: Array, window: Array
 ) -> tuple[APGDState, Array]:
-  """The checkpoint of L_inf and L_2; returns the gradient to go on with."""
+  """The checkpoint of L_inf and L_2; returns state and gradient to continue."""
   few = state.rises <= _RISES * window
   stuck = ~state.reduced & (state.check_loss >= state.best_loss)
   halved = due & (few | stuck)
   state = state._replace(
       step_size=jnp.where(halved, state.step_size / 2, state.step_size),
-      x=_pick(halved, state.best, state.x),
+      x=_select(halved, state.best, state.x),
       reduced=jnp.where(due, halved, state.reduced),
       check_loss=jnp.where(due, state.best_loss, state.check_loss),
       rises=jnp.where(due, 0, state.rises))
-  return state, _pick(halved, state.best_gradient, gradient)
+  return state, _select(halved, state.best_gradient, gradient)
 
 
 def _resparsify(
@@ -232,8 +233,8 @@ def _resparsify(
       step_size=jnp.where(due, shrunk, state.step_size),
       share=jnp.where(due, moved / x[0].size / _DENSITY, state.share),
       sparsity=jnp.where(due, moved, state.sparsity),
-      x=_pick(again, state.best, state.x))
-  return state, _pick(again, state.best_gradient, gradient)
+      x=_select(again, state.best, state.x))
+  return state, _select(again, state.best_gradient, gradient)
 
 
 def _ascend(
@@ -257,14 +258,14 @@ def _ascend(
 def advance(
     state: APGDState, seen: Gradients, x: Array, threat: ThreatModel,
     schedule: Schedule) -> tuple[APGDState, Report]:
-  """One iteration, given what the model says at `state.x`.
+  """One iteration, given losses and gradients at `state.x`.
 
   Args:
     state: the state.
-    seen: loss, gradient and verdict at `state.x`.
+    seen: losses, gradients and misclassifications at `state.x`.
     x: natural images [B, ...].
     threat: ball and box.
-    schedule: of `make_schedule`.
+    schedule: from `make_schedule`.
 
   Returns:
     The next state, and a report on `state.x`.
@@ -289,11 +290,11 @@ def advance(
   else:
     state, gradient = _halve(state, seen.gradient, window > 0, window)
   after = jnp.minimum(state.time + 1, total - 1)
-  onwards = _ascend(state, gradient, x, threat, first, radius)
+  x_next = _ascend(state, gradient, x, threat, first, radius)
   if len(set(schedule.epsilon)) > 1:
-    # A new stage starts at the best point of the last, in the smaller ball.
+    # A new stage starts at the best point of the last, projected.
     begin = _project(
         state.best, x, threat,
         jnp.asarray(schedule.epsilon, x.dtype)[after])
-    onwards = _pick(jnp.asarray(schedule.first)[after], begin, onwards)
-  return state._replace(x=onwards, previous=state.x, time=time + 1), report
+    x_next = _select(jnp.asarray(schedule.first)[after], begin, x_next)
+  return state._replace(x=x_next, previous=state.x, time=time + 1), report

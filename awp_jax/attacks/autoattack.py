@@ -1,7 +1,7 @@
 """AutoAttack: a fixed list of attacks that need no tuning.
 
-Each attack of a version sees the examples that the ones before it left
-standing; what survives all of them counts as robust.
+Each attack sees only the examples that survived the earlier attacks. Examples
+that survive all of them count as robust.
 
   >>> import jax, jax.numpy as jnp
   >>> from awp_jax.threat import ThreatModel
@@ -42,7 +42,7 @@ VERSIONS: dict[Version, tuple[str, ...]] = {
 ATTACKS: tuple[str, ...] = (
     'apgd-ce', 'apgd-dlr', 'apgd-t', 'fab', 'fab-t', 'square')
 
-#: Draws of a randomised model that 'rand' averages each gradient over.
+#: Draws of a randomized model that 'rand' averages each gradient over.
 RAND_DRAWS = 20
 
 
@@ -52,12 +52,11 @@ def make_specs(
   """The attacks of a version with its settings.
 
   Args:
-    names: of `ATTACKS`.
+    names: from `ATTACKS`.
     norm: L_1 has its own settings in 'standard' and 'fast': five restarts of
-      APGD-CE, five targets for APGD-T, and balls that shrink.
-    version: 'plus' restarts APGD-CE, APGD-DLR and FAB five times; 'rand'
-      averages gradients over 20 draws, and its specs need a model that takes a
-      key.
+      APGD-CE, five targets for APGD-T, and radii that shrink in stages.
+    version: 'plus' gives APGD-CE, APGD-DLR and FAB five restarts; 'rand'
+      averages gradients over 20 draws and needs a model that takes a key.
 
   Returns:
     One spec per name.
@@ -97,32 +96,32 @@ def auto_attack(
 
   Args:
     key: a PRNG key. An attack draws the same randomness alone and in a list.
-    logits_fn: images [B, ...] -> logits [B, C], C >= 2, traceable by JAX: say
-      `lambda x: model.apply(variables, x)` in eval mode, with the normalisation
-      inside. Logits, not probabilities.
+    logits_fn: images [B, ...] -> logits [B, C], C >= 2, traceable by JAX, for
+      example `lambda x: model.apply(variables, x)` in eval mode, with the
+      normalization inside. Logits, not probabilities.
     images: [N, ...], N >= 1, rank >= 2, inside the box of `threat`, usually
       [0, 1]. Square needs [N, H, W, channels]; H and W may differ.
     labels: integers [N] in [0, C).
     threat: L_inf, L_2 or L_1.
-    version: which attacks, unless `attacks` names them.
+    version: the list of attacks, unless `attacks` is given.
 
       * 'standard': APGD-CE, APGD-T (9 targets), FAB-T (9 targets) and Square
         (5000 queries).
       * 'plus': APGD-CE, APGD-DLR and FAB with 5 restarts each, Square, APGD-T
         and FAB-T.
-      * 'rand', for randomised models: APGD-CE and APGD-DLR on gradients
+      * 'rand', for randomized models: APGD-CE and APGD-DLR on gradients
         averaged over 20 draws. It needs `EvalOptions.takes_key`.
-      * 'fast': APGD-CE and APGD-T alone. In nine published logs of 'standard'
-        these two fix the robust accuracy to within 0.02 percentage points, in
-        24 to 33 % of the time. It can be wrong by far more on a model that
-        masks its gradients, which it has no way to notice.
-    attacks: names of `ATTACKS`, or specs, run in this order instead.
-    options: how the examples stream through, resume and spread over devices.
+      * 'fast': only APGD-CE and APGD-T. In nine published logs of 'standard'
+        these two determine the robust accuracy to within 0.02 percentage
+        points, in 24 to 33 % of the time. The error can be far larger on a
+        model that masks its gradients, and this version cannot detect that.
+    attacks: names from `ATTACKS`, or specs, to run instead, in this order.
+    options: batching, resuming, reporting and devices.
 
   Returns:
     Verdicts, adversarial examples, what each attack broke, and warnings.
-    Where C is small, targets become fewer and the DLR losses (3 classes, 4
-    where targeted) give way to differences of logits, with a warning.
+    With few classes there are fewer targets, and differences of logits replace
+    the DLR losses (which need 3 classes, 4 if targeted), with a warning.
 
   Raises:
     ValueError: for an unknown version or attack, images outside the box or
@@ -138,7 +137,7 @@ def auto_attack(
   chosen = VERSIONS[version] if attacks is None else attacks
   if version == 'rand' and not options.takes_key:
     raise ValueError(
-        "version='rand' is for randomised models: pass logits_fn(images, key) "
+        "version='rand' is for randomized models: pass logits_fn(images, key) "
         "and EvalOptions(takes_key=True), or use version='standard' for a "
         'deterministic model.')
   specs = []

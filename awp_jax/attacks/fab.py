@@ -1,14 +1,14 @@
-"""Fast Adaptive Boundary attack: towards the boundary, and back to the image.
+"""Fast Adaptive Boundary attack: steps to the boundary, biased to the image.
 
-With the decision boundary between y and another class linearised at x_k, d and
-e the shortest ways to it from x_k and from the natural image x inside the box,
+The decision boundary between y and another class is linearized at x_k. With d
+and e the shortest steps to it inside the box from x_k and from the image x,
 
   x_{k+1} = clip( (1 - a)(x_k + 1.05 d) + a (x + 1.05 e) ),
   a = min( |d| / (|d| + |e|), 0.1 ).
 
-Once it is misclassified, the point is drawn back to x + 0.9 (x_{k+1} - x). FAB
-minimises the distance; here an example is broken, and leaves, as soon as a
-misclassified point lies inside the ball.
+A misclassified point moves back to x + 0.9 (x_{k+1} - x). FAB minimizes the
+distance; here an example is broken, and its run ends, as soon as a
+misclassified point is inside the ball.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,8 @@ from awp_jax import threat as threats
 from awp_jax.attacks import hyperplanes
 from awp_jax.core import checks, loops
 from awp_jax.evaluation import evaluate, protocol
-from awp_jax.evaluation.model import (
-  Gradients,
-  Model,
-  difference,
-  either,
-  misclassified,
-)
+from awp_jax.evaluation.losses import difference
+from awp_jax.evaluation.model import Gradients, Model, either, misclassified
 from awp_jax.evaluation.protocol import (
   AttackSpec,
   BoundAttack,
@@ -39,16 +34,16 @@ from awp_jax.evaluation.protocol import (
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
-_MOST_BIAS = 0.1   # the largest a
-_OVERSHOOT = 1.05  # past the boundary
-_RETREAT = 0.9     # of the way out, once misclassified
+_MAX_BIAS = 0.1    # the largest a
+_OVERSHOOT = 1.05  # factor on the step, to pass the boundary
+_BACKWARD = 0.9    # factor on x_{k+1} - x of a misclassified point
 
 
 class FABState(NamedTuple):
   """One row per example.
 
   Attributes:
-    x: the point of the next linearisation, [B, ...].
+    x: the point of the next linearization, [B, ...].
     time: iterations made, [B].
   """
 
@@ -57,13 +52,13 @@ class FABState(NamedTuple):
 
 
 class _Boundary(NamedTuple):
-  """A linearised boundary.
+  """A linearized boundary.
 
   Attributes:
     value: z_k - z_y, [B].
     gradient: its gradient, [B, ...], with 0 for entries that are not finite.
     distance: from the point to the boundary, [B].
-    nonfinite: whether entries of a gradient were not finite, [B].
+    nonfinite: whether the gradient had entries that are not finite, [B].
   """
 
   value: Array
@@ -84,7 +79,7 @@ def _norm(x: Array, threat: ThreatModel) -> Array:
 @functools.partial(jax.jit, static_argnames=('threat', 'restarts'))
 def start(
     examples: Examples, threat: ThreatModel, restarts: int) -> FABState:
-  """The image itself; on a restart a random point half way to the sphere."""
+  """The image itself; on a restart a random point at distance epsilon / 2."""
   x = examples.images
   draw = jax.random.uniform if threat.norm == 'Linf' else jax.random.normal
   noise = jax.vmap(lambda key: draw(key, x.shape[1:], x.dtype))(examples.keys)
@@ -100,7 +95,7 @@ def start(
 
 @functools.partial(jax.jit, static_argnames=('threat',))
 def _boundary(seen: Gradients, threat: ThreatModel) -> _Boundary:
-  """How far the linearised boundary is, in the norm dual to the ball's."""
+  """The linearized boundary; distances divide by the dual norm of g."""
   g = seen.gradient
   if threat.norm == 'Linf':
     slope = threats.l1_norms(g).reshape(-1)
@@ -108,7 +103,7 @@ def _boundary(seen: Gradients, threat: ThreatModel) -> _Boundary:
     slope = threats.l2_norms(g).reshape(-1)
   else:
     slope = jnp.max(jnp.abs(g).reshape(g.shape[0], -1), axis=-1)
-  # A value that is not finite is infinitely far: no step leads there.
+  # A value that is not finite is infinitely far, so no step goes there.
   finite = jnp.isfinite(seen.losses)
   return _Boundary(
       jnp.where(finite, seen.losses, 0), g * _column(finite, g),
@@ -140,7 +135,7 @@ def _cotangent(logits: Array, labels: Array, targets: Array) -> Array:
 @jax.jit
 def _seen(
     gradient: Array, logits: Array, labels: Array, targets: Array) -> Gradients:
-  """What `Model.gradients` returns for the loss z_t - z_y."""
+  """The `Gradients` of the loss z_t - z_y."""
   finite = jnp.isfinite(gradient)
   losses = difference(logits, labels, targets)
   return Gradients(
@@ -155,8 +150,8 @@ def _class_gradients(
 ) -> Callable[[Array], Gradients]:
   """A function from targets [B] to z_t - z_y at x and its gradient.
 
-  One forward pass serves all targets of a deterministic model. The gradients of
-  a randomised one may be averages over draws, which `model` takes.
+  A deterministic model needs one forward pass for all targets. A randomized
+  model may average its gradients over draws, so `model.gradients` is used.
   """
   if model.takes_key:
     return lambda targets: model.gradients(
@@ -173,7 +168,7 @@ def _class_gradients(
 def _nearest_boundary(
     model: Model, state: FABState, examples: Examples, keys: Array,
     threat: ThreatModel) -> _Boundary:
-  """The nearest of all boundaries, a class at a time to spare memory."""
+  """The nearest of all boundaries, one class at a time to save memory."""
   gradients = _class_gradients(model, state.x, examples.labels, keys)
 
   def look(carry: tuple[Array, _Boundary]) -> tuple[Array, _Boundary]:
@@ -193,14 +188,14 @@ def _nearest_boundary(
 def approach(
     x: Array, images: Array, value: Array, gradient: Array,
     threat: ThreatModel) -> Array:
-  """One step to the linearised boundary, biased towards the images.
+  """One step to the linearized boundary, biased towards the images.
 
   Args:
-    x: where the boundary was linearised, [B, ...].
+    x: where the boundary was linearized, [B, ...].
     images: natural images.
     value: z_k - z_y at x, [B].
     gradient: its gradient.
-    threat: norm and box; its radius plays no part.
+    threat: norm and box; its radius is not used.
 
   Returns:
     The next points, inside the box.
@@ -213,23 +208,23 @@ def approach(
       jnp.concatenate([flat, natural]), jnp.concatenate([w, w]),
       jnp.concatenate([b, b]), threat.norm, threat.lower, threat.upper)
   lengths = jnp.maximum(_norm(both, threat), 1e-8)[:, None]
-  ours, theirs = lengths[:count], lengths[count:]
-  bias = jnp.minimum(ours / (ours + theirs), _MOST_BIAS)
+  from_x, from_image = lengths[:count], lengths[count:]
+  bias = jnp.minimum(from_x / (from_x + from_image), _MAX_BIAS)
   mixed = ((flat + _OVERSHOOT * both[:count]) * (1 - bias)
            + (natural + _OVERSHOOT * both[count:]) * bias)
   return threat.clip(mixed).reshape(x.shape)
 
 
 @functools.partial(jax.jit, static_argnames=('threat', 'num_steps'))
-def judge(
+def advance(
     state: FABState, x: Array, logits: Array, boundary: _Boundary,
     examples: Examples, threat: ThreatModel, num_steps: int
 ) -> tuple[FABState, Report]:
-  """Looks whether the new points are adversarial; draws those back."""
+  """Reports which new points are broken; moves misclassified ones back."""
   wrong = misclassified(logits, examples.labels)
   broken = wrong & (threat.distance(x, examples.images) <= threat.epsilon)
   rows = wrong.reshape((-1,) + (1,) * (x.ndim - 1))
-  back = examples.images + (x - examples.images) * _RETREAT
+  back = examples.images + (x - examples.images) * _BACKWARD
   flat = jnp.all(
       boundary.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
   report = Report(
@@ -262,7 +257,7 @@ def fab_spec(
       near = boundary(examples, state, keys)
       x = approach(
           state.x, examples.images, near.value, near.gradient, threat)
-      return judge(
+      return advance(
           state, x, model.logits(x, keys), near, examples, threat, num_steps)
 
     runs = restarts
@@ -282,27 +277,28 @@ def fab(
     labels: Array | np.ndarray, threat: ThreatModel, *, targeted: bool = False,
     num_steps: int = 100, restarts: int = 1, num_targets: int = 9,
     options: evaluate.EvalOptions | None = None) -> evaluate.AttackResult:
-  """The FAB attack, which looks for the nearest misclassified point.
+  """The FAB attack, which searches for the nearest misclassified point.
 
   Args:
-    key: a PRNG key; read by restarts only.
+    key: a PRNG key; used by restarts only.
     logits_fn: images [B, ...] -> logits [B, C], C >= 2.
     images: [N, ...], rank >= 2, inside the box.
     labels: integers [N] in [0, C).
     threat: L_inf, L_2 or L_1.
-    targeted: towards one class per run, the likeliest wrong ones in turn (one
-      gradient an iteration), or towards the nearest of all (C gradients, of one
-      forward pass where the model is deterministic).
-    num_steps: iterations of a run, >= 1.
-    restarts: runs, per target where targeted; the first begins at the image.
-    num_targets: targeted: how many classes, at most C - 1.
-    options: how the examples stream through.
+    targeted: if True, each run goes towards one class, the likeliest wrong
+      ones in turn, with one gradient per iteration. If False, towards the
+      nearest class, with C gradients per iteration; a deterministic model
+      computes them from one forward pass.
+    num_steps: iterations per run, >= 1.
+    restarts: runs, per target if targeted; the first starts at the image.
+    num_targets: if targeted, number of classes, at most C - 1.
+    options: batching, resuming and reporting.
 
   Returns:
-    What stands and what broke.
+    The result.
 
   Raises:
-    ValueError: for arguments that are not as above.
+    ValueError: for arguments outside the ranges above.
 
   References:
     Croce and Hein, Minimally Distorted Adversarial Examples with a Fast

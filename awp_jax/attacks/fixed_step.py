@@ -1,8 +1,8 @@
-"""PGD and CW with fixed steps, as published evaluations run them.
+"""PGD and CW with a fixed step size, as in published evaluations.
 
-`awp_jax.pgd` makes inputs for training; the attacks here judge a model by it:
-an example is broken if the *last* iterate of a run is misclassified. With a
-second model as the source of the gradients it is a transfer attack.
+`awp_jax.pgd` makes inputs for training. The attacks here evaluate a model: an
+example is broken if the *last* iterate of a run is misclassified. Gradients of
+a second model make it a transfer attack.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ LOSSES: tuple[Loss, ...] = ('ce', 'margin')
 
 
 class _State(NamedTuple):
-  """The point to be evaluated next, [B, ...], and evaluations made, [B]."""
+  """The next point to evaluate, [B, ...], and evaluations made, [B]."""
 
   x: Array
   time: Array
@@ -47,19 +47,20 @@ def _start(
 
 
 @functools.partial(
-    jax.jit, static_argnames=('threat', 'num_steps', 'unjudged'))
+    jax.jit, static_argnames=('threat', 'num_steps', 'transfer'))
 def _advance(
     state: _State, seen: Gradients, x: Array, step_size: float,
-    threat: ThreatModel, num_steps: int, unjudged: bool
+    threat: ThreatModel, num_steps: int, transfer: bool
 ) -> tuple[_State, Report]:
+  # The source of a transfer cannot decide, so every last iterate is claimed.
   step = step_size * threat.linear_maximizer(seen.gradient)
   last = state.time >= num_steps
   flat = jnp.all(seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
   report = Report(
-      state.x, last & (seen.broken | unjudged), last, flat & (state.time == 0),
+      state.x, last & (seen.broken | transfer), last, flat & (state.time == 0),
       seen.nonfinite)
-  onwards = threat.project(state.x + step.astype(x.dtype), x)
-  return _State(onwards, state.time + 1), report
+  x_next = threat.project(state.x + step.astype(x.dtype), x)
+  return _State(x_next, state.time + 1), report
 
 
 def pgd_spec(
@@ -69,20 +70,20 @@ def pgd_spec(
   """PGD for a list of attacks.
 
   Args:
-    name: in reports; randomness derives from it.
+    name: in reports; also seeds the randomness.
     step_size: > 0, in the units of the images.
     num_steps: >= 1.
     loss: 'ce', or 'margin' for CW.
     restarts: runs; an example is broken if one of them ends misclassified.
-    random_start: in the ball; else every run starts at the image.
-    source_fn: a model to take the gradients from, if not the one under attack.
-      Its examples are judged once; it admits no restarts.
+    random_start: start at a random point of the ball, otherwise at the image.
+    source_fn: a model for the gradients, if not the one under attack. Only the
+      last iterate is checked, and restarts are not allowed.
 
   Returns:
     The spec.
 
   Raises:
-    ValueError: for arguments that are not as above.
+    ValueError: for arguments outside the ranges above.
   """
   checks.positive('step_size', step_size)
   checks.count('num_steps', num_steps)
@@ -90,8 +91,7 @@ def pgd_spec(
   checks.one_of('loss', loss, LOSSES)
   if restarts > 1 and (source_fn is not None or not random_start):
     raise ValueError(
-        f'restarts={restarts} needs a random start and the gradients of the '
-        'model under attack.')
+        f'restarts={restarts} needs a random start and no source_fn.')
 
   def build(model: Model, threat: ThreatModel) -> BoundAttack:
     source = model
@@ -122,7 +122,7 @@ def cw_attack(
     labels: Array | np.ndarray, threat: ThreatModel, *, step_size: float,
     num_steps: int = 100, restarts: int = 1,
     options: evaluate.EvalOptions | None = None) -> evaluate.AttackResult:
-  """CW_inf as the robustness literature runs it: PGD on the margin loss.
+  """CW_inf as in the robustness literature: PGD on the margin loss.
 
   Args:
     key: a PRNG key.
@@ -132,11 +132,11 @@ def cw_attack(
     threat: any norm.
     step_size: > 0, in the units of the images.
     num_steps: >= 1.
-    restarts: runs from other random starts.
-    options: how the examples stream through.
+    restarts: runs from different random starts.
+    options: batching, resuming and reporting.
 
   Returns:
-    What stands and what broke, judged by the last iterates.
+    The result, decided by the last iterates.
 
   References:
     Carlini and Wagner, Towards Evaluating the Robustness of Neural Networks,
@@ -155,36 +155,36 @@ def transfer_attack(
     threat: ThreatModel, *, step_size: float, num_steps: int = 20,
     loss: Loss = 'ce', options: evaluate.EvalOptions | None = None
 ) -> evaluate.AttackResult:
-  """Examples made on one model, judged by another.
+  """Adversarial examples of one model, evaluated on another.
 
   Args:
     key: a PRNG key.
-    source_fn: the model that PGD climbs, with the same classes.
-    logits_fn: the model that is judged; its gradients are never taken.
+    source_fn: the model whose loss PGD ascends, with the same classes.
+    logits_fn: the model under attack; its gradients are not used.
     images: [N, ...], rank >= 2, inside the box.
     labels: integers [N] in [0, C).
     threat: any norm.
     step_size: > 0, in the units of the images.
     num_steps: >= 1.
     loss: 'ce' or 'margin', of the source.
-    options: how the examples stream through.
+    options: batching, resuming and reporting.
 
   Returns:
-    What `logits_fn` withstands. `natural_accuracy` is that of `logits_fn`.
+    The result; all accuracies are those of `logits_fn`.
 
   Raises:
-    ValueError: for arguments that are not as above, or if the two models tell
-      a different number of classes apart.
+    ValueError: for arguments outside the ranges above, or if the two models
+      have different numbers of classes.
   """
   shape = jax.ShapeDtypeStruct((2, *np.shape(images)[1:]), np.float32)
   takes_key = options is not None and options.takes_key
-  judged = jax.eval_shape(
+  attacked = jax.eval_shape(
       logits_fn, shape, *((jax.random.key(0),) if takes_key else ()))
   source = jax.eval_shape(source_fn, shape)
-  if source.shape != judged.shape:
+  if source.shape != attacked.shape:
     raise ValueError(
-        'source_fn and logits_fn must give logits of the same shape, got '
-        f'{source.shape} and {judged.shape}.')
+        'source_fn and logits_fn must return logits of the same shape, got '
+        f'{source.shape} and {attacked.shape}.')
   spec = pgd_spec(
       'transfer', step_size=step_size, num_steps=num_steps, loss=loss,
       source_fn=source_fn)

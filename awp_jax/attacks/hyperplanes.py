@@ -1,17 +1,17 @@
-"""Nearest points of a hyperplane inside a box, in three norms.
+"""Projection onto a hyperplane inside a box, in three norms.
 
 For a point t of the box and a hyperplane <w, x> = b,
 
-  minimise |d|_p   subject to   <w, t + d> = b,   lower <= t + d <= upper.
+  minimize |d|_p   subject to   <w, t + d> = b,   lower <= t + d <= upper.
 
-Every entry moves against the sign of its share of c = <w, t> - b, at most by
-the room m_i that the box leaves: d_i = -sign(c w_i) s_i with 0 <= s_i <= m_i
-and sum |w_i| s_i = |c|. What the norms differ in is how s is shared out:
+Each entry reduces |c|, c = <w, t> - b, by at most the distance m_i to the box:
+d_i = -sign(c w_i) s_i with 0 <= s_i <= m_i and sum |w_i| s_i = |c|. The norm
+determines s:
 
   L_inf  s_i = min(l, m_i)         L_2  s_i = min(l |w_i|, m_i)
-  L_1    largest |w_i| first, each as far as it goes.
+  L_1    s_i = m_i for the largest |w_i| first, until the sum is reached.
 
-Where the box does not reach the hyperplane, d goes as far as the box allows.
+If the hyperplane does not meet the box, d goes as far as the box allows.
 """
 
 from collections.abc import Callable
@@ -22,27 +22,27 @@ import jax.numpy as jnp
 from awp_jax.threat import Norm
 from awp_jax.types import Array
 
-#: More than Newton's method was ever seen to need; it stops when it arrives.
-_MOST_ITERATIONS = 50
+#: Most Newton iterations; more than were ever observed.
+_MAX_ITERATIONS = 50
 
-#: Relative distance to the hyperplane that counts as arrived.
-_ARRIVED = 1e-6
+#: Relative distance to the hyperplane at which Newton's method stops.
+_TOLERANCE = 1e-6
 
 
 def _spread(weights: Array, reach: Array, room: Array, pace: Array) -> Array:
   """s = min(l pace, room) with sum weights s = reach.
 
-  The sum is concave and piecewise linear in l, so Newton's method from 0 rises
-  to the solution without passing it, and ends on the right piece.
+  The sum is concave and piecewise linear in l, so Newton's method from 0
+  increases to the solution without overshoot and is exact on its last piece.
   """
 
   def total(pull: Array) -> Array:
     return jnp.sum(
         weights * jnp.minimum(pull * pace, room), axis=-1, keepdims=True)
 
-  def goes_on(carry: tuple[Array, Array, Array]) -> Array:
+  def unfinished(carry: tuple[Array, Array, Array]) -> Array:
     _, missing, turn = carry
-    return (turn < _MOST_ITERATIONS) & jnp.any(missing > _ARRIVED * reach)
+    return (turn < _MAX_ITERATIONS) & jnp.any(missing > _TOLERANCE * reach)
 
   def newton(
       carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -50,25 +50,25 @@ def _spread(weights: Array, reach: Array, room: Array, pace: Array) -> Array:
     free = pull * pace < room
     slope = jnp.sum(
         jnp.where(free, weights * pace, 0), axis=-1, keepdims=True)
-    # Nothing is free any more: this is as far as the box goes.
+    # No entry is free: the box allows no more.
     stuck = slope <= 0
     pull = pull + jnp.where(
         stuck, 0, jnp.maximum(missing, 0) / jnp.where(stuck, 1, slope))
     return pull, jnp.where(stuck, 0, reach - total(pull)), turn + 1
 
   begin = (jnp.zeros_like(reach), reach, jnp.int32(0))
-  pull, _, _ = jax.lax.while_loop(goes_on, newton, begin)
+  pull, _, _ = jax.lax.while_loop(unfinished, newton, begin)
   return jnp.minimum(pull * pace, room)
 
 
 def _greedy(weights: Array, reach: Array, room: Array) -> Array:
-  """Largest weight first, each as far as its room, until the sum is reached."""
+  """s = room for the largest weights first, until sum weights s = reach."""
   order = jnp.argsort(-weights, axis=-1)
   gains = jnp.take_along_axis(weights * room, order, axis=-1)
   before = jnp.cumsum(gains, axis=-1) - gains
   ranked = jnp.take_along_axis(weights, order, axis=-1)
-  wanted = jnp.maximum(reach - before, 0) / jnp.where(ranked > 0, ranked, 1)
-  moved = jnp.minimum(wanted, jnp.take_along_axis(room, order, axis=-1))
+  needed = jnp.maximum(reach - before, 0) / jnp.where(ranked > 0, ranked, 1)
+  moved = jnp.minimum(needed, jnp.take_along_axis(room, order, axis=-1))
   moved = jnp.where(ranked > 0, moved, 0)
   return jnp.take_along_axis(moved, jnp.argsort(order, axis=-1), axis=-1)
 
@@ -76,20 +76,20 @@ def _greedy(weights: Array, reach: Array, room: Array) -> Array:
 def project(
     points: Array, normals: Array, offsets: Array, norm: Norm,
     lower: float = 0.0, upper: float = 1.0) -> Array:
-  """The shortest way to a hyperplane inside the box.
+  """The shortest step to a hyperplane inside the box.
 
   Args:
     points: t, [B, D], inside the box.
     normals: w, [B, D].
     offsets: b, [B].
-    norm: in which the way is short.
-    lower: the box's lower bound.
-    upper: its upper bound.
+    norm: the norm of d to minimize.
+    lower: lower bound of the box.
+    upper: upper bound of the box.
 
   Returns:
-    d, [B, D]; 0 where w is.
+    d, [B, D]; 0 where w is 0.
   """
-  # The scale of w does not matter, but its squares must not vanish.
+  # Rescaled so that squares of w do not underflow.
   scale = jnp.max(jnp.abs(normals), axis=-1, keepdims=True)
   scale = jnp.where(scale > 0, scale, 1)
   normals = normals / scale

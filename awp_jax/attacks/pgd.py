@@ -1,12 +1,12 @@
 """Projected gradient ascent on the inputs.
 
-From a start x'_0 in the ball around x, an attack of K steps of size eta makes
+From a start x'_0 in the ball around x, each of K steps of size eta computes
 
   x'_{k+1} = project( x'_k + eta * linear_maximizer( grad_x' loss(x'_k) ) ),
 
-with the three operations of the threat model: sign gradients and clipping for
+with both functions from the threat model: sign gradients and clipping for
 L_inf, unit gradients and scaling for L_2. Entries of the gradient that are not
-finite count as 0: one NaN would otherwise spread over x' and end the attack.
+finite count as 0. Otherwise one NaN would spread over x' and end the attack.
 FGSM is the single step of size epsilon from x; CW_inf is PGD on
 `awp_jax.objectives.cw_margin`.
 
@@ -43,10 +43,10 @@ class Attack(NamedTuple):
   Attributes:
     step_size: eta > 0, in pixels of [0, 1].
     num_steps: K1 >= 1.
-    start: 'random', 'gaussian', 'zero', or inputs to start from.
+    start: 'random', 'gaussian', 'zero', or the starting inputs.
     restarts: random restarts >= 1.
-    mode: whether the attacked model runs with batch statistics ('train') or
-      running ones ('eval'); None means as the objective's published code.
+    mode: whether the attacked model uses batch statistics ('train') or running
+      statistics ('eval'); None means as in the objective's published code.
   """
 
   step_size: float
@@ -57,13 +57,13 @@ class Attack(NamedTuple):
 
 
 class PGDOutput(NamedTuple):
-  """What an attack leaves behind.
+  """Result of an attack.
 
   Attributes:
     x_adv: x', shaped like x, in float32 or wider.
-    state: the last state of the loss.
-    nonfinite: [B], whether the start or any gradient of the example had an
-      entry that is not finite.
+    state: the final state of the loss.
+    nonfinite: [B], whether the start or a gradient of the example had an entry
+      that is not finite.
   """
 
   x_adv: Array
@@ -78,7 +78,7 @@ def _start_point(
   if start == 'random':
     return threat.random_start(key, x)
   if start == 'gaussian':
-    # Left unclipped, as in the published code: the first projection follows.
+    # Not clipped, as in the published code: the first step projects.
     return x + GAUSSIAN_START_STD * jax.random.normal(key, x.shape, x.dtype)
   return x
 
@@ -94,12 +94,12 @@ def _check(
     checks.one_of('start', start, STARTS)
   elif start.shape != x.shape:
     raise ValueError(
-        f'a given start must have the shape of x, {x.shape}, got '
+        f'an array start must have the shape of x, {x.shape}, got '
         f'{start.shape}.')
   if restarts > 1 and start != 'random' and start != 'gaussian':
     raise ValueError(
         f"restarts={restarts} needs a random start ('random' or 'gaussian'): "
-        'every other start makes the same attack again.')
+        'other starts repeat the same attack.')
 
 
 def _any_nonfinite(x: Array) -> Array:
@@ -113,7 +113,7 @@ def run_pgd(
     start: Start | Array = 'random', restarts: int = 1,
     gradient_floor: float = 0.0,
     broken_fn: Callable[[Array], Array] | None = None) -> PGDOutput:
-  """`pgd_with_state`, which also returns where gradients were not finite.
+  """`pgd_with_state` that also returns which gradients were not finite.
 
   Args:
     key: a PRNG key.
@@ -126,11 +126,11 @@ def run_pgd(
     start: as in `pgd`.
     restarts: as in `pgd`.
     gradient_floor: added to |g|_2 where an L_2 step divides by it.
-    broken_fn: x' [B, ...] -> bools [B], whether the model fails there. A
-      restart where it does is kept before one that has a higher loss.
+    broken_fn: x' [B, ...] -> bools [B], whether x' is misclassified. A
+      misclassified restart is preferred to one with a higher loss.
 
   Returns:
-    A `PGDOutput`, in float32 or wider: steps of 2 / 255 are lost in bfloat16.
+    A `PGDOutput` in float32 or wider, since bfloat16 loses steps of 2 / 255.
   """
   _check(x, start, step_size, num_steps, restarts)
   x = numerics.wide(x)
@@ -160,7 +160,7 @@ def run_pgd(
   for restart_key in jax.random.split(key, restarts):
     out = attack(restart_key, state)
     losses, state = loss_fn(out.x_adv, out.state)
-    # No loss is above a NaN: there the model has failed.
+    # A NaN loss counts as the highest: the model failed.
     losses = jnp.where(jnp.isnan(losses), jnp.inf, losses)
     if broken_fn is not None:
       losses = jnp.where(broken_fn(out.x_adv), jnp.inf, losses)
@@ -177,11 +177,10 @@ def pgd_with_state(
     threat: ThreatModel, *, step_size: float, num_steps: int,
     start: Start | Array = 'random', restarts: int = 1,
     gradient_floor: float = 0.0) -> tuple[Array, Any]:
-  """`pgd` on a loss with a state that every evaluation moves.
+  """`pgd` on a loss with a state that every evaluation updates.
 
-  The state never enters the gradient. It moves once a step, and once more at
-  the end of each restart when there are several, where the losses of the
-  restarts are compared.
+  The gradient does not flow through the state. Each step updates it once. With
+  several restarts, the final losses of each restart update it once more.
 
   Args:
     key: a PRNG key.
@@ -196,7 +195,7 @@ def pgd_with_state(
     gradient_floor: added to |g|_2 where an L_2 step divides by it.
 
   Returns:
-    The adversarial inputs and the last state.
+    The adversarial inputs and the final state.
   """
   out = run_pgd(
       key, loss_fn, state, x, threat, step_size=step_size,
@@ -209,29 +208,29 @@ def pgd(
     key: Array, loss_fn: InputLossFn, x: Array, threat: ThreatModel, *,
     step_size: float, num_steps: int, start: Start | Array = 'random',
     restarts: int = 1) -> Array:
-  """Projected gradient ascent on a loss per example.
+  """Projected gradient ascent on per-example losses.
 
   Args:
-    key: a PRNG key; read only by a random start.
-    loss_fn: x' [B, ...] -> losses [B]. A linen model in eval mode would be
+    key: a PRNG key; used only by random starts.
+    loss_fn: x' [B, ...] -> losses [B]. For a linen model in eval mode,
       `lambda x: cross_entropy(model.apply(variables, x), labels)`.
     x: natural inputs [B, ...], inside the box of `threat`.
     threat: the ball and the box.
     step_size: eta > 0, in the units of `x`.
     num_steps: K >= 1.
     start: 'random' (a random point of the ball), 'gaussian' (x + 0.001 N(0, 1),
-      as TRADES and MART start), 'zero' (x itself), or the starting inputs as an
-      array shaped like `x`, taken as they are.
-    restarts: attacks from several random starts; each example keeps the one
-      with the highest final loss.
+      as in TRADES and MART), 'zero' (x itself), or the starting inputs as an
+      array shaped like `x`, used unchanged.
+    restarts: number of random starts; each example keeps the result with the
+      highest final loss.
 
   Returns:
     x' shaped like `x`, inside ball and box, with no gradient through it; in
-    float32 where `x` is narrower, since small steps are lost in bfloat16.
+    float32 if `x` is narrower, since bfloat16 loses small steps.
 
   Raises:
     ValueError: for a step size, number of steps, start or number of restarts
-      that is not as above.
+      outside the ranges above.
 
   References:
     Madry et al., Towards Deep Learning Models Resistant to Adversarial
@@ -246,7 +245,7 @@ def pgd(
 def fgsm(
     loss_fn: InputLossFn, x: Array, threat: ThreatModel, *,
     step_size: float | None = None) -> Array:
-  """The fast gradient method: one step from `x`, by default of size epsilon.
+  """The fast gradient method: one step from `x`, of size epsilon by default.
 
   Args:
     loss_fn: x' [B, ...] -> losses [B].

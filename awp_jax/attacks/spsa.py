@@ -1,12 +1,12 @@
-"""SPSA: Adam on gradients that are guessed from differences of the loss.
+"""SPSA: Adam on gradients estimated from differences of the loss.
 
 With random signs v and a small h, the gradient of the margin
-m(x) = max_{k != y} z_k - z_y is taken to be
+m(x) = max_{k != y} z_k - z_y is estimated as
 
   g = mean over v of  (m(x + h v) - m(x - h v)) / (2 h)  v,
 
-so the attack sees logits only. Adam climbs along g; the projection of the
-threat model follows every step.
+so the attack needs logits only. Adam ascends along g, and the threat model
+projects after every step.
 """
 
 import functools
@@ -29,7 +29,7 @@ from awp_jax.evaluation.protocol import (
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
-# Adam's usual constants.
+# Adam's default constants.
 _MEAN_DECAY, _SQUARE_DECAY, _FLOOR = 0.9, 0.999, 1e-8
 
 
@@ -38,8 +38,8 @@ class SPSAState(NamedTuple):
 
   Attributes:
     x: the iterate, [B, ...].
-    mean: Adam's running mean of the gradients.
-    square: of their squares.
+    mean: Adam's running mean of the gradients, [B, ...].
+    square: the running mean of their squares, [B, ...].
     time: iterations made, [B].
   """
 
@@ -61,8 +61,8 @@ def _both_sides(x: Array, signs: Array, radius: Array) -> tuple[Array, Array]:
   return x + radius * signs, x - radius * signs
 
 
-class _Guess(NamedTuple):
-  """A sum of guesses [B, ...]; whether a difference was not finite, [B]."""
+class _Estimate(NamedTuple):
+  """A gradient estimate [B, ...]; whether a difference was not finite, [B]."""
 
   total: Array
   nonfinite: Array
@@ -70,16 +70,16 @@ class _Guess(NamedTuple):
 
 @jax.jit
 def _add(
-    guess: _Guess, signs: Array, above: Array, below: Array, labels: Array,
-    weight: Array) -> _Guess:
+    estimate: _Estimate, signs: Array, above: Array, below: Array,
+    labels: Array, weight: Array) -> _Estimate:
   gain = (objectives.cw_margin(above, labels)
           - objectives.cw_margin(below, labels))
   finite = jnp.isfinite(gain)
   gain = jnp.where(finite, gain, 0)
   rows = (gain * weight).reshape((-1,) + (1,) * (signs.ndim - 1))
-  return _Guess(
-      guess.total + rows.astype(signs.dtype) * signs,
-      guess.nonfinite | ~finite)
+  return _Estimate(
+      estimate.total + rows.astype(signs.dtype) * signs,
+      estimate.nonfinite | ~finite)
 
 
 @functools.partial(jax.jit, static_argnames=('threat',))
@@ -127,9 +127,10 @@ def spsa_spec(
 
   def build(model: Model, threat: ThreatModel) -> BoundAttack:
 
-    def guess(examples: Examples, state: SPSAState, keys: Array) -> _Guess:
+    def estimate(
+        examples: Examples, state: SPSAState, keys: Array) -> _Estimate:
 
-      def sample(carry: tuple[Array, _Guess]) -> tuple[Array, _Guess]:
+      def sample(carry: tuple[Array, _Estimate]) -> tuple[Array, _Estimate]:
         turn, so_far = carry
         signs = _signs(keys, turn, state.x)
         above, below = _both_sides(state.x, signs, jnp.float32(radius))
@@ -138,14 +139,14 @@ def spsa_spec(
             examples.labels, jnp.float32(1 / (2 * radius * pairs)))
         return turn + 1, so_far
 
-      none = _Guess(
+      none = _Estimate(
           jnp.zeros_like(state.x), jnp.zeros(state.time.shape, bool))
       return loops.repeat_pieces(pairs, sample, (jnp.int32(0), none))[1]
 
     def step(examples: Examples, state: SPSAState) -> tuple[Any, Report]:
       keys = protocol.step_keys(examples.keys, state.time)
       logits = model.logits(state.x, keys)
-      gradient = guess(examples, state, keys)
+      gradient = estimate(examples, state, keys)
       report = _report(
           state, logits, examples.labels, gradient.nonfinite, num_steps)
       return _climb(
@@ -164,27 +165,26 @@ def spsa(
     labels: Array | np.ndarray, threat: ThreatModel, *, num_steps: int = 100,
     num_samples: int = 256, radius: float = 0.001, step_size: float = 0.01,
     options: evaluate.EvalOptions | None = None) -> evaluate.AttackResult:
-  """SPSA, an attack without gradients that climbs the margin.
+  """SPSA, an attack that ascends the margin without gradients of the model.
 
   Args:
     key: a PRNG key.
-    logits_fn: images [B, ...] -> logits [B, C], C >= 2. Only evaluated, also a
-      little outside of the box.
+    logits_fn: images [B, ...] -> logits [B, C], C >= 2; evaluated also
+      up to `radius` outside the box.
     images: [N, ...], rank >= 2, inside the box.
     labels: integers [N] in [0, C).
     threat: any norm.
-    num_steps: iterations, >= 1; an example leaves at its first misclassified
-      iterate.
-    num_samples: evaluations per guess of a gradient, two per direction, >= 2.
+    num_steps: iterations, >= 1; a run ends at its first misclassified iterate.
+    num_samples: evaluations per gradient estimate, two per direction, >= 2.
     radius: h > 0, in the units of the images.
-    step_size: Adam's, > 0.
-    options: how the examples stream through.
+    step_size: Adam's step size, > 0.
+    options: batching, resuming and reporting.
 
   Returns:
-    What stands and what broke.
+    The result.
 
   Raises:
-    ValueError: for arguments that are not as above.
+    ValueError: for arguments outside the ranges above.
 
   References:
     Uesato et al., Adversarial Risk and the Dangers of Evaluating Against Weak

@@ -1,10 +1,10 @@
 """Square Attack: random search over squares, without gradients.
 
 A candidate changes the best perturbation so far inside one square window, whose
-area is a share p of the image, and is kept if the margin z_y - max_{k != y} z_k
-falls. p halves as the queries go by. For L_inf a window is filled with one sign
-of epsilon per channel; for L_2 and L_1 it takes over the norm that a second
-window gives up, laid out as two opposite bumps.
+area is a share p of the image. It is kept if the margin z_y - max_{k != y} z_k
+falls. p halves at fixed numbers of queries. For L_inf a window is filled with
+one sign of epsilon per channel. For L_2 and L_1 a second window is set to zero
+and its norm moves to the first, shaped as two opposite bumps.
 """
 
 import functools
@@ -34,7 +34,7 @@ from awp_jax.evaluation.protocol import (
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
-#: Keeps rounding from leaving the L1 ball.
+#: Factor on epsilon that keeps rounding inside the L1 ball.
 _L1_INSIDE = 1 - 1e-6
 
 
@@ -42,10 +42,10 @@ class SquareState(NamedTuple):
   """One row per example.
 
   Attributes:
-    x: the candidate to be judged next, [B, H, W, C].
-    best: the best one so far.
+    x: the next candidate to evaluate, [B, H, W, C].
+    best: the best candidate so far, [B, H, W, C].
     margin: its margin, [B].
-    time: how many candidates were judged, [B].
+    time: number of candidates evaluated, [B].
   """
 
   x: Array
@@ -55,7 +55,7 @@ class SquareState(NamedTuple):
 
 
 def _window(corner: Array, side: Array, x: Array) -> Array:
-  """Where a window lies: corner [B, 2], side [B] -> [B, H, W, 1]."""
+  """Mask of a window: corner [B, 2], side [B] -> [B, H, W, 1]."""
   inside = []
   for axis in (0, 1):
     places = jnp.arange(x.shape[axis + 1])
@@ -65,23 +65,23 @@ def _window(corner: Array, side: Array, x: Array) -> Array:
 
 
 def _corner(uniform: Array, side: Array, x: Array) -> Array:
-  """Turns uniform numbers [B, 2] into the upper left corner of a window."""
-  # The reference never lets a window touch the last row and column; this does.
+  """Maps uniform numbers [B, 2] to the upper left corner of a window."""
+  # Unlike in the reference, windows may include the last row and column.
   free = jnp.asarray(x.shape[1:3])[None, :] - side[:, None] + 1
   return jnp.minimum((uniform * free).astype(jnp.int32), free - 1)
 
 
-def _lay(
+def _place_pattern(
     corner: Array, which: Array, flip: Array, table: Array, x: Array) -> Array:
-  """Lays pattern `which` at a corner, turned where `flip`: [B, H, W, 1]."""
+  """Places pattern `which` at a corner, transposed if `flip`: [B, H, W, 1]."""
   last = table.shape[-1] - 1
   down = jnp.arange(x.shape[1])[None, :] - corner[:, :1]
   across = jnp.arange(x.shape[2])[None, :] - corner[:, 1:]
   down = jnp.clip(down, 0, last)[:, :, None]
   across = jnp.clip(across, 0, last)[:, None, :]
-  turned = flip[:, None, None]
-  row = jnp.where(turned, across, down)
-  column = jnp.where(turned, down, across)
+  flipped = flip[:, None, None]
+  row = jnp.where(flipped, across, down)
+  column = jnp.where(flipped, down, across)
   return table[which[:, None, None], row, column][..., None]
 
 
@@ -93,7 +93,7 @@ def _stripes(keys: Array, x: Array, threat: ThreatModel) -> Array:
 
 
 def _tiles(keys: Array, x: Array, threat: ThreatModel) -> Array:
-  """The start for L_2 and L_1: a grid of patterns of random sign and turn."""
+  """The start for L_2 and L_1: a grid of patterns of random sign and axis."""
   _, height, width, channels = x.shape
   side = max(height // 5, 1)
   rows, columns = height // side, max(width // side, 1)
@@ -110,11 +110,11 @@ def _tiles(keys: Array, x: Array, threat: ThreatModel) -> Array:
   here = draws[:, tile[0], tile[1]]
   laid = jnp.where(here[..., -1] > 0, upright, turned)[..., None]
   delta = jnp.where(inside[..., None], laid * here[..., :-1], 0)
-  return _reach(delta.astype(x.dtype), x, threat)
+  return _to_ball(delta.astype(x.dtype), x, threat)
 
 
-def _reach(delta: Array, x: Array, threat: ThreatModel) -> Array:
-  """Brings a perturbation onto the sphere (L_2) or into the ball (L_1)."""
+def _to_ball(delta: Array, x: Array, threat: ThreatModel) -> Array:
+  """Scales a perturbation to the sphere (L_2) or projects to the ball (L_1)."""
   if threat.norm == 'L2':
     return threat.clip(x + threats.unit_l2(delta, 1e-12) * threat.epsilon)
   inside = threats.project_l1(
@@ -134,19 +134,19 @@ def start(examples: Examples, threat: ThreatModel) -> SquareState:
 
 
 def _exchange(
-    delta: Array, new: Array, inside: Array, given_up: Array,
+    delta: Array, new: Array, inside: Array, cleared: Array,
     threat: ThreatModel) -> Array:
   """Moves the norm of two windows into the first, for L_2 and L_1.
 
   Args:
     delta: the perturbation, [B, H, W, C].
     new: the pattern with its signs, [B, H, W, C].
-    inside: where the first window lies, [B, H, W, 1].
-    given_up: where the second lies.
+    inside: mask of the first window, [B, H, W, 1].
+    cleared: mask of the second window, which becomes zero, [B, H, W, 1].
     threat: the ball.
 
   Returns:
-    The next perturbation, before it is brought into the ball.
+    The next perturbation, before `_to_ball`.
   """
   power = 2 if threat.norm == 'L2' else 1
 
@@ -157,7 +157,7 @@ def _exchange(
   channels = delta.shape[-1]
   spare = jnp.maximum(
       threat.epsilon ** power - mass(delta, (1, 2, 3)), 0) / channels
-  moved = mass(jnp.where(inside | given_up, delta, 0), per_channel)
+  moved = mass(jnp.where(inside | cleared, delta, 0), per_channel)
   old = jnp.where(inside, delta, 0)
   mixed = jnp.where(inside, new, 0) + old / (
       1e-12 + mass(old, per_channel) ** (1 / power))
@@ -165,7 +165,7 @@ def _exchange(
   if threat.norm == 'L1':
     target = target * channels
   scaled = mixed * target / (1e-12 + mass(mixed, per_channel) ** (1 / power))
-  return jnp.where(inside, scaled, jnp.where(given_up, 0, delta))
+  return jnp.where(inside, scaled, jnp.where(cleared, 0, delta))
 
 
 def propose(
@@ -177,9 +177,9 @@ def propose(
     keys: one per example, for this query.
     best: the best candidate so far, [B, H, W, C].
     x: natural images.
-    query: the number of the query, from 0, [B].
+    query: number of the query, from 0, [B].
     threat: ball and box.
-    schedule: of the run.
+    schedule: settings of the run.
 
   Returns:
     Candidates inside ball and box.
@@ -199,17 +199,18 @@ def propose(
   distinct = np.unique(sides)
   table = jnp.asarray(square_patterns.patterns(
       tuple(distinct.tolist()), threat.norm), x.dtype)
-  new = signs * _lay(
+  new = signs * _place_pattern(
       corner, jnp.searchsorted(distinct, side), draws[:, 4] > 0.5, table, x)
-  given_up = _window(_corner(draws[:, 2:4], side, x), side, x)
-  return _reach(_exchange(best - x, new, inside, given_up, threat), x, threat)
+  cleared = _window(_corner(draws[:, 2:4], side, x), side, x)
+  moved = _exchange(best - x, new, inside, cleared, threat)
+  return _to_ball(moved, x, threat)
 
 
 @functools.partial(jax.jit, static_argnames=('threat', 'schedule'))
 def advance(
     state: SquareState, logits: Array, examples: Examples, threat: ThreatModel,
     schedule: SquareSchedule) -> tuple[SquareState, Report]:
-  """Judges the candidate and proposes the next."""
+  """Evaluates the candidate and proposes the next."""
   x, labels = examples.images, examples.labels
   margin = -objectives.cw_margin(logits, labels).astype(jnp.float32)
   broken = misclassified(logits, labels)
@@ -217,11 +218,11 @@ def advance(
   rows = better.reshape((-1, 1, 1, 1))
   best = jnp.where(rows, state.x, state.best)
   keys = jax.vmap(jax.random.fold_in)(examples.keys, state.time)
-  onwards = propose(keys, best, x, state.time, threat, schedule)
+  x_next = propose(keys, best, x, state.time, threat, schedule)
   none = jnp.zeros_like(broken)
   report = Report(state.x, broken, state.time >= schedule.num_queries, none)
   return SquareState(
-      onwards, best, jnp.where(better, margin, state.margin),
+      x_next, best, jnp.where(better, margin, state.margin),
       state.time + 1), report
 
 
@@ -232,7 +233,7 @@ def square_spec(
   checks.count('num_queries', num_queries)
   checks.count('restarts', restarts)
   if not 0 < p_init <= 1:
-    raise ValueError(f'p_init must lie in (0, 1], got {p_init!r}.')
+    raise ValueError(f'p_init must be in (0, 1], got {p_init!r}.')
   schedule = SquareSchedule(num_queries, p_init, rescale)
 
   def build(model: Model, threat: ThreatModel) -> BoundAttack:
@@ -255,27 +256,27 @@ def square(
     num_queries: int = 5000, p_init: float = 0.8, restarts: int = 1,
     rescale: bool = False, options: evaluate.EvalOptions | None = None
 ) -> evaluate.AttackResult:
-  """Square Attack: random search, which masked gradients do not stop.
+  """Square Attack: random search, unaffected by masked gradients.
 
   Args:
     key: a PRNG key.
     logits_fn: images [B, H, W, C] -> logits [B, K], K >= 2.
-    images: [N, H, W, C], inside the box; H and W may differ. Warns where they
-      look like [N, C, H, W].
+    images: [N, H, W, C], inside the box; H and W may differ. Warns if they look
+      like [N, C, H, W].
     labels: integers [N] in [0, K).
     threat: L_inf, L_2 or L_1.
     num_queries: candidates per run after the start, >= 1.
     p_init: the share of the image that the first windows cover, in (0, 1].
-    restarts: runs from other random starts.
-    rescale: whether the schedule of p, made for 10,000 queries, is stretched to
+    restarts: runs from different random starts.
+    rescale: whether to rescale the schedule of p from 10,000 queries to
       `num_queries`. AutoAttack does not.
-    options: how the examples stream through.
+    options: batching, resuming and reporting.
 
   Returns:
-    What stands and what broke.
+    The result.
 
   Raises:
-    ValueError: for arguments that are not as above.
+    ValueError: for arguments outside the ranges above.
 
   References:
     Andriushchenko et al., Square Attack: a Query-efficient Black-box

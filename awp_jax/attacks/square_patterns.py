@@ -1,4 +1,4 @@
-"""The fixed numbers of Square: the size of its windows and what fills them."""
+"""Window sizes and fill patterns of the Square Attack."""
 
 import functools
 import math
@@ -6,18 +6,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-#: After so many queries p is halved, of a schedule for `_SCHEDULE_LENGTH`.
+#: Queries after which p is halved, out of `_SCHEDULE_LENGTH`.
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 _SCHEDULE_LENGTH = 10000
 
 
 class SquareSchedule(NamedTuple):
-  """The numbers that fix a run; hashable.
+  """Settings of a run; hashable.
 
   Attributes:
-    num_queries: candidates tried after the start.
+    num_queries: candidates after the start.
     p_init: the share of the image that the first windows cover.
-    rescale: whether the schedule is stretched to `num_queries`.
+    rescale: whether to rescale the schedule of p to `num_queries`.
   """
 
   num_queries: int
@@ -38,10 +38,10 @@ def window_sides(
   """The side of the window of each query, [num_queries].
 
   Args:
-    schedule: of the run.
-    height: of the images.
-    width: of the images.
-    odd: whether sides are odd and at least 3, as L_2 and L_1 want them.
+    schedule: settings of the run.
+    height: height of the images.
+    width: width of the images.
+    odd: whether sides are odd and at least 3, as for L_2 and L_1.
 
   Returns:
     Sides in [1, min(height, width)].
@@ -56,10 +56,10 @@ def window_sides(
 
 
 def bump(height: int, width: int, power: int) -> np.ndarray:
-  """A hill of pyramid steps around the middle, [height, width].
+  """A stepped pyramid around the center, [height, width].
 
-  The value at Chebyshev distance r from the middle is the sum of
-  (k + 1)^-power over k >= r, for as many k as it takes to cover the rectangle.
+  The value at Chebyshev distance r from the center is the sum of
+  (k + 1)^-power over k >= r, up to the largest r in the rectangle.
   """
   middle = (height // 2, width // 2)
   rings = max(middle) + 1
@@ -87,7 +87,7 @@ def pattern(side: int, norm: str) -> np.ndarray:
 
 @functools.cache
 def patterns(sides: tuple[int, ...], norm: str) -> np.ndarray:
-  """The patterns of some sides, each padded to the largest."""
+  """The patterns of the given sides, each zero-padded to the largest."""
   widest = max(sides)
   return np.stack([
       np.pad(pattern(side, norm), (0, widest - side)) for side in sides])

@@ -1,4 +1,4 @@
 """Foundations: argument checks, safe norms, short loops, array sharding.
 
-Every other package imports from here; this one imports `awp_jax.types` only.
+All other packages may import this one. It imports only `awp_jax.types`.
 """

@@ -1,4 +1,4 @@
-"""Checks of arguments: one error each, with the value and what is allowed."""
+"""Argument checks. Errors show the value and the allowed range."""
 
 from collections.abc import Iterable
 import difflib
@@ -51,7 +51,7 @@ def count(name: str, value: Any, minimum: int = 1) -> None:
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
-  """Raises ValueError unless `value` is among `allowed`; names the nearest."""
+  """Raises ValueError unless `value` is in `allowed`; suggests the nearest."""
   allowed = list(allowed)
   if value in allowed:
     return

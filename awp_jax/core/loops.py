@@ -1,12 +1,12 @@
-"""The one place that decides how a short fixed loop is compiled.
+"""Short loops of fixed length, unrolled on the CPU.
 
-XLA for the CPU runs the gradient of a convolution several times slower inside
-a `while` than outside of it (jax issue 12868), so there the loop is written
-out. On every other platform it stays a loop, which compiles once per body.
+On the CPU, XLA runs the gradient of a convolution several times slower inside a
+`while` loop than outside (jax issue 12868), so these loops are unrolled. On
+other platforms they stay loops, which compile their body once.
 
-`repeat` and `mapped` are decided when a program is lowered, by the platform it
-is lowered for (where the default device is an accelerator they are plain loops,
-also in a program for its host's CPU):
+`repeat` and `mapped` choose the form at lowering, by the target platform. If
+the default device is an accelerator, they are always plain loops, even in a
+program for the host's CPU:
 
   >>> import jax, jax.numpy as jnp
   >>> traced = jax.jit(lambda x: repeat(3, jnp.sin, x)).trace(jnp.ones(2))
@@ -16,8 +16,8 @@ also in a program for its host's CPU):
   cpu False
   tpu True
 
-Loops that the host drives (`repeat_pieces`) follow the default device, or what
-`platform` says.
+Host-driven loops (`repeat_pieces`) follow the default device, or the `platform`
+context.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,12 +38,11 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def platform(name: str) -> Iterator[None]:
-  """Within it, loops take the form for a platform.
+  """Context that sets the platform loops are compiled for.
 
-  For programs that run on another platform than the default device's: on the
-  CPU of a machine with an accelerator, say. Functions that were traced before
-  keep the form they have. `repeat` and `mapped` become plain
-  loops under any name but 'cpu'.
+  Use it for programs on a platform other than the default device's, such as the
+  CPU of a machine with an accelerator. Functions that are already traced keep
+  their form. `repeat` and `mapped` become plain loops under any name but 'cpu'.
 
   Args:
     name: 'cpu', 'gpu', 'tpu', ...
@@ -59,7 +58,7 @@ def platform(name: str) -> Iterator[None]:
 
 
 def unrolls() -> bool:
-  """Whether the host drives loops: on the CPU, by context or default device."""
+  """Whether loops are unrolled: on the CPU, by context or default device."""
   device = getattr(jax.config, 'jax_default_device', None)
   default = getattr(device, 'platform', device) or jax.default_backend()
   return (_PLATFORM.get() or default) == 'cpu'
@@ -68,14 +67,14 @@ def unrolls() -> bool:
 def _by_platform(
     unrolled: Callable[..., Any], looped: Callable[..., Any], *args: Any
 ) -> Any:
-  """One of two forms of a loop, by the platform that it is lowered for."""
+  """Selects the form of a loop by the platform it is lowered for."""
   if not unrolls():
     return looped(*args)
   return jax.lax.platform_dependent(*args, cpu=unrolled, default=looped)
 
 
 def _types(carry: Any) -> list[Any]:
-  """What a loop must keep: shapes, dtypes, axes that values vary over."""
+  """The loop-invariant types of a carry: shapes, dtypes, varying axes."""
   types = [leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
            for leaf in jax.tree.leaves(carry)]
   return [(t.shape, t.dtype, sharding.varying_axes(leaf))
@@ -87,20 +86,20 @@ def repeat(
   """Applies `body` to `init` `num_steps` times.
 
   Args:
-    num_steps: how often, at least 0; known when the loop is traced.
-    body: maps the carry to a carry of the same shapes and dtypes, from its
-      second application at the latest.
-    init: the first carry.
+    num_steps: the number of iterations, a Python int >= 0.
+    body: maps a carry to the next carry. Shapes and dtypes may change in the
+      first iteration only.
+    init: the initial carry.
 
   Returns:
     `body(body(...body(init)))`.
   """
   if num_steps < 2:
     return body(init) if num_steps else init
-  # Traced once: XLA inlines the calls of one and the same function.
+  # `jit` traces the body once; XLA inlines its calls.
   step = jax.jit(body)
   if _types(jax.eval_shape(step, init)) != _types(init):
-    # Say float32 statistics that float64 images widen: settled after one step.
+    # E.g. float64 images widen float32 statistics in the first step.
     return repeat(num_steps - 1, step, step(init))
 
   def unrolled(carry: Carry) -> Carry:
@@ -115,15 +114,15 @@ def repeat(
 
 
 def mapped(num_parts: int, fn: Callable[[Any], Any], parts: Any) -> Any:
-  """Applies `fn` to one part after the other.
+  """Applies `fn` to the parts sequentially, as `jax.lax.map` does.
 
   Args:
-    num_parts: how many parts.
+    num_parts: the number of parts.
     fn: maps a part to any pytree.
     parts: a pytree of arrays [num_parts, ...].
 
   Returns:
-    What `fn` returns, each leaf with a leading axis [num_parts].
+    The stacked outputs of `fn`, each leaf with a leading axis [num_parts].
   """
 
   def unrolled(parts: Any) -> Any:
@@ -136,14 +135,14 @@ def mapped(num_parts: int, fn: Callable[[Any], Any], parts: Any) -> Any:
 
 def repeat_pieces(
     num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry:
-  """`repeat` for a body made of compiled pieces, called by the host.
+  """`repeat` for a body that calls separately compiled functions.
 
-  On the CPU the pieces run one by one, so nothing is compiled here.
+  On the CPU the host runs the loop and nothing is compiled here.
 
   Args:
-    num_steps: how often.
-    body: as for `repeat`.
-    init: the first carry.
+    num_steps: the number of iterations.
+    body: as in `repeat`.
+    init: the initial carry.
 
   Returns:
     As `repeat`.

@@ -1,9 +1,9 @@
 """Norms and unit vectors that neither overflow nor divide by zero.
 
-The squares of a small gradient vanish in float32, those of a large one
-overflow, and a gradient of zeros has no direction. Every norm of the library is
-computed here: in float32 or wider, each group of entries scaled by its largest
-magnitude first, and a group of zeros yields zeros.
+In float32, squares of small gradients underflow and squares of large ones
+overflow. A zero gradient has no direction. The library computes every norm
+here, in float32 or wider: each group of entries is first scaled by its largest
+magnitude, and a group of zeros yields zeros.
 
   >>> import jax.numpy as jnp
   >>> x = jnp.array([[3e-30, 4e-30], [0.0, 0.0]])
@@ -23,14 +23,14 @@ from awp_jax.types import Array, Scalar
 
 
 def wide_dtype(dtype: jnp.dtype) -> jnp.dtype:
-  """float32 for half precision and integers; wider floats stay."""
+  """float32 for half precision and integers; wider floats are unchanged."""
   if jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits >= 32:
     return dtype
   return jnp.dtype(jnp.float32)
 
 
 def wide(x: Array) -> Array:
-  """Casts half precision and integers to float32; wider floats stay."""
+  """Casts half precision and integers to float32; keeps wider floats."""
   x = jnp.asarray(x)
   return x.astype(wide_dtype(x.dtype))
 
@@ -39,20 +39,20 @@ def units_and_norms(
     leaves: Sequence[Array], axes: Sequence[tuple[int, ...]], *,
     joint: bool = False, floor: Scalar = 0.0
 ) -> tuple[list[Array], list[Array]]:
-  """x_i / (|x_i| + floor) and |x_i| for each group i of entries.
+  """Computes x_i / (|x_i| + floor) and |x_i| for each group i of entries.
 
   Args:
     leaves: arrays in float32 or wider.
     axes: for each leaf, the axes that a group spans; () makes every entry a
-      group of its own.
-    joint: whether all entries of all leaves are one group; `axes` then only
-      gives the shapes of the norms.
+      separate group.
+    joint: whether all entries of all leaves form one group; `axes` then only
+      determines the shapes of the norms.
     floor: added to the norms in the division, >= 0.
 
   Returns:
-    The unit vectors and the norms, two lists like `leaves`; the norms keep
-    their reduced axes with size 1. Both are 0 for a group of zeros. A group
-    with an entry that is not finite has NaN among its units.
+    The unit vectors and the norms, two lists like `leaves`. The norms keep the
+    reduced axes with size 1. Both are 0 for a group of zeros. A group with a
+    non-finite entry has NaN in its unit vector.
   """
   pairs = list(zip(leaves, axes, strict=True))
   largest = [jnp.max(jnp.abs(leaf), over, keepdims=True, initial=0)
@@ -68,7 +68,7 @@ def units_and_norms(
     total = sum(jnp.sum(s) for s in sums)
     sums = [jnp.broadcast_to(total, s.shape) for s in sums]
   roots = [jnp.sqrt(s) for s in sums]
-  # The largest entry is 1 now, so only a group of zeros has a root below 1.
+  # The largest scaled entry is 1, so only groups of zeros have roots below 1.
   units = [
       leaf / (jnp.maximum(root, 1) + floor / scale)
       for leaf, root, scale in zip(scaled, roots, scales, strict=True)]
@@ -78,14 +78,14 @@ def units_and_norms(
 def unit_and_norm(
     x: Array, axes: tuple[int, ...] | None = None, floor: Scalar = 0.0
 ) -> tuple[Array, Array]:
-  """`units_and_norms` of one array, its groups spanning `axes` (None: all)."""
+  """`units_and_norms` of one array, with groups over `axes` (None: all)."""
   over = tuple(range(jnp.ndim(x))) if axes is None else axes
   (unit,), (norm,) = units_and_norms([x], [over], floor=floor)
   return unit, norm
 
 
 def global_norm(leaves: Sequence[Array]) -> Array:
-  """sqrt of the sum of squares over all leaves, in float32 or wider."""
+  """Euclidean norm over all leaves, in float32 or wider."""
   _, norms = units_and_norms(
       [wide(leaf) for leaf in leaves], [tuple(range(jnp.ndim(leaf)))
                                         for leaf in leaves], joint=True)

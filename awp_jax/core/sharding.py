@@ -1,4 +1,4 @@
-"""Where arrays lie: on one device, cut over several, or whole on each."""
+"""Placement of arrays: on one device, sharded or replicated."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,31 +16,31 @@ def _put(
 
 
 def shard(tree: Any, devices: Sequence[jax.Device] | None) -> Any:
-  """Puts arrays [B, ...] onto devices, each with its part of the rows.
+  """Shards arrays [B, ...] over devices along the first axis.
 
   Args:
-    tree: a pytree of arrays whose first axis the number of devices divides.
-    devices: any number; None or none means the default device.
+    tree: a pytree of arrays; the number of devices must divide B.
+    devices: the devices; None or an empty sequence means the default device.
 
   Returns:
-    The tree.
+    The tree of device arrays.
   """
   return _put(tree, devices, jax.sharding.PartitionSpec('batch'))
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device] | None) -> Any:
-  """Puts arrays whole onto each of some devices; arguments as for `shard`."""
+  """Replicates arrays over devices; arguments as in `shard`."""
   return _put(tree, devices, jax.sharding.PartitionSpec())
 
 
 def varying_axes(leaf: Any) -> frozenset[str]:
-  """The mesh axes over which a value varies, where `shard_map` tracks that.
+  """The mesh axes that a value varies over, if `shard_map` tracks them.
 
   Args:
     leaf: an array, or its shape from `jax.eval_shape`.
 
   Returns:
-    The names of the axes; none outside of `shard_map`, under `pmap` and `vmap`,
+    The names of the axes. Empty outside `shard_map`, under `pmap` and `vmap`,
     and with `check_vma=False`.
   """
   of_type = leaf if isinstance(

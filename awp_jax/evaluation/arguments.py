@@ -1,4 +1,4 @@
-"""Checks of what is handed to an evaluation, before anything compiles."""
+"""Checks of the arguments of an evaluation, before anything compiles."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -25,15 +25,15 @@ def check_images(images: np.ndarray, threat: ThreatModel) -> None:
     raise ValueError(
         f'images must be floating point in [{threat.lower}, {threat.upper}], '
         f'got {images.dtype}. Bytes need a division by 255.')
-  # In blocks, so that an image file mapped into memory stays on the disk.
+  # In blocks, so that a memory-mapped file is not loaded as a whole.
   for begin in range(0, len(images), 1024):
     block = images[begin:begin + 1024]
     low, high = float(np.min(block)), float(np.max(block))
-    # Written so that NaN fails as well.
+    # The negation makes NaN fail too.
     if not (low >= threat.lower and high <= threat.upper):
       raise ValueError(
-          f'images must lie in [{threat.lower}, {threat.upper}] and hold no '
-          f'NaN, got values from {low} to {high}.')
+          f'images must be in [{threat.lower}, {threat.upper}] without NaN, '
+          f'got values from {low} to {high}.')
 
 
 def check_labels(
@@ -47,20 +47,20 @@ def check_labels(
     raise ValueError(f'labels must be integers, got {labels.dtype}.')
   if labels.min() < 0 or labels.max() >= num_classes:
     raise ValueError(
-        f'labels must lie in [0, {num_classes}), got {labels.min()} to '
+        f'labels must be in [0, {num_classes}), got {labels.min()} to '
         f'{labels.max()}.')
 
 
 class Traced(NamedTuple):
-  """A model as one trace shows it.
+  """A model's trace and what is read from it.
 
   Attributes:
     program: the trace, on two images.
     num_classes: C.
     dtype: of the logits.
     product: the narrowest floating type of an operand of its matrix products
-      and convolutions, or a lower precision that one of them asks for;
-      'float32' or wider where there is neither.
+      and convolutions, or a lower precision that one of them requests;
+      'float32' or wider if there is neither.
   """
 
   program: jax.extend.core.ClosedJaxpr
@@ -70,7 +70,7 @@ class Traced(NamedTuple):
 
 
 def _products(program: Any) -> Iterator[Any]:
-  """The matrix products and convolutions of a program and those inside it."""
+  """The matrix products and convolutions of a program, nested ones included."""
   for equation in program.eqns:
     if equation.primitive.name in ('dot_general', 'conv_general_dilated'):
       yield equation
@@ -89,8 +89,9 @@ def _narrowest_product(program: jax.extend.core.ClosedJaxpr) -> str:
       dtype = operand.aval.dtype
       if jnp.issubdtype(dtype, jnp.floating):
         narrowest = min(narrowest, np.dtype(dtype), key=lambda d: d.itemsize)
-    asked = equation.params['precision']
-    for precision in asked if isinstance(asked, tuple) else (asked,):
+    requested = equation.params['precision']
+    for precision in (
+        requested if isinstance(requested, tuple) else (requested,)):
       if precision not in (None, jax.lax.Precision.HIGHEST):
         return str(precision)
   return str(narrowest)
@@ -99,20 +100,20 @@ def _narrowest_product(program: jax.extend.core.ClosedJaxpr) -> str:
 def trace_model(
     logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool
 ) -> Traced:
-  """Traces the model once; nothing is compiled.
+  """Traces the model once, without compiling.
 
-  Call it where verdicts are made, at `jax.default_matmul_precision('float32')`.
+  Call it under `jax.default_matmul_precision('float32')`, like the verdicts.
 
   Args:
     logits_fn: the model.
     images: [N, ...].
-    takes_key: whether the model takes a key as well.
+    takes_key: whether the model also takes a key.
 
   Returns:
     The trace.
 
   Raises:
-    ValueError: unless the model gives logits [B, C], C >= 2.
+    ValueError: unless the model returns logits [B, C], C >= 2.
   """
   spec = jax.ShapeDtypeStruct((2, *images.shape[1:]), images.dtype)
   keys = (jax.random.key(0),) if takes_key else ()
@@ -125,7 +126,7 @@ def trace_model(
         f'{logits} for images of shape {spec.shape}.')
   if shape[1] < 2:
     raise ValueError(
-        f'logits_fn must give logits of at least 2 classes, got {shape[1]}.')
+        f'logits_fn must return logits of at least 2 classes, got {shape[1]}.')
   return Traced(
       program, int(shape[1]), np.dtype(logits.dtype),
       _narrowest_product(program))
@@ -134,22 +135,22 @@ def trace_model(
 def check_specs(
     specs: Sequence[AttackSpec], rank: int, takes_key: bool,
     eot_samples: int | None) -> None:
-  """Raises ValueError unless the attacks fit each other, inputs and model."""
+  """Raises ValueError unless names are distinct and attacks fit the model."""
   names = [spec.name for spec in specs]
   if not names or len(set(names)) < len(names):
     raise ValueError(
-        f'attacks must be at least one, each of its own name, got {names}.')
+        f'attacks must be at least one, with distinct names, got {names}.')
   if eot_samples is not None:
     checks.count('eot_samples', eot_samples)
   for spec in specs:
     if spec.needs_images and rank != 4:
       raise ValueError(
-          f'{spec.name} moves squares over images [N, height, width, channels]'
-          f', got inputs of rank {rank}. Leave it out of the attacks.')
+          f'{spec.name} needs images [N, height, width, channels], got inputs '
+          f'of rank {rank}. Remove it from the attacks.')
     draws = eot_samples or spec.eot_samples or 1
     if draws > 1 and not takes_key:
       raise ValueError(
-          f'{spec.name} averages gradients over {draws} draws of a randomised '
-          'model, and this model takes no key: every draw would be the same. '
+          f'{spec.name} averages gradients over {draws} draws of a randomized '
+          'model, but this model takes no key: all draws would be equal. '
           'Use a version for deterministic models, or pass logits_fn(images, '
           'key) and EvalOptions(takes_key=True).')

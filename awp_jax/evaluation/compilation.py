@@ -1,9 +1,9 @@
 """Compiled programs that take closed-over arrays as arguments.
 
-`jax.jit` writes every array that a function closes over into the program as a
-constant. With the weights of a network that is megabytes of program text, and
-another checkpoint is another program, so a persistent compilation cache never
-hits. Here the arrays become arguments.
+`jax.jit` embeds every array that a function closes over as a constant. The
+weights of a network then add megabytes to the program, and each checkpoint is a
+different program, which a persistent compilation cache never hits. Here the
+arrays become arguments.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from awp_jax.core import sharding
 
 
 def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
-  """The function inside `jax.jit`, whose constants are out of reach there."""
+  """The function inside `jax.jit`, which hides its constants."""
   if isinstance(function, jax.stages.Wrapped):
     return getattr(function, '__wrapped__', function)
   return function
@@ -24,13 +24,13 @@ def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
 def constants_as_arguments(
     function: Callable[..., Any], devices: Sequence[jax.Device] | None = None
 ) -> Callable[..., Any]:
-  """`jax.jit(function)`, whose closed-over arrays are arguments.
+  """`jax.jit(function)` with closed-over arrays as arguments.
 
   Args:
-    function: of positional pytrees of arrays. It is traced once per signature
-      and must not close over tracers.
-    devices: closed-over arrays are replicated over these; None leaves them
-      where they are.
+    function: takes positional pytrees of arrays. It is traced once per
+      signature and must not close over tracers.
+    devices: closed-over arrays are replicated over these; None does not move
+      them.
 
   Returns:
     The compiled function.
@@ -47,7 +47,7 @@ def constants_as_arguments(
               closed.jaxpr, consts, *flat))
       consts = closed.consts
       if devices:
-        # The call may stand inside a trace, whose tracers must not be kept.
+        # The call may be inside a trace, whose tracers must not be kept.
         with jax.ensure_compile_time_eval():
           consts = sharding.replicate(consts, devices)
       programs[signature] = run, consts, jax.tree.structure(out)

@@ -1,4 +1,4 @@
-"""Signs that an evaluation may mislead, looked for before and after it."""
+"""Warnings of an unreliable evaluation, checked before and after attacks."""
 
 from collections.abc import Callable, Sequence
 import re
@@ -18,14 +18,14 @@ from awp_jax.evaluation.results import (
 )
 from awp_jax.types import Array
 
-#: Relative differences of logits above this are no rounding.
-_SAME = 1e-3
+#: Largest relative difference of logits that counts as rounding.
+_ROUNDING = 1e-3
 
 _IN_FLOAT32 = (
     'Robust accuracy is comparable in float32 only: build the model with '
     'dtype=float32 and the same weights.')
 
-#: How much accuracy Square may take after gradients were used.
+#: Largest accuracy that Square may take after an attack with gradients.
 _SQUARE_GAIN = 0.002
 
 
@@ -37,19 +37,19 @@ def warn(
   return AttackWarning(kind, message, attack, num_examples)
 
 
-def _apart(left: Any, right: Any) -> np.ndarray:
+def _differ(left: Any, right: Any) -> np.ndarray:
   """Which rows differ by more than rounding."""
   left, right = np.asarray(left, np.float64), np.asarray(right, np.float64)
   scale = np.maximum(np.max(np.abs(left), axis=-1), 1e-12)
   with np.errstate(invalid='ignore'):
-    return np.max(np.abs(left - right), axis=-1) > _SAME * scale
+    return np.max(np.abs(left - right), axis=-1) > _ROUNDING * scale
 
 
-def _traces_alike(logits_fn: Callable[[Array], Array], images: Array) -> bool:
+def _traces_equal(logits_fn: Callable[[Array], Array], images: Array) -> bool:
   """Whether tracing twice gives the same program and the same constants.
 
-  A model that draws from NumPy or splits a key it holds is frozen when it is
-  compiled, so only its traces tell.
+  Compilation freezes the draws of a model that uses NumPy or splits a key that
+  it stores, so only its traces show the randomness.
   """
   traces = [jax.make_jaxpr(lambda x: logits_fn(x))(images) for _ in range(2)]
   texts = [re.sub(r'0x[0-9a-f]+', '', str(t.jaxpr)) for t in traces]
@@ -61,48 +61,49 @@ def _traces_alike(logits_fn: Callable[[Array], Array], images: Array) -> bool:
 def check_randomized(
     logits_fn: Callable[[Array], Array], logits: Callable[[Array], Array],
     images: Array) -> list[AttackWarning]:
-  """Warns where the same images give different logits.
+  """Warns if the same images give different logits.
 
   Args:
-    logits_fn: the model as it was given.
-    logits: the model compiled.
+    logits_fn: the model.
+    logits: the compiled model.
     images: one batch.
   """
-  if not _traces_alike(logits_fn, images):
+  if not _traces_equal(logits_fn, images):
     differing = len(images)
   else:
     first = logits(images)
     differing = max(
-        int(np.sum(_apart(first, logits(images)))) for _ in range(2))
+        int(np.sum(_differ(first, logits(images)))) for _ in range(2))
   if not differing:
     return []
   return [warn(
-      'randomized', 'the model gives different logits for the same images: a '
-      "randomised defence. Give it a key, use version='rand' and "
-      'EvalOptions(takes_key=True).', num_examples=differing)]
+      'randomized', 'the model returns different logits for the same images, '
+      "as a randomized defense. Pass logits_fn(images, key), version='rand' "
+      'and EvalOptions(takes_key=True).', num_examples=differing)]
 
 
 def check_batch_dependence(
     logits: Callable[[Array], Array], images: np.ndarray,
     place: Callable[[Any], Any]) -> list[AttackWarning]:
-  """Warns where an image's logits depend on the rest of its batch."""
+  """Warns if an image's logits depend on the rest of its batch."""
   half = max(len(images) // 2, 1)
   alone = images.copy()
-  # The first half stays; its companions become copies of a single image.
+  # The first half stays; the second becomes copies of one image.
   alone[half:] = alone[0]
-  apart = _apart(
+  dependent = _differ(
       np.asarray(logits(place(images)))[:half],
       np.asarray(logits(place(alone)))[:half])
-  if half == len(images) or not apart.any():
+  if half == len(images) or not dependent.any():
     return []
+  number = int(dependent.sum())
   return [warn(
-      'batch-dependent', f'the logits of {apart.sum()} of {half} images depend '
-      'on the other images of the batch (BatchNorm in train mode?): no verdict '
-      'on one example means anything.', num_examples=int(apart.sum()))]
+      'batch-dependent', f'the logits of {number} of {half} images depend on '
+      'the other images of the batch (BatchNorm in train mode?). Verdicts on '
+      'single examples are meaningless.', num_examples=number)]
 
 
 def check_logits(logits: np.ndarray) -> tuple[int, bool]:
-  """The number of rows that are not finite; whether rows are probabilities."""
+  """Number of rows that are not finite; whether rows look like probabilities."""
   finite = np.all(np.isfinite(logits), axis=-1)
   rows = logits[finite]
   sums = np.abs(rows.sum(axis=-1) - 1) < 1e-5
@@ -113,11 +114,11 @@ def check_logits(logits: np.ndarray) -> tuple[int, bool]:
 
 def about_logits(
     nonfinite: int, probable: bool, traced: Traced) -> list[AttackWarning]:
-  """Warns of what the natural logits show.
+  """Warns of natural logits that are not finite, probabilities or too narrow.
 
   Args:
-    nonfinite: of how many images they are not finite.
-    probable: whether they look like probabilities.
+    nonfinite: number of images with logits that are not finite.
+    probable: whether the logits look like probabilities.
     traced: the model.
   """
   found = []
@@ -129,7 +130,7 @@ def about_logits(
   if probable:
     found.append(warn(
         'probabilities', 'the outputs are probabilities, not logits: their '
-        'gradients vanish where the model is sure. Leave out the softmax.'))
+        'gradients vanish where the model is confident. Remove the softmax.'))
   if traced.dtype.itemsize < 4:
     found.append(warn(
         'half-precision', f'the model returns {traced.dtype} logits, whose '
@@ -143,33 +144,32 @@ def about_logits(
 
 def check_classes(
     specs: Sequence[AttackSpec], num_classes: int) -> list[AttackWarning]:
-  """Warns of attacks that want more classes than there are."""
+  """Warns of attacks that need more classes than the model has."""
   found = []
   for spec in specs:
-    told = []
+    changes = []
     if num_classes < spec.min_classes:
-      told.append(
-          f'its loss needs {spec.min_classes} classes and ascends the plain '
+      changes.append(
+          f'its loss needs {spec.min_classes} classes, so it ascends the plain '
           'difference of logits instead')
     if num_classes - 1 < spec.num_targets:
-      told.append(
-          f'{num_classes - 1} target classes take the place of '
-          f'{spec.num_targets}')
-    if told:
+      changes.append(
+          f'{num_classes - 1} target classes instead of {spec.num_targets}')
+    if changes:
       found.append(warn(
           'few-classes', f'{spec.name} with {num_classes} classes: '
-          f'{"; ".join(told)}.', spec.name))
+          f'{"; ".join(changes)}.', spec.name))
   return found
 
 
 def looks_channels_first(shape: tuple[int, ...]) -> bool:
-  """Whether an image of this shape seems to be [C, H, W]: 1 or 3 channels."""
+  """Whether an image shape looks like [C, H, W], with 1 or 3 channels."""
   return len(shape) == 3 and shape[0] in (1, 3) and shape[2] > 4
 
 
 def check_layout(
     specs: Sequence[AttackSpec], shape: tuple[int, ...]) -> list[AttackWarning]:
-  """Warns where an attack reads images by place and they look channels-first.
+  """Warns if an attack needs images [H, W, C] and they look channels-first.
 
   Args:
     specs: the attacks.
@@ -179,8 +179,8 @@ def check_layout(
     return []
   return [
       warn('layout', f'{spec.name} reads images of shape {shape} as [H, W, C], '
-           'channels last. If they are [C, H, W], its windows are no squares '
-           'and the robust accuracy is too high: give them as [H, W, C] and '
+           'channels last. If they are [C, H, W], its windows are not squares '
+           'and the robust accuracy is too high: pass them as [H, W, C] and '
            'transpose inside logits_fn.', spec.name)
       for spec in specs if spec.needs_images]
 
@@ -188,35 +188,34 @@ def check_layout(
 def after_attack(
     spec: AttackSpec, anomalies: Anomalies, gain: float, any_white_box: bool
 ) -> list[AttackWarning]:
-  """Warns of what an attack met.
+  """Warns of the anomalies of an attack.
 
   Args:
     spec: the attack.
-    anomalies: what was odd, and on how many examples.
+    anomalies: counts over all examples.
     gain: the accuracy that it took.
-    any_white_box: whether an attack by gradients went before.
+    any_white_box: whether an earlier attack used gradients.
   """
-  told: list[tuple[WarningKind, int, str]] = [
+  texts: list[tuple[WarningKind, int, str]] = [
       ('zero-gradients', anomalies.zero_gradient,
-       'have a gradient of zero in every entry. Attacks by gradients are '
+       'have a gradient of zero in every entry. Attacks with gradients are '
        'unreliable here.'),
       ('non-finite-gradient', anomalies.nonfinite_gradient,
-       'have a gradient with entries that are not finite. The attack took them '
-       'for 0 and is weaker for it: mend the gradient (sqrt or a norm at 0, a '
-       'division by 0 behind `where`).'),
+       'have a gradient with entries that are not finite. The attack set them '
+       'to 0, which weakens it. Fix the gradient (sqrt or a norm at 0, a '
+       'division by 0 masked by `where`).'),
       ('non-finite', anomalies.nonfinite_logits,
        'have an adversarial example whose logits are not finite. They count as '
        'misclassified.'),
       ('outside', anomalies.outside,
-       'were given points outside of the ball or the box, or with NaN, which '
-       'were rejected. The attack needs a projection.')]
+       'have candidates with NaN or outside the ball or the box, which were '
+       'rejected. The attack needs a projection.')]
   found = [
       warn(kind, f'{spec.name}: {count} examples {text}', spec.name, count)
-      for kind, count, text in told if count]
+      for kind, count, text in texts if count]
   if spec.name == 'square' and any_white_box and gain > _SQUARE_GAIN:
     found.append(warn(
-        'square-stronger', f'Square took {gain:.2%} off the robust accuracy '
-        'that attacks by gradients had left: the model may mask its gradients. '
-        'Run Square longer and with restarts, or an adaptive attack.',
-        spec.name))
+        'square-stronger', f'Square took {gain:.2%} of accuracy after attacks '
+        'with gradients: the model may mask its gradients. Run Square longer '
+        'and with restarts, or an adaptive attack.', spec.name))
   return found

@@ -1,23 +1,23 @@
-"""What drives every attack: a fixed batch whose places are always filled.
+"""The loop that steps every attack, on a batch of fixed size.
 
 An attack is a pair of pure functions on a batch: `init` makes a state, `step`
-moves it on by one iteration and reports which examples it broke. The engine
-owns the loop. Its work is a queue of tasks (example, run), where a run is a
-restart or a target class, ordered by run, and a batch of B places:
+advances it by one iteration and reports which examples it broke. The driver
+owns the loop. It has a queue of tasks (example, run), ordered by run, where a
+run is a restart or a target class, and a batch of B places:
 
-  step all places;  where a run ended or broke its example, judge the candidate;
-  drop what is queued for broken examples;  fill the free places from the queue.
+  step all places;  if a run ended or broke its example, check the candidate;
+  drop the tasks of broken examples;  refill free places from the queue.
 
-Places run at their own iteration each, so no time goes to broken examples and
-no shape changes. A run of a deterministic model ends at its first misclassified
-iterate. A run of a randomised model goes to its end, and its last misclassified
-iterate is judged: the first was misclassified under one draw of many. Where the
-judge refuses a candidate the example still stands: the run goes on if it is not
-over, and the example's remaining runs stay in the queue.
+Each place has its own iteration number, so no time is spent on broken examples
+and no shape changes. On a deterministic model a run ends at its first
+misclassified iterate. On a randomized model it runs to its end and its last
+misclassified iterate is checked, since one draw of many misclassified the
+first. If the check rejects a candidate, the example is still robust: the run
+continues unless it is over, and the example's other runs stay in the queue.
 
-Randomness belongs to (attack, example, run), never to a place in the batch.
-Which of several runs gets the credit for an example can depend on the batch
-size; whether one of them does can not, but for rounding.
+Randomness depends on (attack, example, run), never on the place in the batch.
+The batch size can change which of several runs gets credit for an example.
+It does not change whether one of them succeeds, up to rounding.
 """
 
 from collections.abc import Callable
@@ -34,22 +34,22 @@ from awp_jax.evaluation import compilation, slots
 from awp_jax.evaluation.model import either
 from awp_jax.evaluation.protocol import BoundAttack, Examples, Report, run_keys
 from awp_jax.evaluation.slots import Filled, Places
-from awp_jax.evaluation.verdicts import Group, Judge
+from awp_jax.evaluation.verdicts import CheckCandidates, Group
 from awp_jax.types import Array
 
 
 class Outcome(NamedTuple):
-  """What an attack did to a group.
+  """Results of an attack on a group.
 
   Attributes:
     broken: [n].
     adversarial: [n, ...]; the natural image where not broken.
-    distances: of those from the natural images, [n].
+    distances: between adversarial and natural images, [n].
     zero_gradient: examples with an all-zero gradient at a start, [n].
-    nonfinite_gradient: with entries of a gradient that are not finite, [n].
+    nonfinite_gradient: with gradient entries that are not finite, [n].
     nonfinite_logits: broken by logits that are not finite, [n].
-    outside: with a candidate that is NaN or outside of ball or box, [n].
-    refused: with a candidate inside that the judge classified correctly, [n].
+    outside: with a candidate that has NaN or is outside ball or box, [n].
+    refused: with a candidate inside that the check classified correctly, [n].
   """
 
   broken: np.ndarray
@@ -63,7 +63,7 @@ class Outcome(NamedTuple):
 
 
 def no_outcome(group: Group) -> Outcome:
-  """The outcome before anything happened."""
+  """The outcome before the first step."""
   count = group.labels.size
   return Outcome(
       np.zeros(count, bool), group.images.copy(), np.zeros(count, np.float32),
@@ -71,29 +71,29 @@ def no_outcome(group: Group) -> Outcome:
 
 
 class Carry(NamedTuple):
-  """A batch on the device: examples, the attack's state, what it found."""
+  """A batch on the device: examples, attack state, and results so far."""
 
   examples: Examples
   state: Any
   found: Report
 
 
-#: (carry, busy places [B], patience) -> (carry, runs that are over [B], number
-#: of iterations made).
+#: (carry, busy places [B], free places to wait for) -> (carry, finished runs
+#: [B], number of iterations made).
 Advance = Callable[
     [Carry, np.ndarray, int], tuple[Carry, np.ndarray, int]]
 
 
 class Job(NamedTuple):
-  """An attack with all that stays the same over its groups.
+  """An attack with everything that its groups share.
 
   Attributes:
     attack: the attack.
     advance: runs it until enough places are free.
-    key: a PRNG key; example i, run r draw from fold_in(fold_in(key, i), r).
-    sizes: batch sizes as `places.batch_sizes` gives them.
+    key: a PRNG key; run r of example i draws from fold_in(fold_in(key, i), r).
+    sizes: batch sizes of `slots.batch_sizes`.
     place: puts arrays with a leading batch axis onto the devices.
-    judge: decides which candidates count.
+    check: decides which candidates count.
   """
 
   attack: BoundAttack
@@ -101,13 +101,13 @@ class Job(NamedTuple):
   key: Array
   sizes: tuple[int, ...]
   place: Callable[[Any], Any]
-  judge: Judge
+  check: CheckCandidates
 
 
-#: Iterations at one batch size before another is worth compiling.
+#: Iterations at one batch size before compiling a smaller one.
 _SHRINK_AFTER = 64
 
-#: Iterations after which the host looks at the device, at the latest.
+#: Most iterations of the compiled loop before it returns to the host.
 _LONGEST_CALL = 100
 
 
@@ -128,24 +128,24 @@ def _take(carry: Carry, rows: Array) -> Carry:
 @functools.partial(jax.jit, static_argnames=('to_end',))
 def _note(
     found: Report, report: Report, to_end: bool) -> tuple[Report, Array]:
-  """Adds a report to what was found; keeps the first success, or the last."""
+  """Merges a report into the results; keeps the first success, or the last."""
   active = ~found.finished
   if not to_end:
     active &= ~found.broken
-  news = report.broken & active
+  new = report.broken & active
   nonfinite = found.nonfinite
   if report.nonfinite is not None:
     nonfinite = either(nonfinite, report.nonfinite & active)
   total = Report(
-      _rows(news, report.candidates, found.candidates),
-      found.broken | news, found.finished | report.finished,
+      _rows(new, report.candidates, found.candidates),
+      found.broken | new, found.finished | report.finished,
       found.zero_gradient | report.zero_gradient, nonfinite)
   return total, total.finished if to_end else total.broken | total.finished
 
 
 @jax.jit
-def _forget(carry: Carry, refused: Array) -> Carry:
-  """Takes back the successes of runs that go on."""
+def _clear_refused(carry: Carry, refused: Array) -> Carry:
+  """Clears the rejected successes of runs that continue."""
   found = carry.found
   return carry._replace(
       found=found._replace(broken=found.broken & ~refused))
@@ -154,14 +154,13 @@ def _forget(carry: Carry, refused: Array) -> Carry:
 def make_advance(attack: BoundAttack, to_end: bool) -> Advance:
   """Builds the loop of an attack, once for all of its groups.
 
-  On the CPU it makes one iteration per call, from pieces that are compiled
-  already. Elsewhere one compiled loop runs until as many places are free as the
-  host is patient for, since each look of the host at the device costs more than
-  an iteration.
+  On the CPU each call makes one iteration, of functions that are already
+  compiled. Elsewhere a compiled loop runs until the given number of places is
+  free, because a transfer to the host costs more than an iteration.
 
   Args:
     attack: the attack.
-    to_end: whether runs go on behind a misclassified iterate.
+    to_end: whether runs continue after a misclassified iterate.
 
   Returns:
     The loop.
@@ -225,20 +224,20 @@ def _refill(
 def _collect(
     job: Job, group: Group, places: Places, rows: np.ndarray, found: Report,
     outcome: Outcome) -> None:
-  """Has candidates judged and writes down what counts.
+  """Checks candidates and records those that count.
 
   Args:
     job: the attack.
     group: its examples.
-    places: what sits where.
-    rows: the places that hold a candidate.
-    found: what their runs found.
-    outcome: of the group so far; written into.
+    places: the task in each place.
+    rows: the places with a candidate.
+    found: the results of their runs.
+    outcome: of the group so far; updated in place.
   """
   examples = places.example[rows]
   candidates = np.asarray(found.candidates)[rows]
   part = Group(*(leaf[examples] for leaf in group))
-  verdicts = job.judge(part, places.run[rows], candidates)
+  verdicts = job.check(part, places.run[rows], candidates)
   outcome.outside[examples[verdicts.outside]] = True
   outcome.refused[examples[~verdicts.broken & ~verdicts.outside]] = True
   # Of two runs of one example, the earlier gets the credit.
@@ -264,9 +263,9 @@ def attack_group(
 
   Args:
     job: the attack.
-    group: the examples, all of them standing; memory on the device depends on
-      the batch size, not on their number.
-    around: makes the context, given the batch size, of each call of the device.
+    group: the examples, all of them robust so far. Memory on the device depends
+      on the batch size, not on their number.
+    around: batch size -> context manager around each call on the device.
 
   Returns:
     The outcome.
@@ -302,7 +301,7 @@ def attack_group(
     broken = outcome.broken[np.maximum(places.example, 0)]
     refused = claimed & ~broken & ~finished
     if refused.any():
-      carry = _forget(carry, job.place(refused))
-    # Another run of an example that has just been broken leaves as well.
-    gone = busy & (finished | broken)
-    places = Places(np.where(gone, -1, places.example), places.run)
+      carry = _clear_refused(carry, job.place(refused))
+    # Other runs of an example that was just broken are dropped too.
+    done = busy & (finished | broken)
+    places = Places(np.where(done, -1, places.example), places.run)

@@ -1,10 +1,10 @@
-"""Runs a list of attacks, each on what the ones before left standing.
+"""Runs a list of attacks, each on the examples that survived the earlier ones.
 
-The examples lie on the host and stream through the device in batches of one
-fixed size. After each group of examples `EvalOptions.progress` hears what
-happened; handed back as `EvalOptions.done`, those records resume an evaluation
-where it was interrupted, with the same result. Verdicts are made in float32 at
-matrix precision 'float32' (see `judging`), whatever the attacks compute with.
+The examples stay on the host and stream through the device in batches of one
+fixed size. `EvalOptions.progress` gets a record after each group of examples.
+Passed as `EvalOptions.done`, these records resume an interrupted evaluation
+with the same result. Verdicts are computed in float32 at matrix precision
+'float32' (see `verdicts`), at whatever precision the attacks ran.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,44 +33,45 @@ from awp_jax.evaluation.driver import Job
 from awp_jax.evaluation.model import Model, average_gradients, make_model
 from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.evaluation.results import AttackResult, AttackWarning, BatchResult
+from awp_jax.evaluation.verdicts import VerdictSettings
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
-#: Batches are this much larger where no gradient is taken, off the CPU.
+#: Factor on the batch size of attacks without gradients, except on the CPU.
 _FORWARD_BATCH = 4
 
-#: Batches per group on the CPU; elsewhere batches are large and groups hold
-#: fewer, so that progress is reported and saved as often.
+#: Batches per group on the CPU, and elsewhere. Larger batches form smaller
+#: groups, so that progress is reported and saved as often.
 _BATCHES_PER_GROUP = 8
 _FEWER_BATCHES_PER_GROUP = 2
 
-#: What `jax.default_matmul_precision` is set to where verdicts are made.
-JUDGING_PRECISION = 'float32'
+#: `jax.default_matmul_precision` of the verdicts.
+VERDICT_PRECISION = 'float32'
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
-  """How examples stream through an evaluation; none changes what is attacked.
+  """How an evaluation batches, resumes and reports.
 
   Attributes:
     batch_size: examples on the device at a time, over all devices; None means
-      64 on the CPU, where larger batches leave the caches, and 512 elsewhere.
-      On the CPU they are divided into up to four batches that run side by side.
-    group_size: examples per record of `progress`, and per unit of resuming;
-      None means eight batches.
-    devices: spread each batch over these; None means the default device.
+      64 on the CPU, where larger batches exceed the caches, and 512 elsewhere.
+      On the CPU it is divided into up to four batches that run in parallel.
+    group_size: examples per record of `progress`, the unit of resuming; None
+      means eight batches on the CPU and two elsewhere.
+    devices: shard each batch over these; None means the default device.
     progress: called with a `BatchResult` after each group.
-    done: records of an interrupted evaluation with the same arguments, in their
-      order; they are taken over instead of attacking again.
+    done: records of an interrupted evaluation with the same arguments, in
+      order; their groups are not attacked again.
     keep_images: whether the result holds the adversarial examples.
-    takes_key: whether the model is randomised: `logits_fn(images, key)`.
-    eot_samples: over how many draws of a randomised model a gradient is averaged;
-      None means 20 for the attacks of version 'rand' and 1 otherwise.
-    check_model: whether to look for signs of an unreliable evaluation first.
+    takes_key: whether the model is randomized: `logits_fn(images, key)`.
+    eot_samples: draws of a randomized model that each gradient is averaged
+      over; None means 20 for the attacks of version 'rand' and 1 otherwise.
+    check_model: whether to check first for signs of an unreliable evaluation.
     attack_precision: of matrix products and convolutions inside the attacks, as
-      `jax.default_matmul_precision` takes it; None leaves the caller's setting.
-      Verdicts are always made at 'float32'. A lower precision makes attacks
-      faster and somewhat weaker on accelerators.
+      in `jax.default_matmul_precision`; None keeps the caller's setting.
+      Verdicts always use 'float32'. On accelerators a lower precision makes
+      attacks faster and somewhat weaker.
   """
 
   batch_size: int | None = None
@@ -90,20 +91,20 @@ class _Setting(NamedTuple):
 
   Attributes:
     key: a PRNG key.
-    model: the model as attacks see it.
-    judging: what verdicts are made with.
+    model: the model that attacks evaluate.
+    verdicts: settings of the verdicts.
     images: [N, ...], on the host.
     labels: [N].
-    sizes: batch sizes of attacks by gradients.
-    forward_sizes: of the others.
+    sizes: batch sizes of attacks that use gradients.
+    forward_sizes: batch sizes of the others.
     group_size: examples per record.
-    num_streams: batches side by side.
-    identity: of the evaluation; '' where no record is taken or given.
+    num_streams: batches that run in parallel.
+    identity: hash of the evaluation; '' if no record is written or read.
   """
 
   key: Array
   model: Model
-  judging: verdicts.JudgeSettings
+  verdicts: VerdictSettings
   images: np.ndarray
   labels: np.ndarray
   sizes: tuple[int, ...]
@@ -115,14 +116,14 @@ class _Setting(NamedTuple):
 
 def _check_model(
     setting: _Setting, logits_fn: Callable[..., Array]) -> list[AttackWarning]:
-  """Warns of a deterministic model's logits that are no function of images."""
-  rows = next(verdicts.blocks(len(setting.labels), setting.judging.size))
-  place = setting.judging.place
+  """Warns if a model without key returns logits that vary for one image."""
+  rows = next(verdicts.blocks(len(setting.labels), setting.verdicts.size))
+  place = setting.verdicts.place
   keys = place(jax.random.split(setting.key, rows.size))
   batch = setting.images[rows]
 
   def logits(images: Array) -> Array:
-    return setting.judging.model.logits(images, keys)
+    return setting.verdicts.model.logits(images, keys)
 
   found = diagnostics.check_randomized(logits_fn, logits, place(batch))
   if rows.size > 1:
@@ -132,13 +133,13 @@ def _check_model(
 
 def _make_job(setting: _Setting, spec: AttackSpec, eot_samples: int) -> Job:
   model = average_gradients(setting.model, eot_samples)
-  attack = spec.build(model, setting.judging.threat)
+  attack = spec.build(model, setting.verdicts.threat)
   checks.count(f'num_runs of attack {spec.name!r}', attack.num_runs)
   return Job(
       attack, driver.make_advance(attack, model.takes_key),
       jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode())),
       setting.sizes if spec.white_box else setting.forward_sizes,
-      setting.judging.place, verdicts.make_judge(setting.judging, spec.name))
+      setting.verdicts.place, verdicts.make_check(setting.verdicts, spec.name))
 
 
 def _attack_group(
@@ -159,25 +160,26 @@ def _attack_group(
       setting.identity)
 
 
-def _taken_over(
+def _check_record(
     record: BatchResult, name: str, indices: np.ndarray, identity: str
-) -> BatchResult:
+) -> None:
+  """Raises ValueError unless a record is of this evaluation's next group."""
   if record.attack != name or not np.array_equal(record.indices, indices):
     raise ValueError(
-        'EvalOptions.done belongs to another evaluation: it holds '
-        f'{record.attack} on {len(record.indices)} examples where {name} on '
-        f'{len(indices)} is due. The arguments, batch and group sizes must be '
+        'EvalOptions.done belongs to another evaluation: expected a record of '
+        f'{name} on {len(indices)} examples, got {record.attack} on '
+        f'{len(record.indices)}. Arguments, batch size and group size must be '
         'those of the interrupted run.')
   if not identity:
     raise ValueError(
-        'EvalOptions.done cannot be resumed: an attack of this evaluation does '
-        'not say what it depends on. Give its AttackSpec its `settings`.')
+        'EvalOptions.done cannot be resumed: an attack of this evaluation has '
+        'no `settings`. Set them in its AttackSpec.')
   if record.identity != identity:
     raise ValueError(
         'EvalOptions.done belongs to another evaluation: key, model, weights, '
         'images, labels, threat model, attacks, settings or versions differ '
-        f'(identity {record.identity[:12]!r} where {identity[:12]!r} is due).')
-  return record
+        f'(expected identity {identity[:12]!r}, got '
+        f'{record.identity[:12]!r}).')
 
 
 def _run(
@@ -191,33 +193,34 @@ def _run(
   for number, spec in enumerate(specs):
     job = _make_job(
         setting, spec, options.eot_samples or spec.eot_samples or 1)
-    standing = np.flatnonzero(robust)
-    seconds, broken, far = 0.0, [standing[:0]], 0.0
+    remaining = np.flatnonzero(robust)
+    seconds, broken, largest = 0.0, [remaining[:0]], 0.0
     anomalies = results.Anomalies()
-    for begin in range(0, standing.size, setting.group_size):
-      indices = standing[begin:begin + setting.group_size]
+    for begin in range(0, remaining.size, setting.group_size):
+      indices = remaining[begin:begin + setting.group_size]
       record = next(done, None)
       if record is not None:
-        record = _taken_over(record, spec.name, indices, setting.identity)
+        _check_record(record, spec.name, indices, setting.identity)
       else:
         record = _attack_group(
             setting, spec.name, job, indices, natural.targets)
         if options.progress is not None:
           options.progress(record)
-      fallen = indices[record.broken]
-      robust[fallen] = False
+      new = indices[record.broken]
+      robust[new] = False
       if adversarial is not None:
-        adversarial[fallen] = record.adversarial
-      broken.append(fallen)
+        adversarial[new] = record.adversarial
+      broken.append(new)
       seconds += record.seconds
       anomalies = anomalies.plus(record.anomalies)
-      far = max([far, *map(float, record.distances)])
-    fallen = np.concatenate(broken)
+      largest = max([largest, *map(float, record.distances)])
+    all_broken = np.concatenate(broken)
     found += diagnostics.after_attack(
-        spec, anomalies, fallen.size / robust.size,
-        any(before.white_box for before in specs[:number]))
+        spec, anomalies, all_broken.size / robust.size,
+        any(earlier.white_box for earlier in specs[:number]))
     reports.append(results.AttackReport(
-        spec.name, seconds, float(robust.mean()), fallen, far, anomalies))
+        spec.name, seconds, float(robust.mean()), all_broken, largest,
+        anomalies))
   return AttackResult(
       adversarial, robust, natural.correct, float(natural.correct.mean()),
       float(robust.mean()), tuple(reports), tuple(found), judged)
@@ -227,7 +230,7 @@ def _make_setting(
     key: Array, logits_fn: Callable[..., Array], traced: arguments.Traced,
     images: np.ndarray, labels: np.ndarray, threat: ThreatModel,
     specs: Sequence[AttackSpec], options: EvalOptions) -> _Setting:
-  """Checks what streams how, and makes the pieces of an evaluation."""
+  """Checks the batching options and makes the setting of an evaluation."""
   batch_size = options.batch_size
   if batch_size is None:
     batch_size = 64 if loops.unrolls() else 512
@@ -248,30 +251,30 @@ def _make_setting(
         logits_fn, traced.num_classes, takes_key=options.takes_key,
         precision=precision, devices=options.devices)
 
-  model = judge = make(JUDGING_PRECISION)
-  if options.attack_precision != JUDGING_PRECISION:
+  model = verdict_model = make(VERDICT_PRECISION)
+  if options.attack_precision != VERDICT_PRECISION:
     model = make(options.attack_precision)
-  # Threefry, whatever the caller's kind: others draw for a whole batch at once,
-  # and an example's draws must not depend on its neighbours.
+  # Always Threefry: other generators draw for a whole batch at once, and an
+  # example's draws must not depend on the rest of the batch.
   seed = jax.random.bits(key, (2,), jnp.uint32)
   key = jax.random.wrap_key_data(seed, impl='threefry2x32')
-  side_by_side = 1 if options.devices else threads.num_streams(batch_size)
+  num_streams = 1 if options.devices else threads.num_streams(batch_size)
   forward = 1 if loops.unrolls() else _FORWARD_BATCH
   sizes, forward_sizes = (
-      slots.batch_sizes(size // side_by_side, num_devices)
+      slots.batch_sizes(size // num_streams, num_devices)
       for size in (batch_size, forward * batch_size))
-  name = ''
+  identity = ''
   if options.progress is not None or options.done:
-    name = fingerprint.identify(
+    identity = fingerprint.identify(
         key, traced, images, labels, threat, specs,
         {'eot_samples': options.eot_samples, 'batch_size': batch_size,
          'attack_precision': options.attack_precision})
-  judging = verdicts.JudgeSettings(
-      judge, threat, key, sizes[0],
+  verdict_settings = VerdictSettings(
+      verdict_model, threat, key, sizes[0],
       functools.partial(sharding.shard, devices=options.devices))
   return _Setting(
-      key, model, judging, images, labels, sizes, forward_sizes, group_size,
-      side_by_side, name)
+      key, model, verdict_settings, images, labels, sizes, forward_sizes,
+      group_size, num_streams, identity)
 
 
 def evaluate(
@@ -279,18 +282,18 @@ def evaluate(
     labels: Array | np.ndarray, threat: ThreatModel,
     specs: Sequence[AttackSpec], *, options: EvalOptions | None = None
 ) -> AttackResult:
-  """Runs attacks one after the other, each on what still stands.
+  """Runs attacks in turn, each on the examples that survived the earlier ones.
 
   Args:
-    key: a PRNG key. Each attack, example and run draws its own randomness from
-      it, whatever the batch size and whichever attacks run beside it.
+    key: a PRNG key. Randomness depends on attack, example and run, not on the
+      batch size or on the other attacks.
     logits_fn: images [B, ...] -> logits [B, C], C >= 2, traceable by JAX.
     images: [N, ...], N >= 1, rank >= 2, in the box of `threat`; they stay on
       the host.
     labels: integers [N] in [0, C).
-    threat: what the adversary may do.
-    specs: the attacks, of different names.
-    options: how the examples stream through.
+    threat: the threat model.
+    specs: the attacks, with distinct names.
+    options: batching, resuming and reporting.
 
   Returns:
     The result, on the host.
@@ -305,7 +308,7 @@ def evaluate(
   arguments.check_images(images, threat)
   if images.dtype != np.float32 and images.dtype != np.float64:
     images = images.astype(np.float32)
-  with jax.default_matmul_precision(JUDGING_PRECISION):
+  with jax.default_matmul_precision(VERDICT_PRECISION):
     traced = arguments.trace_model(logits_fn, images, options.takes_key)
   arguments.check_labels(labels, len(images), traced.num_classes)
   arguments.check_specs(
@@ -313,8 +316,8 @@ def evaluate(
   setting = _make_setting(
       key, logits_fn, traced, images, labels.astype(np.int32), threat, specs,
       options)
-  natural = verdicts.judge_natural(
-      setting.judging, images, setting.labels,
+  natural = verdicts.classify_natural(
+      setting.verdicts, images, setting.labels,
       max(spec.num_targets for spec in specs))
   found = diagnostics.about_logits(
       natural.nonfinite, natural.probable and options.check_model, traced)
@@ -324,7 +327,7 @@ def evaluate(
     found += diagnostics.check_classes(specs, traced.num_classes)
     found += diagnostics.check_layout(specs, images.shape[1:])
   judged = results.Judgement(
-      natural.dtype, str(traced.dtype), traced.product, JUDGING_PRECISION,
+      natural.dtype, str(traced.dtype), traced.product, VERDICT_PRECISION,
       tuple(device.device_kind for device in natural.devices),
       fingerprint.versions())
   return _run(setting, natural, specs, options, found, judged)

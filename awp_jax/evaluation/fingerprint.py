@@ -1,7 +1,7 @@
-"""A hash of all that an evaluation depends on.
+"""A hash of everything that an evaluation depends on.
 
-Records of an interrupted evaluation are worth nothing under another key, threat
-model or model. The hash covers the program of the model and the values of its
+Records of an interrupted evaluation are invalid for another key, threat model
+or model. The hash covers the program of the model and the values of its
 weights, so two checkpoints of one network differ.
 """
 
@@ -31,7 +31,7 @@ def versions() -> dict[str, str]:
 
 
 def _constants(closed: jax.extend.core.ClosedJaxpr) -> Iterator[Any]:
-  """The constants of a program and of those that it calls."""
+  """The constants of a program and of the programs that it calls."""
   yield from closed.consts
   for equation in closed.jaxpr.eqns:
     for value in equation.params.values():
@@ -43,7 +43,7 @@ def _constants(closed: jax.extend.core.ClosedJaxpr) -> Iterator[Any]:
 
 def hash_program(closed: jax.extend.core.ClosedJaxpr) -> str:
   """A hash of a program's text and of its constants, weights among them."""
-  # Addresses of objects differ from process to process.
+  # Addresses of objects differ between processes.
   text = re.sub(r'0x[0-9a-f]+', '', str(closed.jaxpr))
   digest = hashlib.sha256(text.encode())
   for constant in _constants(closed):
@@ -66,7 +66,7 @@ def hash_array(values: np.ndarray) -> str:
 
 
 def _setting(name: str, value: Any, traced: arguments.Traced) -> Any:
-  """A value of `AttackSpec.settings` as a plain one."""
+  """A value of `AttackSpec.settings` as a plain value; functions are hashed."""
   if not callable(value):
     return value
   if name == 'loss':
@@ -94,8 +94,7 @@ def identify(
     settings: other plain values that verdicts depend on.
 
   Returns:
-    A hash, as hexadecimal digits; '' if an attack does not say what it depends
-    on.
+    A hash, as hexadecimal digits; '' if an attack has no settings.
   """
   if any(spec.settings is None for spec in specs):
     return ''

@@ -1,7 +1,7 @@
-"""What an attack is: pure functions on a batch, and the records they exchange.
+"""The interface of an attack: pure functions on a batch, and their records.
 
-An attack of one's own is an `AttackSpec` whose `build` returns a `BoundAttack`.
-`awp_jax.evaluate` and `awp_jax.auto_attack(attacks=...)` run it beside others.
+A custom attack is an `AttackSpec` whose `build` returns a `BoundAttack`.
+`awp_jax.evaluate` and `awp_jax.auto_attack(attacks=...)` run it like any other.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,14 +15,14 @@ from awp_jax.types import Array
 
 
 class Examples(NamedTuple):
-  """What an attack knows of the examples in its batch.
+  """The batch of examples that an attack receives.
 
   Attributes:
     images: natural images [B, ...].
     labels: [B].
     targets: the wrong classes in falling order of their natural logits, [B, T].
     keys: a PRNG key per example and run, [B].
-    runs: which restart or target this is, [B], from 0.
+    runs: number of the restart or target, [B], from 0.
   """
 
   images: Array
@@ -33,16 +33,17 @@ class Examples(NamedTuple):
 
 
 class Report(NamedTuple):
-  """What one step says of each example.
+  """Result of one step for each example.
 
   Attributes:
-    candidates: the inputs that were judged, [B, ...], inside ball and box where
-      `broken`.
+    candidates: the inputs that the step evaluated, [B, ...]; inside ball and
+      box where `broken`.
     broken: whether the candidate is misclassified, [B].
     finished: whether the run is over, [B].
-    zero_gradient: whether the gradient was zero in every entry at the start, [B].
+    zero_gradient: whether every entry of the gradient at the start was zero,
+      [B].
     nonfinite: whether the gradient had entries that are not finite, [B]; None
-      means nowhere.
+      means False for all.
   """
 
   candidates: Array
@@ -58,8 +59,8 @@ class BoundAttack(NamedTuple):
   Attributes:
     num_runs: restarts times targets, >= 1.
     init: examples -> state, any pytree of arrays with a leading batch axis.
-    step: (examples, state) -> (state, report). Entry i of everything depends on
-      example i alone.
+    step: (examples, state) -> (state, report). Entry i of each array may depend
+      on example i only.
   """
 
   num_runs: int
@@ -71,27 +72,27 @@ class BuildAttack(Protocol):
   """Makes an attack on a model within a threat model."""
 
   def __call__(self, model: Model, threat: ThreatModel, /) -> BoundAttack:
-    """Makes the attack; compiles nothing yet."""
+    """Makes the attack without compiling anything."""
     ...
 
 
 class AttackSpec(NamedTuple):
-  """An attack by name, before it knows its model.
+  """An attack by name, not yet bound to a model.
 
   Attributes:
-    name: unique within an evaluation; randomness derives from it.
+    name: unique within an evaluation; seeds the randomness of the attack.
     build: makes the attack.
     white_box: whether it uses gradients.
-    num_targets: how many target classes it wants, 0 if it is untargeted.
-    min_classes: fewest classes for which its own loss is defined; below, it
+    num_targets: number of target classes; 0 if untargeted.
+    min_classes: fewest classes for which its loss is defined; with fewer, it
       ascends a plain difference of logits.
     needs_images: whether inputs must be [B, H, W, C].
-    eot_samples: over how many draws of a randomised model its gradients are
-      averaged, unless the evaluation says; more than 1 needs such a model.
-    settings: all that `build` depends on, by name: plain values, or functions
-      of arrays, which are told apart by their traces. Records of an
-      interrupted evaluation are resumed only where these are the same; None
-      means that they are not known, and nothing is resumed.
+    eot_samples: draws of a randomized model that each gradient is averaged
+      over, unless the evaluation sets its own; more than 1 needs such a model.
+    settings: everything that `build` depends on, by name: plain values, or
+      functions of arrays, which are compared by their traces. Resuming an
+      interrupted evaluation needs equal settings. None means unknown: such an
+      attack is never resumed.
   """
 
   name: str
@@ -112,7 +113,7 @@ def step_keys(keys: Array, time: Array) -> Array:
 
 @jax.jit
 def run_keys(key: Array, indices: Array, runs: Array) -> Array:
-  """A key per example and run, whatever batch they are in: [B], [B] -> [B]."""
+  """A key per example and run, for any batch they are in: [B], [B] -> [B]."""
   def one(index: Array, run: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(key, index), run)
   return jax.vmap(one)(indices, runs)

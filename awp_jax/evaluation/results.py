@@ -1,4 +1,4 @@
-"""What an evaluation returns: verdicts, who broke what, warnings, intervals.
+"""Results of an evaluation: verdicts, attack reports, warnings, intervals.
 
 >>> interval = confidence_interval(52, 256)
 >>> [round(bound, 3) for bound in interval]
@@ -28,10 +28,10 @@ class AttackWarning(NamedTuple):
   """One warning of an evaluation.
 
   Attributes:
-    kind: which of `WarningKind`.
-    message: what was seen, and what to do about it.
-    attack: the attack that saw it; '' for the checks made beforehand.
-    num_examples: how many it concerns; 0 where that is not the point.
+    kind: one of `WarningKind`.
+    message: the observation and a remedy.
+    attack: the attack that raised it; '' for the checks before all attacks.
+    num_examples: number of examples affected; 0 if it is not about examples.
   """
 
   kind: WarningKind
@@ -41,18 +41,18 @@ class AttackWarning(NamedTuple):
 
 
 class Anomalies(NamedTuple):
-  """On how many examples an attack met something that should not be.
+  """Number of examples on which an attack met each anomaly.
 
   Attributes:
     zero_gradient: an all-zero gradient at a start.
-    nonfinite_gradient: a gradient with entries that are not finite, taken for
-      0 by the attack.
+    nonfinite_gradient: a gradient with entries that are not finite, which the
+      attack replaced by 0.
     nonfinite_logits: logits that are not finite at an adversarial example,
       which count as misclassified.
-    outside: a candidate with NaN, or outside of ball or box, which was
-      rejected.
-    refused: a candidate that the judging forward pass classifies correctly,
-      which was rejected: by rounding, or by another draw of a randomised model.
+    outside: a candidate with NaN, or outside ball or box, which was rejected.
+    refused: a candidate that the forward pass of the verdicts classifies
+      correctly, which was rejected. Causes: rounding, or another draw of a
+      randomized model.
   """
 
   zero_gradient: int = 0
@@ -67,17 +67,17 @@ class Anomalies(NamedTuple):
 
 
 class BatchResult(NamedTuple):
-  """What one attack did to one group of examples; the unit of resuming.
+  """Results of one attack on one group of examples; the unit of resuming.
 
   Attributes:
     attack: the attack's name.
     indices: the examples attacked, [n], rising.
-    broken: which of them broke, [n].
-    adversarial: the adversarial examples of those, [k, ...].
-    distances: how far those lie from the natural images, [k].
-    anomalies: on how many of the n something was odd.
-    seconds: wall-clock time, compiling included.
-    identity: a hash of all that the record depends on.
+    broken: which of them it broke, [n].
+    adversarial: adversarial examples of the broken ones, [k, ...].
+    distances: between those and the natural images, [k].
+    anomalies: counts over the n examples.
+    seconds: wall-clock time, including compilation.
+    identity: a hash of everything that the record depends on.
   """
 
   attack: str
@@ -104,15 +104,15 @@ class BatchResult(NamedTuple):
 
 
 class AttackReport(NamedTuple):
-  """What one attack of a list did.
+  """Results of one attack of a list.
 
   Attributes:
     name: its name.
-    seconds: wall-clock time, compiling included.
-    robust_accuracy: the fraction of all examples that stand after it.
+    seconds: wall-clock time, including compilation.
+    robust_accuracy: the fraction of all examples that survive up to here.
     broken: the examples it broke, as rising indices.
     largest_distance: of those from the natural images; 0 if there are none.
-    anomalies: on how many examples something was odd.
+    anomalies: counts over the examples it attacked.
   """
 
   name: str
@@ -124,15 +124,15 @@ class AttackReport(NamedTuple):
 
 
 class Judgement(NamedTuple):
-  """What the verdicts were made with.
+  """Types, precision, devices and versions used for the verdicts.
 
   Attributes:
-    dtype: of the images that the model was given.
+    dtype: of the images passed to the model.
     logits_dtype: of the logits that it returned.
     product_dtype: the narrowest type of an operand of its matrix products and
-      convolutions, or a lower precision that one of them asks for.
-    matmul_precision: of matrix products and convolutions, as
-      `jax.default_matmul_precision` takes it.
+      convolutions, or a lower precision that one of them requests.
+    matmul_precision: of matrix products and convolutions, as in
+      `jax.default_matmul_precision`.
     devices: the kind of each device.
     versions: of jax, jaxlib and awp_jax.
   """
@@ -146,18 +146,18 @@ class Judgement(NamedTuple):
 
 
 class AttackResult(NamedTuple):
-  """What an evaluation found, on the host.
+  """Results of an evaluation, on the host.
 
   Attributes:
-    adversarial: [N, ...]; the natural image where an example stands or was
-      misclassified from the start. None if it was not asked for.
-    robust: which examples stand, [N].
-    natural: which were classified correctly to begin with, [N].
-    natural_accuracy: their fraction.
-    robust_accuracy: the fraction that stands.
+    adversarial: [N, ...]; the natural image if the example is robust or its
+      natural image is misclassified. None without `EvalOptions.keep_images`.
+    robust: which examples survived all attacks, [N].
+    natural: which natural images are classified correctly, [N].
+    natural_accuracy: the fraction in `natural`.
+    robust_accuracy: the fraction in `robust`.
     attacks: a report per attack, in the order in which they ran.
     warnings: reasons to doubt the robust accuracy.
-    judged: precision, devices and versions behind the verdicts.
+    judged: types, precision, devices and versions used for the verdicts.
   """
 
   adversarial: np.ndarray | None
@@ -172,7 +172,7 @@ class AttackResult(NamedTuple):
 
 def confidence_interval(
     successes: int, count: int, level: float = 0.95) -> tuple[float, float]:
-  """Wilson's interval of a fraction.
+  """Wilson score interval of a fraction.
 
     (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n),  p = k / n
 
@@ -185,7 +185,7 @@ def confidence_interval(
     The lower and the upper bound.
 
   Raises:
-    ValueError: for arguments outside of their ranges.
+    ValueError: for arguments outside their ranges.
 
   References:
     Wilson, Probable Inference, the Law of Succession, and Statistical
@@ -197,11 +197,11 @@ def confidence_interval(
     raise ValueError(
         f'successes must be at most count, got {successes} of {count}.')
   if not 0 < level < 1:
-    raise ValueError(f'level must lie between 0 and 1, got {level!r}.')
+    raise ValueError(f'level must be between 0 and 1, got {level!r}.')
   z = statistics.NormalDist().inv_cdf((1 + level) / 2)
   share, spread = successes / count, z * z / count
-  centre = share + spread / 2
+  center = share + spread / 2
   half = z * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-  lower, upper = (centre - half) / (1 + spread), (centre + half) / (1 + spread)
-  # Exact at the ends, where rounding would leave 1e-17.
+  lower, upper = (center - half) / (1 + spread), (center + half) / (1 + spread)
+  # Exact at 0 and 1, where rounding would leave an error of 1e-17.
   return (lower if successes else 0.0), (upper if successes < count else 1.0)

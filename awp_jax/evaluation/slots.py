@@ -1,8 +1,8 @@
-"""Which examples sit in which places of a batch of a fixed size.
+"""Assigns tasks to the places of a batch of fixed size.
 
-The work is a queue of tasks (example, run), ordered by run. Free places are
-filled from it; when it is empty the batch shrinks to one of a few sizes, so
-that few programs are compiled.
+A queue holds tasks (example, run), ordered by run, and refills free places.
+When it is empty the batch shrinks, to one of a few sizes so that few programs
+are compiled.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from awp_jax.core import loops
 
 
 class Places(NamedTuple):
-  """The task in each place: example -1 where it is idle."""
+  """The task in each place; example is -1 in an idle place."""
 
   example: np.ndarray
   run: np.ndarray
@@ -25,8 +25,8 @@ class Filled(NamedTuple):
 
   Attributes:
     places: the tasks.
-    rows: the row of the former batch that each place takes over.
-    fresh: which places begin a new task.
+    rows: the row of the previous batch that each place continues.
+    fresh: which places start a new task.
   """
 
   places: Places
@@ -35,10 +35,10 @@ class Filled(NamedTuple):
 
 
 def batch_sizes(batch_size: int, num_devices: int) -> tuple[int, ...]:
-  """The full batch and the smaller ones that the end of a queue shrinks to.
+  """The full batch size and the smaller ones used at the end of a queue.
 
-  On the CPU idle places cost as much as busy ones, so the sizes lie close; an
-  accelerator hardly notices them, and compiles for longer.
+  On the CPU idle places cost as much as busy ones, so the sizes are closely
+  spaced. On an accelerator they cost little and compiling takes longer.
   """
   if loops.unrolls():
     parts = (batch_size >> k for k in range(8))
@@ -53,7 +53,7 @@ def batch_sizes(batch_size: int, num_devices: int) -> tuple[int, ...]:
 def tasks(
     count: int, num_runs: int, broken: np.ndarray
 ) -> Iterator[tuple[int, int]]:
-  """The queue; reads `broken` as it stands when a task is taken."""
+  """Yields tasks; skips examples that are `broken` when their turn comes."""
   for run in range(num_runs):
     for example in range(count):
       if not broken[example]:
@@ -63,12 +63,12 @@ def tasks(
 def fill(
     places: Places, queue: Iterator[tuple[int, int]], sizes: tuple[int, ...],
     may_shrink: bool) -> Filled:
-  """Puts tasks into idle places; shrinks the batch when the queue runs dry.
+  """Puts tasks into idle places; shrinks the batch when the queue is empty.
 
   Args:
-    places: the present tasks.
+    places: the current tasks.
     queue: of `tasks`.
-    sizes: the batch sizes allowed, largest first.
+    sizes: the allowed batch sizes, largest first.
     may_shrink: whether the size may change now.
 
   Returns:
@@ -76,18 +76,18 @@ def fill(
   """
   example, run = places.example.copy(), places.run.copy()
   fresh = np.zeros(example.size, bool)
-  dry = False
+  empty = False
   for row in np.flatnonzero(example < 0):
     task = next(queue, None)
     if task is None:
-      dry = True
+      empty = True
       break
     example[row], run[row] = task
     fresh[row] = True
   rows = np.arange(example.size)
   occupied = int(np.sum(example >= 0))
   size = min((s for s in sizes if s >= occupied), default=example.size)
-  if dry and may_shrink and size < example.size:
-    # Idle places last, in their old order otherwise.
+  if empty and may_shrink and size < example.size:
+    # Stable: idle places last, the others in their previous order.
     rows = np.argsort(example < 0, kind='stable')[:size]
   return Filled(Places(example[rows], run[rows]), rows, fresh[rows])

@@ -1,10 +1,10 @@
-"""Several batches side by side, each in a thread, on the CPU.
+"""Parallel batches on the CPU, each in its own thread.
 
-XLA leaves all cores but one idle through large parts of a gradient there. Two
-batches at a time on two cores take 0.37 instead of 0.58 ms an image for the
+XLA leaves all cores but one idle for large parts of a gradient on the CPU. Two
+batches at a time on two cores take 0.37 instead of 0.58 ms per image for the
 gradient of a small convolutional network, and 9.6 instead of 14.8 ms for that
-of PreActResNet-18 (`docs/results/autoattack_speed.md`). Each thread has its
-share of the examples; verdicts do not depend on who has which.
+of PreActResNet-18 (`docs/results/autoattack_speed.md`). Verdicts do not depend
+on how the examples are divided among the threads.
 """
 
 from collections.abc import Iterator
@@ -22,18 +22,18 @@ from awp_jax.evaluation import driver
 from awp_jax.evaluation.driver import Job, Outcome
 from awp_jax.evaluation.verdicts import Group
 
-#: With more batches at a time than this, each of them is too small.
+#: Most parallel batches; more would make each one too small.
 _MOST_STREAMS = 4
 
-#: Fewer examples than this are not worth a thread.
+#: Fewest examples per thread.
 _FEWEST_EXAMPLES = 8
 
 
 def num_streams(batch_size: int) -> int:
-  """Into how many batches that run side by side `batch_size` is divided.
+  """Number of parallel batches that `batch_size` is divided into.
 
-  One on accelerators; on the CPU one per core that this process may use, up to
-  4.
+  One on accelerators; on the CPU one per core available to this process, at
+  most 4.
   """
   if not loops.unrolls():
     return 1
@@ -45,11 +45,11 @@ def num_streams(batch_size: int) -> int:
 
 
 class _Stopped(Exception):
-  """Another thread of the group has failed, or the user has had enough."""
+  """Another thread of the group failed, or the user interrupted it."""
 
 
 class _Shared:
-  """What the threads of a group have in common."""
+  """State that the threads of a group share."""
 
   def __init__(self) -> None:
     self.stop = threading.Event()
@@ -70,18 +70,18 @@ class _Shared:
 
 
 def _settings() -> dict[str, Any]:
-  """JAX's settings as this thread sees them."""
-  # Some are written only.
+  """JAX's settings in this thread."""
+  # Some settings cannot be read.
   return {n: getattr(jax.config, n, None) for n in jax.config.values}
 
 
 def attack_group(job: Job, group: Group, *, streams: int) -> Outcome:
-  """`engine.attack_group`, with several batches at a time.
+  """`driver.attack_group` with several batches at a time.
 
   Args:
-    job: the attack; its sizes are those of each of the batches.
+    job: the attack; its sizes apply to each batch.
     group: the examples.
-    streams: how many batches, at most.
+    streams: most batches at a time.
 
   Returns:
     The outcome.
@@ -101,7 +101,7 @@ def attack_group(job: Job, group: Group, *, streams: int) -> Outcome:
   shared, count = _Shared(), group.labels.size
   streams = max(1, min(streams, count // _FEWEST_EXAMPLES))
   with futures.ThreadPoolExecutor(max(1, streams - 1)) as pool:
-    # JAX's context managers hold for the thread that entered them alone.
+    # JAX's context managers apply only to the thread that entered them.
     if streams > 1 and pool.submit(_settings).result() != _settings():
       streams = 1
     shares = [np.arange(count)[s::streams] for s in range(streams)]
@@ -113,7 +113,7 @@ def attack_group(job: Job, group: Group, *, streams: int) -> Outcome:
       raise
   whole = driver.no_outcome(group)
   for rows, outcome in zip(shares, outcomes, strict=True):
-    assert outcome is not None, 'whoever stopped the others has raised'
+    assert outcome is not None, 'a thread stopped although none failed'
     for leaf, values in zip(whole, outcome, strict=True):
       leaf[rows] = values
   return whole

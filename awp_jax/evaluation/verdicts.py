@@ -1,16 +1,15 @@
-"""Verdicts: the plain forward pass that decides what counts.
+"""Verdicts: a separate forward pass checks every candidate of an attack.
 
-Attacks propose; this module decides. Natural images and adversarial examples
-are judged by the same forward pass, in float32 with exact matrix products,
-whatever the attack computed with. The step of an attack is compiled together
-with its gradient and may round otherwise; an attack of one's own may leave the
-ball.
+Natural images and candidates are classified by the same forward pass, in
+float32 with exact matrix products, at whatever precision the attack ran. An
+attack's own step may round differently, because it is compiled together with
+the gradient, and a custom attack may leave the ball.
 
-A candidate x' for x counts where
+A candidate x' for x counts as adversarial if
 
   |x' - x|_p <= epsilon (1 + 1e-5) + rounding,   lower <= x' <= upper,
 
-and the model misclassifies it or gives logits that are not finite.
+and the model misclassifies it or returns logits that are not finite.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from awp_jax.evaluation.protocol import run_keys
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
-#: How far outside of the ball rounding may carry a point, relative to epsilon.
+#: Distance outside the ball allowed for rounding, relative to epsilon.
 _BALL_TOLERANCE = 1e-5
 
 
@@ -36,7 +35,7 @@ class Group(NamedTuple):
   """Examples on the host that are attacked together.
 
   Attributes:
-    indices: their places in the whole data set, [n].
+    indices: their rows in the whole data set, [n].
     images: [n, ...].
     labels: [n].
     targets: [n, T].
@@ -49,13 +48,13 @@ class Group(NamedTuple):
 
 
 class Verdicts(NamedTuple):
-  """What a judge finds at candidates.
+  """Results of checking candidates.
 
   Attributes:
     broken: whether the candidate counts: inside ball and box, misclassified,
       [n].
     distances: from the natural images, [n].
-    outside: whether it is NaN or lies outside of ball or box, [n].
+    outside: whether it has a NaN or is outside ball or box, [n].
     nonfinite: whether its logits are not finite, [n].
   """
 
@@ -66,18 +65,18 @@ class Verdicts(NamedTuple):
 
 
 #: (examples, their runs [n], candidates [n, ...]) -> `Verdicts`.
-Judge = Callable[[Group, np.ndarray, np.ndarray], Verdicts]
+CheckCandidates = Callable[[Group, np.ndarray, np.ndarray], Verdicts]
 
 
 class Natural(NamedTuple):
-  """What the model says of the natural images.
+  """The model's predictions on the natural images.
 
   Attributes:
-    correct: which are classified correctly, by finite logits, [N].
+    correct: whether the logits are finite and the top class is right, [N].
     targets: the likeliest wrong classes, most likely first, [N, T].
-    nonfinite: how many have logits that are not finite.
+    nonfinite: number of images with logits that are not finite.
     probable: whether all rows look like probabilities.
-    devices: where the logits lay.
+    devices: devices of the logits.
     dtype: of the images on the devices.
   """
 
@@ -89,11 +88,11 @@ class Natural(NamedTuple):
   dtype: str
 
 
-class JudgeSettings(NamedTuple):
-  """What every verdict of an evaluation is made with.
+class VerdictSettings(NamedTuple):
+  """What all verdicts of an evaluation share.
 
   Attributes:
-    model: its logits are the ones that count.
+    model: the model whose logits decide.
     threat: ball and box.
     key: a PRNG key, for models that take one.
     size: examples per forward pass.
@@ -108,60 +107,62 @@ class JudgeSettings(NamedTuple):
 
 
 def blocks(count: int, size: int) -> Iterator[np.ndarray]:
-  """Rows of one batch after the other; the last repeats its last row."""
+  """Row indices batch by batch; the last batch repeats its last row."""
   for begin in range(0, count, size):
     yield np.minimum(np.arange(begin, begin + size), count - 1)
 
 
 def _logits(
-    judging: JudgeSettings, purpose: str, indices: np.ndarray, runs: np.ndarray,
-    images: Array) -> Array:
-  """Logits under draws that depend on purpose, example and run alone."""
-  key = jax.random.fold_in(judging.key, zlib.crc32(purpose.encode()))
-  keys = run_keys(key, *judging.place(
+    settings: VerdictSettings, purpose: str, indices: np.ndarray,
+    runs: np.ndarray, images: Array) -> Array:
+  """Logits whose draws depend only on purpose, example and run."""
+  key = jax.random.fold_in(settings.key, zlib.crc32(purpose.encode()))
+  keys = run_keys(key, *settings.place(
       (indices.astype(np.int32), runs.astype(np.int32))))
-  return judging.model.logits(images, keys)
+  return settings.model.logits(images, keys)
 
 
-def judge_natural(
-    judging: JudgeSettings, images: np.ndarray, labels: np.ndarray, num_targets: int
-) -> Natural:
-  """One pass over the natural images.
+def classify_natural(
+    settings: VerdictSettings, images: np.ndarray, labels: np.ndarray,
+    num_targets: int) -> Natural:
+  """Classifies the natural images in one pass.
 
   Args:
-    judging: what to judge with.
+    settings: model, key and placement.
     images: [N, ...], on the host.
     labels: [N].
-    num_targets: how many wrong classes to name; at most C - 1 are.
+    num_targets: how many wrong classes to return; at most C - 1 are.
 
   Returns:
-    The verdicts.
+    The predictions.
   """
-  wanted = max(1, min(num_targets, judging.model.num_classes - 1))
+  num_wrong = max(1, min(num_targets, settings.model.num_classes - 1))
   correct = np.zeros(labels.size, bool)
-  targets = np.zeros((labels.size, wanted), np.int32)
+  targets = np.zeros((labels.size, num_wrong), np.int32)
   nonfinite, probable = 0, True
   devices: set[jax.Device] = set()
   dtype = ''
-  for rows in blocks(labels.size, judging.size):
-    batch = judging.place(images[rows])
-    raw = _logits(judging, 'natural', rows, np.zeros_like(rows), batch)
+  for rows in blocks(labels.size, settings.size):
+    batch = settings.place(images[rows])
+    raw = _logits(settings, 'natural', rows, np.zeros_like(rows), batch)
     devices, dtype = devices | raw.devices(), str(batch.dtype)
     logits = np.asarray(raw, np.float32)
-    strange, alike = diagnostics.check_logits(logits[:labels.size - rows[0]])
-    nonfinite, probable = nonfinite + strange, probable and alike
+    bad_rows, probabilities = diagnostics.check_logits(
+        logits[:labels.size - rows[0]])
+    nonfinite += bad_rows
+    probable = probable and probabilities
     truth = labels[rows]
-    correct[rows] = ~np.asarray(misclassified(raw, judging.place(truth)))
+    correct[rows] = ~np.asarray(misclassified(raw, settings.place(truth)))
     others = logits.copy()
     others[np.arange(rows.size), truth] = -np.inf
-    targets[rows] = np.argsort(-others, axis=-1, kind='stable')[:, :wanted]
+    targets[rows] = np.argsort(-others, axis=-1, kind='stable')[:, :num_wrong]
   return Natural(
       correct, targets, nonfinite, probable,
       tuple(sorted(devices, key=lambda device: device.id)), dtype)
 
 
 def _rounding(threat: ThreatModel, images: Array) -> tuple[float, float]:
-  """Error of the rounded entries of x': of one, and of the norm of all."""
+  """Rounding error of one entry of x', and of the norm of all entries."""
   one = float(jnp.finfo(images.dtype).eps) * max(
       abs(threat.lower), abs(threat.upper))
   power = {'Linf': 0.0, 'L2': 0.5, 'L1': 1.0}[threat.norm]
@@ -184,29 +185,31 @@ def _verdicts(
   return inside & misclassified(logits, labels), distances, ~inside, nonfinite
 
 
-def make_judge(judging: JudgeSettings, attack: str) -> Judge:
-  """The judge of an attack.
+def make_check(settings: VerdictSettings, attack: str) -> CheckCandidates:
+  """Makes the function that checks the candidates of an attack.
 
   Args:
-    judging: what to judge with.
-    attack: its name; a randomised model draws by it, by example and by run.
+    settings: model, threat model, key and placement.
+    attack: its name. Draws of a randomized model depend on this name, the
+      example and the run.
 
   Returns:
-    The judge; it may be called from several threads.
+    The function; several threads may call it.
   """
 
-  def judge(
+  def check(
       group: Group, runs: np.ndarray, candidates: np.ndarray) -> Verdicts:
     parts = []
-    for rows in blocks(runs.size, judging.size):
-      x_adv, labels, images = judging.place(
+    for rows in blocks(runs.size, settings.size):
+      x_adv, labels, images = settings.place(
           (candidates[rows], group.labels[rows], group.images[rows]))
+      # The text seeds the draws: other words give other results.
       logits = _logits(
-          judging, f'judge {attack}', group.indices[rows], runs[rows], x_adv)
+          settings, f'judge {attack}', group.indices[rows], runs[rows], x_adv)
       parts.append([np.asarray(leaf) for leaf in _verdicts(
-          logits, x_adv, labels, images, judging.threat)])
+          logits, x_adv, labels, images, settings.threat)])
     return Verdicts(*(
         np.concatenate(leaves)[:runs.size] for leaves in zip(
             *parts, strict=True)))
 
-  return judge
+  return check

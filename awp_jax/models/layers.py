@@ -1,4 +1,4 @@
-"""What the residual networks share: layers, initialisers, normalisation."""
+"""Layers, initializers and normalization shared by the residual networks."""
 
 from collections.abc import Callable, Sequence
 import dataclasses
@@ -14,16 +14,16 @@ from awp_jax.types import Array
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'relu': nn.relu, 'silu': nn.silu}
 
-#: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), which PyTorch gives to convolutions
-#: and linear layers unless told otherwise, as the paper's PreActResNet does.
+#: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), PyTorch's default for convolutions
+#: and linear layers, used in the paper's PreActResNet.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
-#: N(0, 2 / fan_out), of the paper's WideResNet.
+#: N(0, 2 / fan_out), as in the paper's WideResNet.
 normal_fan_out = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
 def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
-  """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)) for a bias, as PyTorch has it."""
+  """U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)) for a bias, as in PyTorch."""
 
   def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
     bound = fan_in ** -0.5
@@ -34,16 +34,16 @@ def uniform_bias(fan_in: int) -> nn.initializers.Initializer:
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-  """Makes the layers of a network, all with the same types and initialisers.
+  """Makes the layers of a network with common types and initializers.
 
   Attributes:
     activation: 'relu' or 'silu'.
-    dtype: the type that layers compute in; None means that of the inputs and
-      parameters. Batch statistics are computed in float32 at least.
-    param_dtype: the type of the parameters.
-    kernel_init: the initialiser of convolution kernels.
-    axis_name: of the mapped axis over which batch statistics are averaged in
-      train mode; None: each device has those of its own images.
+    dtype: computation type; None means that of inputs and parameters. Batch
+      statistics are computed in float32 or wider.
+    param_dtype: type of the parameters.
+    kernel_init: initializer of convolution kernels.
+    axis_name: mapped axis over which batch statistics are averaged in train
+      mode; None means per-device statistics.
   """
 
   activation: str = 'relu'
@@ -53,7 +53,7 @@ class Parts:
   axis_name: str | None = None
 
   def conv(self, features: int, size: int, stride: int, name: str) -> nn.Conv:
-    """A convolution without bias, padded by size // 2 on every side."""
+    """A convolution without bias, padded by size // 2 on each side."""
     # Explicit padding: 'SAME' pads an even image differently at stride 2.
     return nn.Conv(
         features, (size, size), (stride, stride), padding=size // 2,
@@ -61,12 +61,12 @@ class Parts:
         kernel_init=self.kernel_init, name=name)
 
   def activate(self, x: Array, train: bool, name: str) -> Array:
-    """Batch normalisation called `name`, then the activation."""
-    normalised = nn.BatchNorm(
+    """Batch normalization called `name`, then the activation."""
+    normalized = nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5,
         dtype=self.dtype, param_dtype=self.param_dtype,
         axis_name=self.axis_name, name=name)(x)
-    return ACTIVATIONS[self.activation](normalised)
+    return ACTIVATIONS[self.activation](normalized)
 
   def dense(
       self, features: int, name: str, kernel_init: Any, bias_init: Any
@@ -80,7 +80,7 @@ class Parts:
 def check_image_model(
     activation: str, num_classes: int, width: int, mean: Sequence[float],
     std: Sequence[float]) -> None:
-  """Raises ValueError for values that no image model here can take."""
+  """Raises ValueError for invalid arguments of an image model."""
   checks.one_of('activation', activation, ACTIVATIONS)
   checks.count('num_classes', num_classes)
   checks.count('width', width)
@@ -90,9 +90,9 @@ def check_image_model(
         f'{tuple(mean)} and {tuple(std)}.')
 
 
-def normalise_pixels(
+def normalize_pixels(
     x: Array, mean: Sequence[float], std: Sequence[float], dtype: Any) -> Array:
-  """(x - mean) / std by channel, then cast to `dtype` (None leaves it).
+  """(x - mean) / std by channel, then cast to `dtype`; None does not cast.
 
   Args:
     x: images [B, H, W, C] in [0, 1].
@@ -101,11 +101,11 @@ def normalise_pixels(
     dtype: the type of the result.
 
   Returns:
-    Normalised images like `x`.
+    Normalized images shaped like `x`.
 
   Raises:
-    ValueError: for images that are not floating: the mean, cast to bytes, would
-      be 0.
+    ValueError: for images that are not floating point: the mean, cast to bytes,
+      would be 0.
   """
   checks.floating('images', x)
   x = (x - jnp.asarray(mean, x.dtype)) / jnp.asarray(std, x.dtype)

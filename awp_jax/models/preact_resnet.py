@@ -1,8 +1,8 @@
 """Pre-activation residual networks for small images, in flax.linen.
 
-The networks of the paper: a stage of stride 1, then three of stride 2, each
-block normalising before it convolves. Pixels come in as [0, 1] and are
-normalised inside, so that attacks and threat models see pixels.
+The networks of the paper: a stage of stride 1, then three of stride 2. Each
+block normalizes before it convolves. Inputs are pixels in [0, 1] and are
+normalized inside, so that attacks and threat models work on pixels.
 
 References:
   He et al., Identity Mappings in Deep Residual Networks, ECCV 2016.
@@ -20,7 +20,7 @@ from awp_jax.types import Array
 
 
 class PreActBlock(nn.Module):
-  """Two 3x3 convolutions; the shortcut projects the normalised input."""
+  """Two 3x3 convolutions; the shortcut projects the normalized input."""
 
   planes: int
   stride: int
@@ -85,11 +85,10 @@ class PreActResNet(nn.Module):
     mean: pixel means by channel, in [0, 1]; subtracted inside.
     std: pixel standard deviations by channel; divided by inside.
     activation: 'relu' or 'silu'.
-    dtype: the type to compute in; None means that of inputs and parameters.
-    param_dtype: the type of the parameters and running statistics.
-    axis_name: of the mapped axis over which batch statistics are averaged in
-      train mode, which then runs under this axis only; None: each device has
-      those of its own images.
+    dtype: computation type; None means that of inputs and parameters.
+    param_dtype: type of the parameters and running statistics.
+    axis_name: mapped axis over which batch statistics are averaged in train
+      mode, which then needs this axis; None means per-device statistics.
   """
 
   num_classes: int
@@ -115,8 +114,9 @@ class PreActResNet(nn.Module):
     """Logits [B, num_classes] of images [B, H, W, C] in [0, 1].
 
     Args:
-      x: the images; any size that three halvings leave at least one pixel of.
-      train: whether batch normalisation uses (and moves) batch statistics.
+      x: the images, of any height and width.
+      train: whether batch normalization uses batch statistics and updates the
+        running statistics.
 
     Returns:
       The logits, float32 or wider.
@@ -125,7 +125,7 @@ class PreActResNet(nn.Module):
     parts = layers.Parts(
         self.activation, self.dtype, self.param_dtype,
         axis_name=self.axis_name)
-    x = layers.normalise_pixels(x, self.mean, self.std, self.dtype)
+    x = layers.normalize_pixels(x, self.mean, self.std, self.dtype)
     x = parts.conv(self.width, 3, 1, 'conv1')(x)
     for stage, num_blocks in enumerate(blocks):
       for i in range(num_blocks):

@@ -1,7 +1,8 @@
 """Wide residual networks, in flax.linen.
 
 WideResNet-d-k has 3 (d - 4) / 6 blocks of two 3x3 convolutions, k times as wide
-as a plain residual network. Pixels come in as [0, 1] and are normalised inside.
+as a plain residual network. Inputs are pixels in [0, 1] and are normalized
+inside.
 
 References:
   Zagoruyko, Komodakis, Wide Residual Networks, BMVC 2016.
@@ -19,7 +20,7 @@ from awp_jax.types import Array
 
 
 class WideBlock(nn.Module):
-  """Two 3x3 convolutions, and a shortcut that projects where widths differ."""
+  """Two 3x3 convolutions, and a shortcut that projects if the widths differ."""
 
   planes: int
   stride: int
@@ -53,11 +54,10 @@ class WideResNet(nn.Module):
     activation: 'relu' or 'silu'.
     dropout_rate: between the convolutions of a block, in train mode; needs a
       'dropout' key.
-    dtype: the type to compute in; None means that of inputs and parameters.
-    param_dtype: the type of the parameters and running statistics.
-    axis_name: of the mapped axis over which batch statistics are averaged in
-      train mode, which then runs under this axis only; None: each device has
-      those of its own images.
+    dtype: computation type; None means that of inputs and parameters.
+    param_dtype: type of the parameters and running statistics.
+    axis_name: mapped axis over which batch statistics are averaged in train
+      mode, which then needs this axis; None means per-device statistics.
   """
 
   num_classes: int
@@ -89,9 +89,9 @@ class WideResNet(nn.Module):
     """Logits [B, num_classes] of images [B, H, W, C] in [0, 1].
 
     Args:
-      x: the images; any size that two halvings leave at least one pixel of.
-      train: whether batch normalisation uses (and moves) batch statistics, and
-        dropout drops.
+      x: the images, of any height and width.
+      train: whether batch normalization uses batch statistics and updates the
+        running statistics, and whether dropout is active.
 
     Returns:
       The logits, float32 or wider.
@@ -99,7 +99,7 @@ class WideResNet(nn.Module):
     parts = layers.Parts(
         self.activation, self.dtype, self.param_dtype, layers.normal_fan_out,
         self.axis_name)
-    x = layers.normalise_pixels(x, self.mean, self.std, self.dtype)
+    x = layers.normalize_pixels(x, self.mean, self.std, self.dtype)
     x = parts.conv(16, 3, 1, 'conv1')(x)
     for stage in range(3):
       for i in range((self.depth - 4) // 6):

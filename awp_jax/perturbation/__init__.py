@@ -1,1 +1,1 @@
-"""Weight perturbation: one engine, its choices, and the named methods."""
+"""Weight perturbation: the engine, its settings and the named methods."""

@@ -1,13 +1,13 @@
-"""The sets that a weight perturbation may lie in: which norm, how large.
+"""Constraint sets of weight perturbations.
 
-A `Ball` is { v : |v_i| <= size s_i for every group i }, where the groups are
-whole tensors, output filters, the whole tree or single entries, and s_i is the
-norm of the weights of the group ('relative') or 1 ('absolute'). With 'adaptive'
-the ball is stretched entry by entry, { v : |v / t| <= size }, t = |w| + floor.
+A `Ball` is { v : |v_i| <= size s_i for every group i }. Groups are whole
+tensors, output filters, the whole tree or single entries. s_i is the norm of
+the group's weights ('relative') or 1 ('absolute'). An 'adaptive' ball is
+stretched entry by entry, { v : |v / t| <= size }, t = |w| + floor.
 
-Two functions are all that a perturbation needs of it, on leaves by path:
-`linear_maximizer`, the point of the ball that lies farthest along a direction, and
-`project`. The farthest point of a ball of single entries is a sign:
+Two functions work on leaves by path: `linear_maximizer`, the point of the ball
+that maximizes a linear function, and `project`. For single entries the
+maximizer follows the sign:
 
   >>> import jax.numpy as jnp
   >>> g, w = {'w': jnp.array([[3., -4.]])}, {'w': jnp.array([[8., 6.]])}
@@ -18,8 +18,8 @@ Two functions are all that a perturbation needs of it, on leaves by path:
   >>> print(linear_maximizer(Ball(0.5, 'element', 'absolute'), g, w, 0.5)['w'])
   [[ 0.5 -0.5]]
 
-Layers that `nn.scan` or `jax.vmap` stacks in one leaf [L, ...] are groups of
-their own with `stack_axes`:
+With `stack_axes`, layers that `nn.scan` or `jax.vmap` stacks in one leaf
+[L, ...] are separate groups:
 
   >>> w = {'w': jnp.array([[[8.]], [[2.]]])}
   >>> g = {'w': jnp.array([[[3.]], [[-1.]]])}
@@ -43,7 +43,7 @@ NORM_GROUPS: tuple[NormGroup, ...] = ('tensor', 'filter', 'tree', 'element')
 Scale = Literal['relative', 'absolute', 'adaptive']
 SCALES: tuple[Scale, ...] = ('relative', 'absolute', 'adaptive')
 
-#: A number, or a function of the step count as optax's schedules are.
+#: A number, or a function of the step count, like an optax schedule.
 Size: TypeAlias = Scalar | Callable[[Array], Scalar]
 
 
@@ -53,21 +53,20 @@ class Ball:
 
   Attributes:
     size: the radius, >= 0, relative to s_i; or a function of the step count.
-    norm: the groups: 'tensor', one for each leaf; 'filter', one for each entry
-      of `filter_axis`, leaves of fewer than two axes being one group; 'tree',
-      one for all leaves; 'element', one for each number.
+    norm: the groups: 'tensor', one per leaf; 'filter', one per index of
+      `filter_axis` (leaves with fewer than two axes are one group); 'tree', one
+      for all leaves; 'element', one per entry.
     scale: s_i: 'relative' |w_i|, 'absolute' 1, 'adaptive' stretched by t.
-    filter_axis: the axis that counts output filters: -1 as in Flax, 0 as in
-      PyTorch and Equinox. Stack axes do not count.
-    eps: added to norms of directions before they are divided by, >= 0; exact
-      zeros give zero without it.
+    filter_axis: the axis of the output filters: -1 as in Flax, 0 as in PyTorch
+      and Equinox. Stack axes do not count.
+    eps: added to norms of directions in divisions, >= 0. A zero direction gives
+      zero even with eps = 0.
     floor: added to |w_i| in s_i (or to |w| in t), >= 0.
-    stretched: which leaves t stretches where the scale is 'adaptive', a mask;
-      on the others t is 1. None means all but biases.
-    stack_axes: how many leading axes of a leaf count layers, each of which has
-      groups of its own: a number for all leaves, or, where only some are
-      stacked, numbers by pattern of paths, {'layers/*': 1}. The first pattern
-      that matches counts.
+    stretched: a mask of the leaves that t stretches if the scale is 'adaptive';
+      on other leaves t is 1. None means all but biases.
+    stack_axes: the number of leading axes of a leaf that index layers; each
+      layer has separate groups. A number for all leaves, or numbers by path
+      pattern, {'layers/*': 1}; the first matching pattern applies.
   """
 
   size: Size
@@ -90,7 +89,7 @@ class Ball:
         self, 'stack_axes', leaves.as_stack_axes(self.stack_axes))
 
   def size_at(self, step: Array) -> Scalar:
-    """The radius at a step."""
+    """The radius at step number `step`."""
     return self.size(step) if callable(self.size) else self.size
 
 
@@ -107,7 +106,7 @@ def _axes(ball: Ball, path: str, leaf: Array) -> tuple[int, ...]:
 
 def units_and_norms(
     ball: Ball, values: Chosen, floor: float = 0.0) -> tuple[Chosen, Chosen]:
-  """x_i / (|x_i| + floor) and |x_i| for each group; 0 for a group of zeros.
+  """Computes x_i / (|x_i| + floor) and |x_i| per group; zeros give zeros.
 
   Args:
     ball: the groups.
@@ -126,16 +125,16 @@ def units_and_norms(
 
 
 def filter_sums(leaf: Array, filter_axis: int = -1, stacked: int = 0) -> Array:
-  """Sums over each output filter, of each layer where several are stacked.
+  """Sums over each output filter of each layer.
 
   Args:
     leaf: any array.
     filter_axis: as in `Ball`.
-    stacked: how many leading axes count layers.
+    stacked: the number of leading axes that index layers.
 
   Returns:
-    The sums, which broadcast against the leaf. The leaf itself where a layer
-    has fewer than two axes.
+    The sums, which broadcast against the leaf; the leaf itself if layers have
+    fewer than two axes.
   """
   own = tuple(range(stacked, leaf.ndim))
   if not own:
@@ -147,7 +146,7 @@ def filter_sums(leaf: Array, filter_axis: int = -1, stacked: int = 0) -> Array:
 def lengths(
     ball: Ball, weights: Chosen, stretched: Collection[str] | None = None
 ) -> Chosen:
-  """s_i, or t where the ball is stretched; they broadcast against weights."""
+  """s_i, or t for a stretched ball; broadcasts against the weights."""
   if ball.scale == 'absolute':
     return {path: jnp.ones((), w.dtype) for path, w in weights.items()}
   if ball.scale == 'adaptive':
@@ -165,15 +164,15 @@ def linear_maximizer(
   """argmax of <direction, v> over the ball, size s_i d_i / |d_i|.
 
   Args:
-    ball: the set; its own size is not read.
+    ball: the set; `ball.size` is ignored.
     direction: d by path, float32 or wider.
-    weights: w, likewise.
+    weights: w by path, float32 or wider.
     size: the radius.
     stretched: the paths that t stretches; None means all.
 
   Returns:
-    v; zero for groups whose direction or s_i is zero, never NaN. A direction
-    that is not finite gives NaN.
+    v. Zero for groups whose direction or s_i is zero, never NaN; NaN for
+    non-finite directions.
   """
   scale = lengths(ball, weights, stretched)
   if ball.scale == 'adaptive':
@@ -185,18 +184,18 @@ def linear_maximizer(
 def project(
     ball: Ball, perturbation: Chosen, weights: Chosen, size: Scalar,
     stretched: Collection[str] | None = None) -> Chosen:
-  """The multiple of each group of v, at most 1, that lies in the ball.
+  """Projects v onto the ball by rescaling each group.
 
   Args:
-    ball: the set; its own size is not read.
+    ball: the set; `ball.size` is ignored.
     perturbation: v by path, float32 or wider.
-    weights: w, likewise.
+    weights: w by path, float32 or wider.
     size: the radius.
     stretched: the paths that t stretches; None means all.
 
   Returns:
-    v_i min(1, size s_i / |v_i|). In a stretched ball |v_i / t| takes the place
-    of |v_i|, and entries with t = 0 become 0.
+    v_i min(1, size s_i / |v_i|). For a stretched ball,
+    v_i min(1, size / |v_i / t|), with zeros where t = 0.
   """
   scale = lengths(ball, weights, stretched)
   if ball.scale != 'adaptive':

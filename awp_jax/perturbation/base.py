@@ -1,16 +1,15 @@
-"""The choices that make a weight perturbation, as one record.
+"""`Method`: the settings of a weight perturbation.
 
-AWP and its relatives all train on a loss at weights that are shifted within a
-set,
+AWP and related methods train on a loss at weights perturbed within a set,
 
   v = a point of  { v : |v_i| <= size s_i, all groups i },
   G = a grad L(w; B') + b grad L(w + v; B),        w <- optimizer(w, G),
 
-and differ in a handful of choices, the fields of a `Method`: what v follows
-(gradient, momentum, noise), the norm and scale of the set, which leaves are
-shifted, in how many moves, which examples enter the ascent, the weights (a, b),
-the batch B', where weight decay acts, and in which steps it is done at all.
-`methods` names those of the literature. One of one's own:
+and differ in a few settings, the fields of a `Method`: the direction of v
+(gradient, momentum, noise), the norm and scale of the set, the perturbed
+leaves, the number of moves, the examples in the ascent, the weights (a, b), the
+batch B', where weight decay acts, and which steps perturb. `methods` has the
+methods of the literature. A custom method:
 
   >>> method = Method('per filter', Ball(0.1, 'filter'), mask='*/kernel')
   >>> method.num_steps, method.mix, method.update_at
@@ -40,11 +39,11 @@ BATCHES: tuple[Batch, ...] = ('same', 'other')
 
 
 class MethodState(NamedTuple):
-  """What a method carries from step to step; save it with the optimizer's.
+  """The state of a method; save it with the optimizer state.
 
   Attributes:
-    step: int32, how many steps were made.
-    memory: the direction's: momentum, Fisher sums, or ().
+    step: int32, the number of steps made.
+    memory: the state of the direction: momentum, Fisher sums, or ().
   """
 
   step: Array
@@ -53,32 +52,31 @@ class MethodState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way to perturb weights: its choices, one by one.
+  """A weight perturbation method, defined by its settings.
 
   Attributes:
-    name: for people.
-    ball: the set that v lies in. If there is a `box`, the ball is that of a
-      single move instead.
-    direction: what v follows.
-    mask: which leaves are shifted, as in `leaves.weight_mask`.
-    num_steps: moves >= 1, each with a gradient of its own; 1 unless the
-      direction is the gradient.
-    moves: how several moves make v. 'projected': v <- project(v + move), a move
-      being 1 / num_steps of the ball's size (with a box all of it). 'summed':
-      v is the farthest point of the ball along the sum of the gradients.
-    box: the set that v is projected on after every move, if not the ball.
-    examples_below: only examples whose loss at w + v is smaller enter the
-      ascent, the mean still being over all; None lets all of them in. The loss
-      function must return losses [B].
+    name: a display name.
+    ball: the set that v lies in. With a `box`, the ball constrains each single
+      move instead.
+    direction: the direction that v follows.
+    mask: which leaves are perturbed, as in `leaves.weight_mask`.
+    num_steps: the number of moves, >= 1, each with a new gradient. Must be 1
+      unless the direction is the gradient.
+    moves: how moves combine. 'projected': v <- project(v + move), with moves of
+      1 / num_steps of the ball's size (the full size with a box). 'summed': v
+      is the linear maximizer along the sum of the gradients.
+    box: the set that v is projected onto after every move; None means the ball.
+    examples_below: only examples whose loss at w + v is below this threshold
+      enter the ascent; the mean is still over all. None means all examples. The
+      loss function must return losses [B].
     mix: (a, b), the weights of the losses at w and at w + v.
-    natural_batch: whether the gradient at w is taken on the 'same' batch (and
-      then shared with the ascent's first pass) or an 'other'.
-    aux_at: the pass whose aux (running statistics, say) is handed out.
-    update_at: the parameters that the optimizer is shown, hence those that its
-      weight decay acts on: 'perturbed' (w + v) or 'natural' (w). Optimizers
-      that keep or bound the parameters themselves need 'natural'; see
-      `steps.apply_at_perturbed`.
-    start: the first step, counted from 0, that perturbs.
+    natural_batch: whether the gradient at w uses the 'same' batch (and is
+      shared with the first pass of the ascent) or an 'other' one.
+    aux_at: the pass whose aux (e.g. running statistics) is returned.
+    update_at: the parameters passed to the optimizer, on which its weight decay
+      acts: 'perturbed' (w + v) or 'natural' (w). Optimizers that store or bound
+      parameters need 'natural'; see `perturbed_step.apply_at_perturbed`.
+    start: the first step that perturbs, counted from 0.
     every: perturbs every `every`-th step from `start`.
   """
 
@@ -111,7 +109,7 @@ class Method:
     if self.direction.source != 'gradient' and (
         self.num_steps > 1 or self.examples_below is not None):
       raise ValueError(
-          f'direction {self.direction.name!r} takes no gradients: num_steps '
+          f'direction {self.direction.name!r} uses no gradients: num_steps '
           'must be 1 and examples_below None, got '
           f'{self.num_steps} and {self.examples_below}.')
 
@@ -122,15 +120,15 @@ class Method:
       params: w.
 
     Returns:
-      The state. Its memory holds the perturbed leaves alone.
+      The state. Its memory covers the perturbed leaves only.
 
     Raises:
-      ValueError: if the mask does not fit the parameters.
+      ValueError: if the mask does not match the parameters.
 
     .. note::
-      Warns if perturbed parameters are in half precision, where the sum w + v
-      rounds most of a small v away. Keep float32 master weights, and cast them
-      inside the loss function.
+      Warns if perturbed parameters are in half precision, in which w + v rounds
+      away most of a small v. Keep float32 master weights and cast them inside
+      the loss function.
     """
     chosen = self.chosen(params)
     if not self.is_off:
@@ -139,7 +137,7 @@ class Method:
         jnp.int32(0), self.direction.init(leaves.select(params, chosen)))
 
   def chosen(self, params: Params) -> Params:
-    """True at each leaf that is perturbed, a pytree like `params`."""
+    """A pytree like `params`, True at each perturbed leaf."""
     return leaves.weight_mask(params, self.mask, self.ball.stack_axes)
 
   @property
@@ -149,11 +147,11 @@ class Method:
 
   @property
   def is_scheduled(self) -> bool:
-    """Whether some steps are left out."""
+    """Whether some steps are unperturbed."""
     return self.start > 0 or self.every > 1
 
   def perturbs_at(self, step: Any) -> Any:
-    """Whether step number `step` is one that `start` and `every` leave in.
+    """Whether step number `step` perturbs, by `start` and `every`.
 
     Args:
       step: an int, or a device or traced scalar.
@@ -166,7 +164,7 @@ class Method:
 
   @property
   def uses_natural(self) -> bool:
-    """Whether the pass at w counts."""
+    """Whether the loss or aux at w is used."""
     a = self.mix[0]
     return self.aux_at == 'natural' or not leaves.is_off(a)
 
@@ -180,19 +178,19 @@ def _warn_of_half_precision(params: Params, chosen: Params) -> None:
   if half:
     warnings.warn(
         f'{len(half)} perturbed parameters are in half precision, among them '
-        f'{half[0]}: w + v rounds most of a small v away. Keep float32 master '
+        f'{half[0]}: w + v rounds away most of a small v. Keep float32 master '
         'weights and cast them inside the loss function.', stacklevel=3)
 
 
 def size_of(name: str, value: Size) -> Size:
-  """Checks a size under the name that the caller knows it by."""
+  """Checks a size, naming the caller's argument in errors."""
   if not callable(value):
     checks.not_negative(name, value)
   return value
 
 
 def mixture(name: str, value: Scalar) -> tuple[Scalar, Scalar]:
-  """(1 - value, value), value in [0, 1]: the weights of a mixture."""
+  """Mixture weights (1 - value, value), with value in [0, 1]."""
   checks.not_negative(name, value)
   if isinstance(value, int | float) and value > 1:
     raise ValueError(f'{name} must be at most 1, got {value!r}.')

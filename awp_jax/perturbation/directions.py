@@ -1,14 +1,13 @@
-"""What a weight perturbation follows: the gradient, its past, or noise.
+"""Directions of weight perturbations: gradient, momentum or noise.
 
-A `Direction` is a set of pure functions in the style of optax: `init` makes its
-memory, `take` gives the direction d of the next move, `observe` is shown the
-gradients of each step. All of them see the perturbed leaves alone, a dict of
-arrays by path in float32 or wider, so that nothing is stored for the others.
-The ones of the literature are `gradient`, `momentum` and `noise`; the sign of
-the gradient is no direction of its own but the farthest point of a ball of
-single entries (`balls.linear_maximizer`).
+A `Direction` is a tuple of pure functions, as in optax: `init` creates the
+memory, `take` returns the direction d of the next move, and `observe` updates
+the memory with the gradients of each step. They work on the perturbed leaves
+only, a dict of arrays by path in float32 or wider, so nothing is stored for the
+other leaves. The sign of the gradient is not a separate direction: it is
+`balls.linear_maximizer` of a ball of single entries.
 
-Equal choices give equal directions, so a method is a good static argument of a
+Equal arguments give equal directions, so a method can be a static argument of a
 jitted function:
 
   >>> momentum(0.9) == momentum(0.9), momentum(0.9) == momentum(0.8)
@@ -32,17 +31,17 @@ Source = Literal['gradient', 'memory', 'noise']
 
 
 class Direction(NamedTuple):
-  """What is followed.
+  """The direction that a perturbation follows.
 
   Attributes:
-    name: for people.
-    source: what `take` reads. 'gradient': each move costs a pass, and v is the
-      farthest point of the ball along d. 'memory': no pass, and the same point.
+    name: a display name.
+    source: the input of `take`. 'gradient': each move costs a pass, and v is
+      the linear maximizer along d. 'memory': no pass, with the same maximizer.
       'noise': no pass but a key, and v = size s_i d, of random length.
     init: w -> memory, a pytree of arrays; () for none.
     take: (memory, gradients or None, w, key or None) -> d, a dict like w.
-    observe: (memory, gradients at w + v, gradients that are descended) -> the
-      next memory; called once a step.
+    observe: (memory, gradients at w + v, descended gradients) -> next memory;
+      called once per step.
   """
 
   name: str
@@ -66,7 +65,7 @@ def _take_gradient(
     memory: Any, gradients: Chosen | None, weights: Chosen, key: Array | None
 ) -> Chosen:
   del memory, weights, key
-  assert gradients is not None  # the engine makes a pass for this source
+  assert gradients is not None  # the engine runs a pass for this source
   return gradients
 
 
@@ -101,14 +100,14 @@ class _MovingMean:
 
 
 def momentum(decay: Scalar = 0.9) -> Direction:
-  """m <- decay m + (1 - decay) g over the descended gradients.
+  """m <- decay m + (1 - decay) g, with g the descended gradient.
 
-  It is the first moment that Adam keeps, and up to a factor, which no ball
-  sees, SGD's momentum. Its memory is one more copy of the perturbed leaves, in
-  float32 or wider.
+  This is Adam's first moment, and SGD's momentum up to a factor that the ball
+  normalizes away. The memory is one copy of the perturbed leaves, in float32 or
+  wider.
 
   Args:
-    decay: in [0, 1).
+    decay: the decay rate, in [0, 1).
 
   Returns:
     The direction; zero in the first step.
@@ -121,9 +120,9 @@ def momentum(decay: Scalar = 0.9) -> Direction:
 def _take_noise(
     memory: Any, gradients: Chosen | None, weights: Chosen, key: Array | None
 ) -> Chosen:
-  """N(0, 1) of the shapes of the weights, a key for each leaf."""
+  """Draws N(0, 1) in the shapes of the weights, with one key per leaf."""
   del memory, gradients
-  assert key is not None  # `engine.begin` has checked
+  assert key is not None  # checked by `engine.begin`
   keys = jax.random.split(key, max(len(weights), 1))
   return {path: jax.random.normal(k, w.shape, w.dtype)
           for k, (path, w) in zip(keys, weights.items(), strict=False)}
@@ -190,20 +189,20 @@ class _ShrunkNoise:
 def adaptive_noise(
     eta: Scalar, beta: Scalar, filter_axis: int = -1,
     stack_axes: StackAxes = 0) -> Direction:
-  """N(0, 1) / sqrt(1 + eta F_j), smaller where gradients have been large.
+  """N(0, 1) / sqrt(1 + eta F_j), smaller where past gradients are large.
 
-  F <- beta F + sum over each filter j of g^2, with the gradient at w + v and
-  without a factor 1 - beta. Entries of leaves of one axis are filters of their
-  own. F starts at zero.
+  F_j <- beta F_j + sum over filter j of g^2, with g the gradient at w + v and
+  without a factor 1 - beta. F starts at zero. In leaves with one axis every
+  entry is a filter.
 
   Args:
-    eta: >= 0.
-    beta: in [0, 1).
+    eta: the strength of the scaling, >= 0.
+    beta: the decay rate of F, in [0, 1).
     filter_axis: as in `balls.Ball`.
     stack_axes: as in `balls.Ball`.
 
   Returns:
-    The direction; its memory is F, one number for each filter.
+    The direction; its memory is F, one number per filter.
   """
   checks.not_negative('eta', eta)
   checks.not_negative('beta', beta)

@@ -1,7 +1,7 @@
-"""One engine for AWP and its relatives, on the choices of a `Method`.
+"""The engine: runs any `Method` of weight perturbation.
 
-A step is three calls, so that a loop can do something in between (attack the
-inputs at w + v, say): `begin`, `ascend` as often as wanted, `descend`.
+A step is three calls: `begin`, `ascend` one or more times, and `descend`. A
+loop can act between them, e.g. attack the inputs at w + v.
 
   >>> import jax.numpy as jnp
   >>> from awp_jax.perturbation.balls import Ball
@@ -18,9 +18,9 @@ inputs at w + v, say): `begin`, `ascend` as often as wanted, `descend`.
   >>> print(out.loss, out.gradients['w'], out.state.step)
   30.25 [[6.6 8.8]] 1
 
-Switched off (by the number 0 as size, or in steps that `start` and `every`
-leave out) a method is the plain gradient at w, bit for bit, and costs no
-more: the steps left out take the other branch of a `lax.cond`.
+A method of size 0 (the Python number) and the steps skipped by `start` and
+`every` give the plain gradient at w, bit for bit, at no extra cost. Skipped
+steps take the other branch of a `lax.cond`.
 """
 
 from collections.abc import Callable
@@ -44,11 +44,11 @@ class Ascent(NamedTuple):
   """The state of the ascent between moves.
 
   Attributes:
-    perturbation: v so far, the perturbed leaves by path; None for zero.
-    total: the sum of gradients, likewise, where moves are summed.
+    perturbation: the current v, perturbed leaves by path; None for zero.
+    total: the sum of gradients by path, if moves are summed.
     natural: ((loss, aux), gradients) at w, if the ascent evaluated them and the
       method needs them; else None.
-    key: for noise; else None.
+    key: the PRNG key of the noise; else None.
     unperturbed_loss: L(w), if the ascent evaluated it on all examples; else
       None.
   """
@@ -61,12 +61,12 @@ class Ascent(NamedTuple):
 
 
 class Descent(NamedTuple):
-  """What a method hands to the optimizer.
+  """Loss and gradients for the optimizer, and the method's next state.
 
   Attributes:
     loss: a L(w) + b L(w + v).
-    aux: of the pass that `aux_at` names.
-    gradients: of that loss, a pytree like the parameters.
+    aux: the aux of the pass given by `aux_at`.
+    gradients: the gradients of `loss`, a pytree like the parameters.
     perturbation: v, the perturbed leaves by path; None for zero.
     state: the method's next state.
     unperturbed_loss: L(w) on the batch of the pass at w + v, if the method
@@ -84,20 +84,20 @@ class Descent(NamedTuple):
 def begin(
     method: Method, state: MethodState, noise_key: Array | None = None
 ) -> Ascent:
-  """The perturbation before its first move.
+  """The state of the ascent before the first move, v = 0.
 
   Args:
-    method: the choices.
+    method: the method.
     state: the method's state.
-    noise_key: a PRNG key, needed where the direction is noise. The step count
-      is folded in here, so the same key serves every step. It must be the same
-      on all devices: then so is v.
+    noise_key: a PRNG key, required if the direction is noise. The step count is
+      folded in, so the key may be the same in every step. It must be the same
+      on all devices, so that v is.
 
   Returns:
-    v = 0.
+    The initial state.
 
   Raises:
-    ValueError: if the direction is noise and there is no key.
+    ValueError: if the direction is noise and `noise_key` is None.
   """
   if method.direction.source != 'noise':
     return Ascent()
@@ -109,7 +109,7 @@ def begin(
 
 
 def _stretched(ball: Ball, params: Params) -> frozenset[str]:
-  """The paths that t stretches; read only where the scale is 'adaptive'."""
+  """The paths that t stretches; empty unless the scale is 'adaptive'."""
   if ball.scale != 'adaptive':
     return frozenset()
   mask = leaves.is_no_bias if ball.stretched is None else ball.stretched
@@ -125,25 +125,25 @@ def _sum(a: Chosen, b: Chosen) -> Chosen:
 def move(
     method: Method, ascent: Ascent, direction: Chosen, params: Params,
     step: Array, rounds: int = 1) -> Ascent:
-  """One move of v along a direction.
+  """Moves v once along a direction.
 
   Args:
-    method: the choices.
-    ascent: v so far.
-    direction: d, the perturbed leaves by path: of a pytree,
-      `leaves.select(tree, method.chosen(params))`.
+    method: the method.
+    ascent: the current v.
+    direction: d, the perturbed leaves by path, e.g.
+      `leaves.select(gradients, method.chosen(params))`.
     params: w, the whole pytree.
     step: the step count, for sizes that depend on it.
-    rounds: how often the method's moves are made; each is shorter by that.
+    rounds: the number of rounds of moves; divides the length of each move.
 
   Returns:
-    The next v; groups whose direction or weights are zero keep theirs.
+    The next v. Groups with zero direction or zero weights do not move.
   """
   ball, box = method.ball, method.box or method.ball
   w, d = leaves.select(params, method.chosen(params)), direction
   size, stretched = ball.size_at(step), _stretched(ball, params)
   v, total = ascent.perturbation, ascent.total
-  # The first move ends in the ball anyway, and noise is not cut off.
+  # The first move always ends in the ball, and noise is not projected.
   adds = (v is not None and method.moves == 'projected'
           and method.direction.source != 'noise')
   if method.direction.source == 'noise':
@@ -159,7 +159,7 @@ def move(
   if method.box or adds:
     moved = balls.project(
         box, moved, w, box.size_at(step), _stretched(box, params))
-  # A size may be wider than the weights: a schedule's float64 in 64-bit mode.
+  # In 64-bit mode a schedule may return float64, wider than the weights.
   moved = {path: x.astype(d[path].dtype) for path, x in moved.items()}
   return ascent._replace(perturbation=moved, total=total)
 
@@ -173,13 +173,13 @@ def _natural(method: Method, value: Any, gradient: Params) -> Any:
 def _moves(
     method: Method, state: MethodState, ascent: Ascent, params: Params,
     gradient_fn: PassFn, rounds: int, at_natural: Any) -> Ascent:
-  """All moves of one call of `ascend`."""
+  """All moves of one call to `ascend`."""
   chosen = method.chosen(params)
   w, take = leaves.select(params, chosen), method.direction.take
   if method.direction.source != 'gradient':
     return move(method, ascent, take(state.memory, None, w, ascent.key), params,
                 state.step)
-  # Only the first pass of all is at w. Mixing methods share it.
+  # Only the first pass is at w. Methods that mix L(w) in reuse it.
   at_w = ascent.perturbation is None
   is_whole = method.examples_below is None
   shares = (rounds == 1 and method.uses_natural and is_whole
@@ -203,7 +203,7 @@ def _moves(
 
 
 def _zeros(tree: Any) -> Any:
-  """Zeros like shapes, varying over the same axes where jax tracks that."""
+  """Zeros of the given shapes, varying over the same mesh axes."""
 
   def zeros(shape: Any) -> Array:
     leaf = jnp.zeros(shape.shape, shape.dtype)
@@ -215,7 +215,7 @@ def _zeros(tree: Any) -> Any:
 
 def _when(
     method: Method, state: MethodState, make: Callable[[], Any]) -> Any:
-  """`make()` in the steps that perturb, else zeros."""
+  """`make()` in perturbing steps, zeros in skipped ones."""
   if not method.is_scheduled:
     return make()
   return jax.lax.cond(
@@ -226,34 +226,32 @@ def _when(
 def ascend(
     method: Method, state: MethodState, ascent: Ascent, params: Params,
     gradient_fn: PassFn, rounds: int = 1, at_natural: Any = None) -> Ascent:
-  """The moves of v.
+  """Runs the moves of v.
 
   Args:
-    method: the choices.
+    method: the method.
     state: the method's state.
-    ascent: from `begin`, or from the round before.
+    ascent: from `begin`, or from the previous round.
     params: w.
-    gradient_fn: params -> ((loss, aux), gradients): the ascent's pass, the
-      first of `gradients.gradient_fns`, averaged over devices. Not called where
-      the direction is not the gradient.
-    rounds: how often this function is called in one step, each time with
-      another loss: with inputs attacked at the v before, say. The moves are
-      shorter by that.
-    at_natural: what `gradient_fn(params)` returns, if it is known already: the
-      first pass is then not made again.
+    gradient_fn: params -> ((loss, aux), gradients), averaged over devices; the
+      first of `value_and_grad.gradient_fns`. Called only if the direction is
+      the gradient.
+    rounds: the number of calls of this function per step, e.g. with inputs
+      attacked at the previous v. Divides the length of the moves.
+    at_natural: the output of `gradient_fn(params)` if already known; saves the
+      first pass.
 
   Returns:
-    The next v. In steps that the method leaves out v is zero, and the passes
-    are not paid for.
+    The next v. In skipped steps v is zero and no pass runs.
 
   Raises:
-    ValueError: for several rounds without gradients.
+    ValueError: if `rounds` > 1 and the direction is not the gradient.
   """
   checks.count('rounds', rounds)
   if rounds > 1 and method.direction.source != 'gradient':
     raise ValueError(
-        f'rounds={rounds} take turns with a gradient, and method '
-        f'{method.name!r} follows {method.direction.name}. rounds must be 1.')
+        f'rounds={rounds} need a gradient, but method {method.name!r} follows '
+        f'{method.direction.name}. rounds must be 1.')
   if method.is_off:
     return ascent
   return _when(method, state, lambda: _moves(
@@ -264,21 +262,21 @@ def ascend(
 def descend(
     method: Method, state: MethodState, ascent: Ascent, params: Params,
     perturbed_fn: PassFn, natural_fn: PassFn | None = None) -> Descent:
-  """Loss and gradient that the optimizer is to descend.
+  """Computes the loss and gradients that the optimizer descends.
 
   Args:
-    method: the choices.
+    method: the method.
     state: the method's state.
     ascent: v, from `ascend`.
     params: w.
     perturbed_fn: params -> ((loss, aux), gradients), the second of
-      `gradient_fns`; called at w + v.
-    natural_fn: the same on the batch for the pass at w; by default
-      `perturbed_fn`. It is called if `mix` needs it and the ascent did not
-      evaluate it.
+      `value_and_grad.gradient_fns`; called at w + v.
+    natural_fn: the same on the batch of the pass at w; `perturbed_fn` by
+      default. Called only if the method needs this pass and the ascent did not
+      run it.
 
   Returns:
-    What the optimizer needs, and the method's next state.
+    Loss and gradients, and the method's next state.
 
   Raises:
     ValueError: if the method needs another batch and `natural_fn` is None.
@@ -286,7 +284,7 @@ def descend(
   if method.natural_batch == 'other' and natural_fn is None:
     raise ValueError(
         f'method {method.name!r} takes the gradient at w on another batch: '
-        'natural_args (in descend natural_fn) must be given, got None.')
+        'natural_args (natural_fn in descend) must be given, got None.')
   v = ascent.perturbation
   (loss, aux), gradient = perturbed_fn(leaves.perturb(params, v))
   mixed, descended = loss, gradient
@@ -312,7 +310,7 @@ def descend(
   if clean is None:
     clean = jnp.full_like(loss, jnp.nan)
   if method.is_scheduled:
-    # A step left out evaluates L(w) in its only pass.
+    # A skipped step evaluates L(w) in its only pass.
     clean = jnp.where(active, clean, loss)
   return Descent(
       mixed, aux, descended, v,
@@ -323,7 +321,7 @@ def descend(
 def _observe(
     method: Method, state: MethodState, params: Params, perturbed: Params,
     descended: Params) -> Any:
-  """The next memory, of the perturbed leaves."""
+  """The next memory of the direction."""
   chosen = method.chosen(params)
   return method.direction.observe(
       state.memory, leaves.select(perturbed, chosen),

@@ -1,6 +1,7 @@
 """Which leaves of a pytree of parameters are perturbed, and their norms.
 
-A mask chooses leaves in one of four ways, all turned into a pytree of bools:
+A mask is a predicate, a path pattern, several patterns, or a pytree of bools.
+`weight_mask` converts each form to a pytree of bools:
 
   >>> import jax.numpy as jnp
   >>> params = {'in': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)},
@@ -15,8 +16,8 @@ A mask chooses leaves in one of four ways, all turned into a pytree of bools:
   ValueError: mask 'head/*' matches no leaf; there are: in/bias, in/kernel, \
 out/kernel.
 
-Between `select` and `restore` the chosen leaves are a dict by path, in float32
-or wider; nothing is stored for the others:
+`select` returns the chosen leaves as a dict by path, in float32 or wider, and
+`restore` converts them back. Nothing is stored for the other leaves:
 
   >>> v = select(params, weight_mask(params, 'out/*'))
   >>> {path: leaf.shape for path, leaf in v.items()}
@@ -42,8 +43,8 @@ from awp_jax.types import Array, LeafPredicate, Params, Scalar
 #: or several, or a pytree of bools like the parameters.
 Mask = LeafPredicate | Params | str | tuple[str, ...]
 
-#: How many leading axes of a leaf count layers, as under `nn.scan`: one number
-#: for all leaves, or numbers by pattern of paths, the first that matches.
+#: The number of leading axes of a leaf that index layers, as under `nn.scan`: a
+#: number for all leaves, or numbers by path pattern (the first match applies).
 StackAxes: TypeAlias = int | Mapping[str, int] | tuple[tuple[str, int], ...]
 
 #: The chosen leaves by path, in float32 or wider.
@@ -51,24 +52,24 @@ Chosen: TypeAlias = dict[str, Array]
 
 
 def is_weight(path: str, leaf: Array) -> bool:
-  """Whether a leaf has two axes or more and is not named bias or scale."""
+  """Whether a leaf has two or more axes and is not named bias or scale."""
   return leaf.ndim > 1 and path.split('/')[-1] not in ('bias', 'scale')
 
 
 def is_any(path: str, leaf: Array) -> bool:
-  """True: every leaf."""
+  """True for every leaf."""
   del path, leaf
   return True
 
 
 def is_no_bias(path: str, leaf: Array) -> bool:
-  """Whether a leaf is not named bias; scales count as weights here."""
+  """Whether a leaf is not named bias; includes scales."""
   del leaf
   return path.split('/')[-1] != 'bias'
 
 
-#: Classes of flax that hold one array of parameters, by name and module; flax
-#: itself is not imported.
+#: Flax classes that hold one parameter array, by name and module. This avoids
+#: importing flax.
 _BOXES = (('Variable', 'flax.nnx'), ('AxisMetadata', 'flax.core'))
 
 
@@ -79,17 +80,17 @@ def _is_box(node: Any) -> bool:
 
 
 def leaf_paths(tree: Params) -> list[str]:
-  """The paths of the leaves, like 'conv1/kernel', in the leaves' order.
+  """The paths of the leaves in order, like 'conv1/kernel'.
 
-  The attribute `value`, in which an `nnx.Variable` and linen's `nn.Partitioned`
-  hold their array, is no part of a path: linen, nnx and Equinox models have
-  paths of the same form.
+  The attribute `value` of an `nnx.Variable` or linen `nn.Partitioned` is not
+  part of the path, so linen, nnx and Equinox models have paths of the same
+  form.
 
   Args:
     tree: any pytree.
 
   Returns:
-    A path for each leaf.
+    One path per leaf.
 
   Raises:
     ValueError: if two leaves have the same path.
@@ -106,21 +107,21 @@ def leaf_paths(tree: Params) -> list[str]:
   if len(set(paths)) < len(paths):
     twice = sorted({path for path in paths if paths.count(path) > 1})
     raise ValueError(
-        f'every leaf needs a path of its own, got twice: {", ".join(twice)}.')
+        f'leaf paths must be unique, got twice: {", ".join(twice)}.')
   return paths
 
 
 def as_stack_axes(value: StackAxes) -> int | tuple[tuple[str, int], ...]:
-  """Checks `stack_axes` and makes it hashable.
+  """Checks `stack_axes` and converts it to a hashable value.
 
   Args:
     value: a whole number >= 0, or such numbers by pattern.
 
   Returns:
-    The number, or pairs of pattern and number.
+    The number, or (pattern, number) pairs.
 
   Raises:
-    ValueError: for anything else.
+    ValueError: if a number is not a whole number >= 0.
   """
   if isinstance(value, Mapping | tuple | list):
     pairs = tuple(dict(value).items())
@@ -132,7 +133,7 @@ def as_stack_axes(value: StackAxes) -> int | tuple[tuple[str, int], ...]:
 
 
 def num_stack_axes(stack_axes: StackAxes, path: str, leaf: Array) -> int:
-  """How many leading axes of a leaf count layers, at most all of them."""
+  """The number of leading axes of a leaf that index layers, <= its rank."""
   spec = as_stack_axes(stack_axes)
   number = spec if isinstance(spec, int) else next(
       (count for pattern, count in spec if fnmatch.fnmatchcase(path, pattern)),
@@ -151,7 +152,7 @@ def _check_patterns(
 
 def _by_predicate(
     params: Params, mask: LeafPredicate, stack_axes: StackAxes) -> Params:
-  """The predicate sees one layer of a leaf that stacks several."""
+  """Applies a predicate to each leaf, with the shape of a single layer."""
   paths, spec = leaf_paths(params), as_stack_axes(stack_axes)
   if not isinstance(spec, int):
     _check_patterns('stack_axes', tuple(p for p, _ in spec), paths)
@@ -168,23 +169,23 @@ def _by_predicate(
 def weight_mask(
     params: Params, mask: Mask = is_weight, stack_axes: StackAxes = 0
 ) -> Params:
-  """True at each leaf that is to be perturbed.
+  """Converts a mask to a pytree of bools, True at leaves to perturb.
 
   Args:
     params: any pytree of arrays.
-    mask: a pytree of bools like `params`, which is returned as it is; a pattern
-      such as 'conv1/*' that whole paths must match, or a tuple of patterns of
-      which one must; or a predicate of (path, leaf), the path being like
+    mask: a pytree of bools like `params`, returned unchanged; a pattern such as
+      'conv1/*' that must match the whole path; a tuple of patterns, one of
+      which must match; or a predicate of (path, leaf), with paths like
       'conv1/kernel'.
-    stack_axes: how many leading axes of a leaf count layers, as in
-      `balls.Ball`. A predicate is given the shape of one layer.
+    stack_axes: the number of leading axes of a leaf that index layers, as in
+      `balls.Ball`. Predicates get the shape of a single layer.
 
   Returns:
     A pytree of Python bools with the structure of `params`.
 
   Raises:
-    ValueError: if a pattern matches no leaf, or `mask` is a pytree of another
-      structure.
+    ValueError: if a pattern matches no leaf, or the structure of `mask` differs
+      from that of `params`.
   """
   if isinstance(mask, str):
     mask = (mask,)
@@ -194,23 +195,23 @@ def weight_mask(
     _check_patterns('mask', patterns, leaf_paths(params))
     mask = lambda path, leaf: any(  # noqa: E731
         fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
-  wanted: Any = jax.tree.structure(params)
+  expected: Any = jax.tree.structure(params)
   got: Any = jax.tree.structure(mask)
-  # A pytree of bools may be callable, as Equinox modules are, and a predicate
+  # A pytree of bools may be callable, like an Equinox module, and a predicate
   # may be a pytree.
-  is_tree = got == wanted and all(
+  is_tree = got == expected and all(
       isinstance(flag, bool | np.bool_) for flag in jax.tree.leaves(mask))
   if callable(mask) and not is_tree:
     return _by_predicate(params, mask, stack_axes)
   if not is_tree:
     raise ValueError(
         'mask must be a predicate of (path, leaf), a pattern of paths, or a '
-        f'pytree of bools like the parameters, {wanted}, got {got}.')
+        f'pytree of bools like the parameters, {expected}, got {got}.')
   return mask
 
 
 def select(tree: Params, chosen: Params) -> Chosen:
-  """The chosen leaves of a tree by path, in float32 or wider."""
+  """Returns the chosen leaves by path, in float32 or wider."""
   return {
       path: numerics.wide(leaf) for path, flag, leaf in zip(
           leaf_paths(tree), jax.tree.leaves(chosen), jax.tree.leaves(tree),
@@ -218,7 +219,7 @@ def select(tree: Params, chosen: Params) -> Chosen:
 
 
 def restore(values: Chosen | None, params: Params) -> Params:
-  """A pytree like `params`, in its dtypes: `values`, and zeros elsewhere."""
+  """Returns a pytree like `params` with `values`, and zeros elsewhere."""
   flat, structure = jax.tree.flatten(params)
   return jax.tree.unflatten(structure, [
       values[path].astype(w.dtype) if values and path in values
@@ -227,7 +228,7 @@ def restore(values: Chosen | None, params: Params) -> Params:
 
 
 def perturb(params: Params, perturbation: Chosen | None) -> Params:
-  """w + v, added in float32 or wider; `params` itself where v is None.
+  """Returns w + v, added in float32 or wider; `params` if v is None.
 
   Args:
     params: w.
@@ -246,14 +247,14 @@ def perturb(params: Params, perturbation: Chosen | None) -> Params:
 
 
 def global_norm(tree: Params) -> Array:
-  """sqrt of the sum of squares over all leaves, in float32 or wider."""
+  """Euclidean norm over all leaves, in float32 or wider."""
   return numerics.global_norm(jax.tree.leaves(tree))
 
 
 def relative_norm(
     perturbation: Params | None, params: Params, mask: Mask = is_weight
 ) -> Array:
-  """|v| / |w| over the chosen leaves; 0 for no perturbation or w = 0."""
+  """|v| / |w| over the chosen leaves; 0 if v is None or w = 0."""
   if perturbation is None:
     return jnp.float32(0)
   norm = global_norm(select(params, weight_mask(params, mask)))
@@ -261,5 +262,5 @@ def relative_norm(
 
 
 def is_off(size: Scalar) -> bool:
-  """Whether `size` is the number 0; a traced or device value never counts."""
+  """Whether `size` is the Python number 0; never true for jax arrays."""
   return not isinstance(size, jax.Array) and size == 0

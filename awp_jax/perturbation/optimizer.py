@@ -1,9 +1,9 @@
-"""Any method as an optax transformation, for those who change only `tx`.
+"""Any method as an optax transformation: only `tx` changes in the loop.
 
-As `optax.contrib.sam`, in two modes. Opaque: `update` is handed a function
-that gives further gradients, and a step is one call. Transparent: the loop is
-left alone, and several successive gradients make a step; between them the
-parameters that the loop sees are w + v.
+It has two modes, as `optax.contrib.sam`. Opaque: `update` receives a function
+that computes further gradients, and one call makes a step. Transparent: the
+loop is unchanged, and several successive gradients make a step; between them
+the loop's parameters are w + v.
 
   >>> import jax, jax.numpy as jnp, optax
   >>> from awp_jax.perturbation import methods
@@ -44,9 +44,9 @@ class PerturbedState(NamedTuple):
   """The state of `perturbed_optimizer`.
 
   Attributes:
-    opt_state: the wrapped optimizer's.
-    method_state: the method's.
-    pending: in transparent mode, the step that is under way; else None.
+    opt_state: the state of the wrapped optimizer.
+    method_state: the state of the method.
+    pending: in transparent mode, the unfinished step; else None.
   """
 
   opt_state: Any
@@ -55,14 +55,14 @@ class PerturbedState(NamedTuple):
 
 
 class Pending(NamedTuple):
-  """A step of transparent mode that is under way.
+  """An unfinished step in transparent mode.
 
   Attributes:
-    phase: the number of gradients received so far.
-    weights: the perturbed leaves of w by path; the loop sees w + v. The other
-      leaves are those that the loop sees.
-    ascent: v so far, the sum of gradients, and the gradient at w if the method
-      needs it.
+    phase: the number of gradients received.
+    weights: the perturbed leaves of w by path. The loop's parameters are w + v
+      there and w elsewhere.
+    ascent: the current v, the sum of gradients, and the gradient at w if the
+      method needs it.
   """
 
   phase: Array
@@ -71,15 +71,15 @@ class Pending(NamedTuple):
 
 
 def _valued(gradients: Params) -> Any:
-  """((loss, aux), gradients) of a pass, with a loss that is never read."""
+  """((loss, aux), gradients) of a pass, with a placeholder loss."""
   return (jnp.float32(0), None), gradients
 
 
 def _check(method: Method, noise_key: Array | None) -> None:
   if method.examples_below is not None:
     raise ValueError(
-        f'method {method.name!r} looks at the losses of single examples, which '
-        'an optimizer does not see; use perturbed_step, or leave them all in.')
+        f'method {method.name!r} needs per-example losses, which an optimizer '
+        'does not get; use perturbed_step, or examples_below=None.')
   if method.natural_batch == 'other':
     raise ValueError(
         f'method {method.name!r} uses two batches; use perturbed_step.')
@@ -90,40 +90,38 @@ def _descend_updates(
     tx: optax.GradientTransformation, method: Method, opt_state: Any,
     params: Params, out: engine.Descent, extra: dict[str, Any]
 ) -> tuple[Params, Any]:
-  """The optimizer's updates from w, shown what `update_at` names."""
-  shown = params
+  """The optimizer's updates, at the parameters given by `update_at`."""
+  given = params
   if method.update_at == 'perturbed':
-    shown = leaves.perturb(params, out.perturbation)
+    given = leaves.perturb(params, out.perturbation)
   return optax.with_extra_args_support(tx).update(
-      out.gradients, opt_state, shown, **extra)
+      out.gradients, opt_state, given, **extra)
 
 
 def perturbed_optimizer(
     tx: optax.GradientTransformation, method: Method, *,
     noise_key: Array | None = None, transparent: bool = False
 ) -> optax.GradientTransformationExtraArgs:
-  """Wraps an optimizer in a method of weight perturbation.
+  """Wraps an optimizer in a weight perturbation method.
 
   Args:
     tx: any optax optimizer.
-    method: the choices.
-    noise_key: for methods that draw noise, the run's key, the same on all
-      devices.
-    transparent: whether several calls of `update` make a step. The gradient of
-      the first is taken at w, those of the others at the parameters that the
-      updates lead to: `method.num_steps` moves, then the optimizer's step.
-      Parameters and state may be donated to a jitted call.
+    method: the method.
+    noise_key: a PRNG key for methods that draw noise, the same on all devices.
+    transparent: whether several calls of `update` make a step. The first takes
+      the gradient at w, the others at the parameters that the updates lead to:
+      `method.num_steps` moves, then the optimizer's step. Parameters and state
+      may be donated to a jitted call.
 
   Returns:
-    A transformation whose `update` needs the parameters. Other keywords are
-    handed on to `tx`. In opaque mode it also
-    needs `grad_fn=`, params -> gradients of the same batch, averaged over
-    devices; the gradients handed in are those at w. Steps that the method
-    leaves out cost no call of `grad_fn`; in transparent mode every step takes
-    as many calls of `update`.
+    A transformation whose `update` requires the parameters and passes other
+    keywords to `tx`. In opaque mode, `update` takes the gradients at w and
+    requires `grad_fn=`, a function params -> gradients on the same batch,
+    averaged over devices; skipped steps do not call it. In transparent mode
+    skipped steps take as many calls of `update` as the others.
 
   Raises:
-    ValueError: for a method that needs more than gradients of one batch.
+    ValueError: if the method needs more than gradients of one batch.
   """
   _check(method, noise_key)
 
@@ -136,7 +134,7 @@ def perturbed_optimizer(
       *, grad_fn: Callable[[Params], Params] | None = None, **extra: Any
   ) -> tuple[Params, PerturbedState]:
     if params is None:
-      raise ValueError('params must be handed to update, got None.')
+      raise ValueError('params must be passed to update, got None.')
     if transparent:
       return jax.lax.cond(
           state.pending.phase < method.num_steps,
@@ -144,7 +142,7 @@ def perturbed_optimizer(
           lambda: _finish(tx, method, state, gradients, params, extra))
     if grad_fn is None:
       raise ValueError(
-          'grad_fn must be handed to update: params -> gradients, got None.')
+          'grad_fn must be passed to update: params -> gradients, got None.')
     out = _opaque_descent(
         method, state.method_state, params, gradients, grad_fn, noise_key)
     updates, opt_state = _descend_updates(
@@ -158,14 +156,14 @@ def _opaque_descent(
     method: Method, state: MethodState, params: Params, gradients: Params,
     grad_fn: Callable[[Params], Params], noise_key: Array | None
 ) -> engine.Descent:
-  """A whole step, the gradients at w being known."""
+  """A whole step, given the gradients at w."""
   at_natural = _valued(gradients)
   ascent = engine.ascend(
       method, state, engine.begin(method, state, noise_key), params,
       lambda shifted: _valued(grad_fn(shifted)), at_natural=at_natural)
 
   def perturbed_fn(shifted: Params) -> Any:
-    if ascent.perturbation is None:  # switched off: the pass is at w
+    if ascent.perturbation is None:  # the method is off: the pass is at w
       return at_natural
     if not method.is_scheduled:
       return _valued(grad_fn(shifted))
@@ -178,7 +176,7 @@ def _opaque_descent(
 
 
 def _first_pending(method: Method, params: Params) -> Pending:
-  """No step under way, in the shapes of one and in buffers of its own."""
+  """The initial `Pending`, in new buffers so that state can be donated."""
   chosen = method.chosen(params)
 
   def zeros(tree: Any) -> Any:
@@ -191,14 +189,14 @@ def _first_pending(method: Method, params: Params) -> Pending:
 
 
 def _narrow(values: Chosen, params: Params) -> Chosen:
-  """The values in the dtypes of the parameters."""
+  """Casts values to the dtypes of the parameters."""
   dtypes = dict(zip(leaves.leaf_paths(params), (
       leaf.dtype for leaf in jax.tree.leaves(params)), strict=True))
   return {path: x.astype(dtypes[path]) for path, x in values.items()}
 
 
 def _with_weights(params: Params, weights: Chosen) -> Params:
-  """The parameters with some leaves replaced."""
+  """Returns the parameters with the leaves in `weights` replaced."""
   flat, structure = jax.tree.flatten(params)
   return jax.tree.unflatten(structure, [
       weights.get(path, leaf)
@@ -208,14 +206,14 @@ def _with_weights(params: Params, weights: Chosen) -> Params:
 def _move(
     method: Method, state: PerturbedState, gradients: Params, params: Params,
     noise_key: Array | None) -> tuple[Params, PerturbedState]:
-  """A gradient that moves v: the parameters become w + the next v."""
+  """Moves v along a gradient; the parameters become w + v."""
   pending, counted = state.pending, state.method_state
   is_first = pending.phase == 0
 
   def newest(new: Params, old: Params) -> Params:
     return jax.tree.map(lambda x, y: jnp.where(is_first, x, y), new, old)
 
-  # At the first of the gradients the loop's parameters are w itself.
+  # At the first gradient the loop's parameters are w.
   chosen = method.chosen(params)
   weights = newest(
       _narrow(leaves.select(params, chosen), params), pending.weights)
@@ -244,7 +242,7 @@ def _finish(
     tx: optax.GradientTransformation, method: Method, state: PerturbedState,
     gradients: Params, params: Params, extra: dict[str, Any]
 ) -> tuple[Params, PerturbedState]:
-  """The gradient at w + v: the parameters become the next w."""
+  """Descends the gradient at w + v; the parameters become the next w."""
   pending = state.pending
   w, ascent = _with_weights(params, pending.weights), pending.ascent
   out = engine.descend(
@@ -252,7 +250,7 @@ def _finish(
       lambda _: _valued(gradients), lambda _: _valued(ascent.natural))
   updates, opt_state = _descend_updates(
       tx, method, state.opt_state, w, out, extra)
-  # In the type of the parameters, as those of `_move` are.
+  # `lax.cond` needs the dtypes of `_move`, those of the parameters.
   updates = jax.tree.map(
       lambda x, u, p: (x + u - p).astype(p.dtype), w, updates, params)
   return updates, PerturbedState(

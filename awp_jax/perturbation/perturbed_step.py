@@ -1,6 +1,6 @@
-"""Steps with perturbed weights for a loop of one's own.
+"""Training steps with perturbed weights, for any training loop.
 
-In place of `jax.value_and_grad`, or of the whole step:
+They replace `jax.value_and_grad`, or the whole step:
 
   >>> import jax, jax.numpy as jnp, optax
   >>> from awp_jax.perturbation import methods
@@ -34,18 +34,18 @@ from awp_jax.types import Array, LossFn, Params, PerturbedOutput
 def find_perturbation(
     method: Method, loss_fn: LossFn, *, has_aux: bool = False,
     axis_name: str | None = None) -> Callable[..., Params]:
-  """The perturbation alone.
+  """Returns a function that computes the perturbation v.
 
   Args:
-    method: the choices.
+    method: the method.
     loss_fn: as in `perturbed_value_and_grad`.
-    has_aux: whether `loss_fn` returns a pair; its second part is dropped.
+    has_aux: whether `loss_fn` returns a pair; aux is dropped.
     axis_name: the axis of the devices, or None.
 
   Returns:
     A function `(params, method_state, *args, noise_key=None, **kwargs)` -> v, a
-    pytree like the parameters; zeros, without a pass, where the method's size
-    is the number 0.
+    pytree like the parameters. If the method's size is the number 0, v is zero
+    and costs no pass.
   """
   ascent_fn, _ = gradient_fns(
       method, loss_fn, has_aux=has_aux, axis_name=axis_name)
@@ -64,7 +64,7 @@ def find_perturbation(
 def _descent(
     method: Method, loss_fn: LossFn, has_aux: bool, axis_name: str | None
 ) -> Callable[..., engine.Descent]:
-  """The three calls of a step, with the loss's arguments filled in."""
+  """`begin`, `ascend` and `descend` as a function of the loss's arguments."""
   ascent_fn, descent_fn = gradient_fns(
       method, loss_fn, has_aux=has_aux, axis_name=axis_name)
 
@@ -97,26 +97,26 @@ def perturbed_value_and_grad(
     a L(w; natural_args) + b L(w + v; args)
 
   Every pass calls `loss_fn` with the same arguments, so a dropout key among
-  them gives the same masks in all of them.
+  them gives the same masks in all passes.
 
   Args:
-    method: the choices.
+    method: the method.
     loss_fn: `loss_fn(params, *args, **kwargs)` -> mean loss or losses [B], or
       a pair of that and aux.
     has_aux: whether `loss_fn` returns a pair.
     axis_name: under `pmap`, `shard_map` or `vmap(axis_name=...)`, the axis that
-      the examples are spread over and the parameters replicated over. Losses
-      and gradients are averaged over it, the adversary's too: there is one v
-      for the whole batch. Sharded parameters need `jax.jit` and no `axis_name`.
+      shards the examples and replicates the parameters. Losses and gradients
+      are averaged over it, including those of the ascent, so there is one v for
+      the whole batch. For sharded parameters use `jax.jit` without `axis_name`.
 
   Returns:
     A function `(params, method_state, *args, natural_args=None, noise_key=None,
-    **kwargs)` -> ((value, gradients), next method state), the value being
-    (loss, aux) with `has_aux`. `natural_args` are the arguments of the pass at
-    w, by default `args`; `noise_key`, for methods that draw noise, is a PRNG
-    key that may be the same in every step and must be on all devices. These
-    two names never reach the loss; bind arguments of the loss that are called
-    like them, by `functools.partial`.
+    **kwargs)` -> ((value, gradients), next method state); value is (loss, aux)
+    with `has_aux`. `natural_args` are the arguments of the pass at w, by
+    default `args`. `noise_key` is a PRNG key for methods that draw noise. It
+    may be the same in every step and must be the same on all devices. These two
+    keywords are not passed to the loss; bind arguments of the loss with these
+    names by `functools.partial`.
   """
   descent = _descent(method, loss_fn, has_aux, axis_name)
 
@@ -136,41 +136,40 @@ def apply_at_perturbed(
     perturbation: Chosen | None, gradients: Params, *,
     update_at: UpdateAt = 'perturbed', value: Array | None = None
 ) -> tuple[Params, Any]:
-  """The optimizer's step from w, with gradients taken at w + v.
+  """Applies the optimizer's step to w, with the gradients at w + v.
 
   Args:
     tx: the optimizer.
     params: w.
     opt_state: its state.
     perturbation: v by path, as in `engine.Descent`; None for zero.
-    gradients: the gradient at w + v.
-    update_at: the parameters that `tx` is shown, hence those that its weight
-      decay acts on: 'perturbed' (w + v, as in the code of AWP) or 'natural'
-      (w).
+    gradients: the gradients at w + v.
+    update_at: the parameters passed to `tx`, on which its weight decay acts:
+      'perturbed' (w + v, as in the code of AWP) or 'natural' (w).
     value: the loss at w + v, for optimizers that take it as an extra argument,
-      such as `optax.contrib.reduce_on_plateau`. Those that evaluate the loss
-      themselves, by `value_fn`, are not supported.
+      such as `optax.contrib.reduce_on_plateau`. Optimizers that evaluate the
+      loss by a `value_fn` are not supported.
 
   Returns:
     The next w and the next optimizer state.
 
   Raises:
-    ValueError: for an unknown `update_at`.
+    ValueError: if `update_at` is unknown.
 
   .. note::
-    'perturbed' is meant for weight decay. It is wrong for optimizers that keep,
-    bound or measure the parameters they are shown, since these then see w + v:
+    'perturbed' is meant for weight decay. It is wrong for optimizers that
+    store, bound or measure the parameters, since they get w + v:
     `optax.contrib.schedule_free` (drifts, even at a learning rate of 0),
     `optax.keep_params_nonnegative` (w may become negative), `optax.lamb` and
-    `optax.lars` (their ratios are those of w + v), Lookahead, and projections
-    in general. Give them update_at='natural'.
+    `optax.lars` (trust ratios at w + v), Lookahead, and projections in general.
+    Use update_at='natural' with them.
   """
   checks.one_of('update_at', update_at, UPDATE_AT)
-  shown = (leaves.perturb(params, perturbation) if update_at == 'perturbed'
+  given = (leaves.perturb(params, perturbation) if update_at == 'perturbed'
            else params)
   extra = {} if value is None else {'value': value, 'grad': gradients}
   updates, opt_state = optax.with_extra_args_support(tx).update(
-      gradients, opt_state, shown, **extra)
+      gradients, opt_state, given, **extra)
   return optax.apply_updates(params, updates), opt_state
 
 
@@ -183,33 +182,34 @@ def perturbed_step(
     **kwargs: Any) -> PerturbedOutput:
   """One step of training with perturbed weights.
 
-  Pure: jit it, with `method`, `loss_fn`, `tx` and the keywords closed over.
+  A pure function: jit it with `method`, `loss_fn`, `tx` and the keywords closed
+  over.
 
   Args:
-    method: the choices; `methods` has those of the literature.
+    method: the method; `methods` has those of the literature.
     loss_fn: as in `perturbed_value_and_grad`.
     tx: any optax optimizer.
     params: w, any pytree of float arrays.
     opt_state: the state of `tx`.
     method_state: the state of `method`, from `method.init(params)`.
-    *args: handed to `loss_fn` behind the parameters: the batch, keys, ...
+    *args: passed to `loss_fn` after the parameters: the batch, keys, ...
     natural_args: as in `perturbed_value_and_grad`.
     noise_key: as in `perturbed_value_and_grad`.
     has_aux: as in `perturbed_value_and_grad`.
     axis_name: as in `perturbed_value_and_grad`.
-    return_perturbation: whether v is part of the output. Without it a jitted
-      step needs one buffer of the size of the parameters less.
-    **kwargs: handed to `loss_fn`, in every pass. The keywords above never reach
-      it; bind arguments of the loss that are called like them, by
+    return_perturbation: whether the output includes v. Without it, a jitted
+      step needs one parameter-sized buffer less.
+    **kwargs: passed to `loss_fn` in every pass. The keywords above are not
+      passed; bind arguments of the loss with these names by
       `functools.partial`.
 
   Returns:
-    A `PerturbedOutput`. Its perturbation is zeros where there is none, and
-    None without `return_perturbation`.
+    A `PerturbedOutput`. Its perturbation is zero in unperturbed steps, and None
+    without `return_perturbation`.
 
   Raises:
-    ValueError: if the method draws noise and there is no key, or needs another
-      batch and there is none.
+    ValueError: if the method draws noise and `noise_key` is None, or needs
+      another batch and `natural_args` is None.
   """
   out = _descent(method, loss_fn, has_aux, axis_name)(
       params, method_state, args, kwargs, natural_args, noise_key)

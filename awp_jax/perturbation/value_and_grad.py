@@ -1,6 +1,6 @@
-"""Gradients of mean losses: over devices, over micro-batches.
+"""Gradients of mean losses over devices and micro-batches.
 
-Both give what one device with memory enough would give for the whole batch:
+Both equal the gradient of the whole batch on one device:
 
   >>> import jax, jax.numpy as jnp
   >>> loss_fn = lambda w, x: jnp.mean((w * x) ** 2)
@@ -25,18 +25,18 @@ Reduce = Callable[[Array], Array]
 
 
 def mean_loss(losses: Array) -> Array:
-  """The mean of losses [B]; a scalar is left alone."""
+  """The mean of losses [B]; scalars are returned unchanged."""
   return losses if jnp.ndim(losses) == 0 else jnp.mean(losses)
 
 
 def mean_below(threshold: Scalar) -> Reduce:
-  """(1 / B) sum of the losses [B] that are < threshold: B counts the others."""
+  """(1 / B) sum of the losses [B] below `threshold`; B counts all examples."""
 
   def reduce(losses: Array) -> Array:
     if jnp.ndim(losses) == 0:
       raise ValueError(
-          'a threshold on examples needs a loss function that returns losses '
-          '[B], one for each example; this one returned a scalar.')
+          'a threshold on examples needs a loss function that returns '
+          'per-example losses [B], got a scalar.')
     return jnp.mean(jnp.where(losses < threshold, losses, 0))
 
   return reduce
@@ -49,10 +49,10 @@ def _check_replicated(params: Params, axis_name: str | None) -> None:
       if axis_name is not None and sharding.varying_axes(leaf)]
   if varying:
     raise ValueError(
-        f'parameters must be replicated where axis_name={axis_name!r} is given,'
-        f' but these vary over a mesh axis: {", ".join(varying[:5])}. Their '
-        'norms would be those of a shard. For sharded parameters use jax.jit '
-        'without axis_name. A noise_key must be the same on all devices.')
+        f'parameters must be replicated over axis {axis_name!r}, but these '
+        f'vary over a mesh axis: {", ".join(varying[:5])}. Their norms '
+        'would be those of a shard. For sharded parameters use jax.jit without '
+        'axis_name. A noise_key must be the same on all devices.')
 
 
 def averaged_value_and_grad(
@@ -61,25 +61,24 @@ def averaged_value_and_grad(
   """`jax.value_and_grad` of the loss averaged over the devices of an axis.
 
   The loss is averaged inside the differentiated function and the gradient
-  outside of it. That is right under `pmap`, `vmap` and `shard_map`, whether or
-  not the latter tracks which values vary (`check_vma`): where it does, the
-  gradient with respect to replicated parameters is already a sum over devices,
-  and averaging the gradient alone would leave it too large by their number.
+  outside. This is correct under `pmap`, `vmap` and `shard_map`, with or without
+  `check_vma`. With `check_vma=True`, the gradient with respect to replicated
+  parameters is already a sum over devices; averaging only the gradient would
+  leave it too large by a factor of the number of devices.
 
   Args:
     loss_fn: `loss_fn(params, *args, **kwargs)` -> scalar or losses [B], or a
       pair of that and aux.
     has_aux: whether `loss_fn` returns a pair.
     axis_name: the axis of the devices, or None.
-    reduce: makes a scalar of what `loss_fn` returns; by default the mean.
+    reduce: reduces the losses of `loss_fn` to a scalar; the mean by default.
 
   Returns:
-    A function of `loss_fn`'s arguments that returns (value, gradients), the
-    value being (loss, aux) with `has_aux`. aux is this device's own. It raises
-    a ValueError if a parameter varies over any mesh axis, where `shard_map`
-    tracks that (`check_vma=True`): every device must hold all of them. Sharded
-    parameters need no `axis_name`, but `jax.jit` and the shardings of its
-    arguments.
+    A function of `loss_fn`'s arguments that returns (value, gradients); value
+    is (loss, aux) with `has_aux`. aux is not averaged over devices. The
+    function raises a ValueError if `shard_map` tracks varying values
+    (`check_vma=True`) and a parameter varies over a mesh axis: parameters must
+    be replicated. For sharded parameters use `jax.jit` without `axis_name`.
   """
 
   def averaged(params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -105,10 +104,10 @@ def gradient_fns(
     method: Method, loss_fn: LossFn, *, has_aux: bool = False,
     axis_name: str | None = None
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """The passes of a method: the ascent's, and the one that is descended.
+  """The passes of a method, for the ascent and for the descent.
 
   Args:
-    method: the choices.
+    method: the method.
     loss_fn: `loss_fn(params, *args, **kwargs)` -> mean loss or losses [B], or
       a pair of that and aux.
     has_aux: whether `loss_fn` returns a pair.
@@ -116,8 +115,8 @@ def gradient_fns(
 
   Returns:
     Two functions of `loss_fn`'s arguments that return ((loss, aux), gradients),
-    averaged over devices; aux is None without `has_aux`. They differ only where
-    not all examples enter the ascent.
+    averaged over devices; aux is None without `has_aux`. They differ only if
+    `examples_below` excludes examples from the ascent.
   """
 
   def paired(params: Params, *args: Any, **kwargs: Any) -> Any:
@@ -136,8 +135,8 @@ def gradient_fns(
 def _split(args: Any, parts: int) -> Any:
   """[B, ...] -> [parts, B / parts, ...]: example i goes to part i % parts.
 
-  Contiguous parts of a batch that is sharded over devices would lie on one
-  device each, and every device would compute all of them.
+  If the batch is sharded over devices, each contiguous part would be on one
+  device, and every device would compute all parts.
   """
 
   def split(leaf: Array) -> Array:
@@ -145,8 +144,8 @@ def _split(args: Any, parts: int) -> Any:
     if not shape or shape[0] % parts:
       raise ValueError(
           f'num_microbatches={parts} must divide the leading axis of every '
-          f'positional argument behind the parameters, got shape {shape}; bind '
-          'what is not a batch: functools.partial(loss_fn, key=key).')
+          f'positional argument after the parameters, got shape {shape}; bind '
+          'other arguments with functools.partial(loss_fn, key=key).')
     return jnp.swapaxes(
         jnp.reshape(leaf, (shape[0] // parts, parts, *shape[1:])), 0, 1)
 
@@ -155,28 +154,28 @@ def _split(args: Any, parts: int) -> Any:
 
 def accumulated(
     loss_fn: LossFn, num_microbatches: int, *, has_aux: bool = False) -> LossFn:
-  """The same loss, computed one micro-batch after the other.
+  """Computes a loss in micro-batches, one after the other.
 
-  Value and gradient are those of the whole batch, while activations of only
-  one micro-batch are alive at a time: each is computed again on the way back,
-  a third more work. As every pass of a method goes through the loss function,
-  the adversary sees the whole batch, too.
+  Value and gradient are those of the whole batch, but only the activations of
+  one micro-batch are in memory at a time. The backward pass recomputes them,
+  which costs a third more work. Every pass of a method calls the loss function,
+  so the ascent uses the whole batch as well.
 
   Args:
     loss_fn: `loss_fn(params, *args, **kwargs)` -> mean loss or losses [B]. It
       must not couple the examples, as batch statistics do.
-    num_microbatches: k parts of equal size that every positional argument is
-      cut into along its leading axis: part j has the examples j, j + k, j + 2k,
-      ... What is not a batch (a dropout key, say) is bound beforehand,
-      `functools.partial(loss_fn, key=key)`, or handed in by keyword.
+    num_microbatches: k, the number of equal parts that every positional
+      argument is split into along its leading axis; part j has the examples j,
+      j + k, j + 2k, ... Other arguments (such as a dropout key) must be bound
+      by `functools.partial(loss_fn, key=key)` or passed by keyword.
     has_aux: whether `loss_fn` returns a pair.
 
   Returns:
-    A loss function. Losses [B] keep the order of the examples. Its aux, if any,
-    has a new leading axis, the parts.
+    A loss function. Losses [B] keep the order of the examples. aux has a new
+    leading axis [k].
 
   Raises:
-    ValueError: for parts that are not equal.
+    ValueError: if k does not divide the batch.
   """
   checks.count('num_microbatches', num_microbatches)
 

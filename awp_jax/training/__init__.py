@@ -1,4 +1,4 @@
-"""Training and evaluation steps on batches, and the state that they update.
+"""Training and evaluation steps, and the training state.
 
 `train_step` composes an attack on the inputs with a weight perturbation, and
 `eval_step` measures natural and robust accuracy.

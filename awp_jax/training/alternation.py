@@ -1,7 +1,7 @@
-"""The two adversaries of a training step in turns, then the descent.
+"""Alternation of input attacks and weight moves within a step.
 
-A rounds of K1 attack steps at w + v and K2 moves of v at x', then loss and
-gradient at (w + v, x'). See `awp_jax.training.train_step`.
+A step makes A rounds of K1 attack steps at w + v and K2 moves of v at x', then
+takes loss and gradient at (w + v, x'). See `awp_jax.training.train_step`.
 """
 
 from collections.abc import Callable
@@ -14,18 +14,17 @@ from awp_jax.perturbation import engine, leaves
 from awp_jax.perturbation.base import Method, MethodState
 from awp_jax.types import Array, Params
 
-#: (params, batch_stats, key, start) -> x' and the statistics that the attack
-#: leaves.
+#: (params, batch_stats, key, start) -> (x', statistics after the attack).
 AttackFn = Callable[[Params, Any, Array, Any], tuple[Array, Any]]
 
 
 class Round(NamedTuple):
-  """Inputs, statistics and perturbation after some rounds.
+  """Inputs, statistics and perturbation after a round.
 
   Attributes:
-    x_adv: x' [B, ...]; before the first round the start of the attack.
-    batch_stats: the running statistics that the next pass starts from.
-    ascent: v.
+    x_adv: x' [B, ...]; before the first round, the start of the attack.
+    batch_stats: the running statistics before the next pass.
+    ascent: the state of v.
   """
 
   x_adv: Any
@@ -34,19 +33,19 @@ class Round(NamedTuple):
 
 
 class AlternationInputs(NamedTuple):
-  """What the passes of one step share.
+  """Inputs shared by the passes of one step.
 
   Attributes:
     params: w.
     images: x [B, ...].
     labels: [B] or [B, C].
-    method: how the weights are perturbed.
+    method: the weight perturbation method.
     method_state: the method's state.
-    attack_fn: makes x'.
-    ascent_fn: (params, batch_stats, x', x, labels) -> ((loss, aux), gradients),
-      which v follows.
+    attack_fn: computes x'.
+    ascent_fn: (params, batch_stats, x', x, labels) -> ((loss, aux), gradients)
+      for the ascent of v.
     descent_fn: the same for the loss that the optimizer descends.
-    keeps_statistics: whether the attack's passes move the running statistics.
+    keeps_statistics: whether attack passes update the running statistics.
   """
 
   params: Params
@@ -61,14 +60,14 @@ class AlternationInputs(NamedTuple):
 
 
 def _is_halved(method: Method) -> bool:
-  """Whether the passes at w and at w + v share the batch out between them."""
+  """Whether the passes at w and w + v each use half of the batch."""
   return method.natural_batch == 'other' and not method.is_off
 
 
 def _pass_fn(
     inputs: AlternationInputs, done: Round, gradient_fn: Callable[..., Any],
     rows: slice) -> engine.PassFn:
-  """A pass over some rows of the batch, as a function of the parameters."""
+  """Returns a pass over the given rows, as a function of the parameters."""
 
   def pass_fn(params: Params) -> Any:
     return gradient_fn(
@@ -83,9 +82,9 @@ def _perturbed_rows(method: Method) -> slice:
 
 
 def _round(
-    inputs: AlternationInputs, method: Method, done: Round, key: Array, rounds: int
-) -> Round:
-  """One attack at w + v from the last x', and the moves of v that follow."""
+    inputs: AlternationInputs, method: Method, done: Round, key: Array,
+    rounds: int) -> Round:
+  """Attacks the inputs at w + v from the last x', then moves v."""
   x_adv, moved = inputs.attack_fn(
       leaves.perturb(inputs.params, done.ascent.perturbation),
       done.batch_stats, key, done.x_adv)
@@ -102,14 +101,14 @@ def _round(
 def alternate(
     inputs: AlternationInputs, start: Any, batch_stats: Any, key: Array,
     noise_key: Array, alternations: int) -> Round:
-  """The rounds of a step.
+  """Runs the rounds of a step.
 
-  A method that is off makes one round, and so does a step that `start` and
-  `every` leave out: with v = 0 the others would only prolong the attack.
+  A method that is off and steps skipped by `start` and `every` make one round:
+  with v = 0, further rounds would only prolong the attack.
 
   Args:
-    inputs: what the passes share.
-    start: of the first attack; the later ones go on from its x'.
+    inputs: the inputs of the step.
+    start: the start of the first attack; later attacks continue from x'.
     batch_stats: the running statistics before the step.
     key: this device's PRNG key.
     noise_key: a PRNG key for methods that draw noise, the same on all devices.
@@ -125,7 +124,7 @@ def alternate(
       inputs, method,
       Round(start, batch_stats, engine.begin(method, state, noise_key)),
       keys[0], rounds)
-  # The branch below has asked already whether this step perturbs.
+  # The `cond` below already restricts the later rounds to perturbing steps.
   unscheduled = dataclasses.replace(method, start=0, every=1)
 
   def others(done: Round) -> Round:
@@ -140,14 +139,14 @@ def alternate(
 
 
 def descend(inputs: AlternationInputs, done: Round) -> engine.Descent:
-  """Loss and gradient that the optimizer is to descend.
+  """Computes the loss and gradients that the optimizer descends.
 
   Args:
-    inputs: what the passes share.
+    inputs: the inputs of the step.
     done: the last round.
 
   Returns:
-    What the engine hands to the optimizer.
+    The output of `engine.descend`.
   """
   method = inputs.method
   perturbed_fn = _pass_fn(

@@ -1,13 +1,13 @@
 """Moving averages of weights and batch statistics.
 
-An average of the weights along the run is often more robust than the last ones
-(Izmailov et al., UAI 2018; Gowal et al. 2020). With decay d,
+Averaged weights are often more robust than the final weights (Izmailov et al.,
+UAI 2018; Gowal et al. 2020). With decay d,
 
   a <- d a + (1 - d) w        after every step, from a = w at the start.
 
-Early on, a long memory would hold on to the random start; so the decay begins
-small and grows with the step count t: d_t = min(d, (1 + t) / (10 + t)). Batch
-statistics are averaged alongside, since those of w do not fit a.
+With a large decay, early averages would stay close to the random start. The
+decay therefore grows with the step count t: d_t = min(d, (1 + t) / (10 + t)).
+Batch statistics are averaged too, since those of w do not match a.
 
   >>> import jax.numpy as jnp
   >>> average = Average({'w': jnp.zeros(2)}, {})
@@ -29,8 +29,8 @@ class Average(NamedTuple):
   """The averaged network.
 
   Attributes:
-    params: a, like the parameters.
-    batch_stats: the average of the running statistics; {} if there are none.
+    params: a, a pytree like the parameters.
+    batch_stats: the averaged running statistics; {} if there are none.
   """
 
   params: Params
@@ -38,17 +38,17 @@ class Average(NamedTuple):
 
 
 def ema_decay(decay: float, step: Scalar) -> Array:
-  """min(decay, (1 + t) / (10 + t)): the decay of step t.
+  """The decay of step t, min(decay, (1 + t) / (10 + t)).
 
   Args:
-    decay: d in [0, 1), that of a long run.
-    step: t >= 0, how many steps have been averaged before this one.
+    decay: d in [0, 1), the limit for large t.
+    step: t >= 0, the number of previously averaged steps.
 
   Returns:
     A float32 scalar.
 
   Raises:
-    ValueError: for a decay outside of [0, 1).
+    ValueError: if the decay is not in [0, 1).
   """
   checks.not_negative('decay', decay)
   if decay >= 1:
@@ -73,7 +73,7 @@ def update_average(
   """
 
   def mix(old: Array, new: Array) -> Array:
-    # a + (1 - d) (w - a) stays exactly at w once it is there.
+    # In this form a = w is an exact fixed point.
     return (old + (1 - decay) * (new - old)).astype(old.dtype)
 
   return Average(

@@ -1,8 +1,7 @@
-"""Natural and robust accuracy of a batch, under PGD.
+"""Natural and robust accuracy of a batch under PGD.
 
-An example counts as robust if the model gives it its label at x and at the x'
-that each restart of the attack ends with. Logits that are not finite count as
-wrong at either.
+An example counts as robust if the model classifies x and the final x' of every
+restart correctly. Non-finite logits count as incorrect.
 """
 
 from typing import Any, NamedTuple
@@ -23,14 +22,14 @@ class EvalMetrics(NamedTuple):
   """Sums over the valid examples of a batch (and, under an axis, over devices).
 
   Attributes:
-    examples: how many examples are valid.
-    natural_loss: sum of cross-entropies at x.
-    natural_correct: how many are classified right at x.
-    robust_loss: sum of cross-entropies at x'.
-    robust_correct: how many are classified right at x' and at x.
-    nonfinite: how many had a number that is not finite: in the logits at x or
-      x', or in a gradient of the attack. Such gradient entries count as 0, so
-      the attack is weaker there: robust accuracy is in doubt unless this is 0.
+    examples: the number of valid examples.
+    natural_loss: the sum of cross-entropies at x.
+    natural_correct: the number classified correctly at x.
+    robust_loss: the sum of cross-entropies at x'.
+    robust_correct: the number classified correctly at both x and x'.
+    nonfinite: the number with non-finite logits at x or x', or with non-finite
+      entries in a gradient of the attack. Such entries are set to 0, which
+      weakens the attack: trust robust accuracy only if this is 0.
   """
 
   examples: Array
@@ -45,30 +44,30 @@ def eval_step(
     state: TrainState, batch: tuple[Array, Array, Array], key: Array, *,
     threat: ThreatModel, attack: Attack, axis_name: str | None = None,
 ) -> EvalMetrics:
-  """Natural and robust accuracy on a batch, with the running statistics.
+  """Evaluates natural and robust accuracy on a batch, with running statistics.
 
-  The attack ascends the cross-entropy, whatever the objective of training was.
-  Matrix products run at `jax.default_matmul_precision('float32')`. A model that
-  computes in a smaller type than float32 still does: give the state of one that
-  does not.
+  The attack ascends the cross-entropy, regardless of the training objective.
+  Matrix products run at `jax.default_matmul_precision('float32')`. This does
+  not change models that compute in a narrower dtype: evaluate a state whose
+  model computes in float32.
 
   Args:
     state: the model, its parameters and running statistics.
-    batch: (images [B, ...], floating, cast to float32 where they are narrower;
-      labels [B] or [B, C]; valid [B] bools);
-      examples that are not valid fill up a batch and count for nothing.
-    key: a PRNG key, the batch's own; under an axis the device's index is folded
-      in.
+    batch: (images, labels, valid). Images [B, ...] are floating and cast to
+      float32 if narrower. Labels are [B] or [B, C]. Valid is bool [B]; invalid
+      examples are padding and excluded from the sums.
+    key: a PRNG key specific to the batch; under an axis the device's index is
+      folded in.
     threat: the ball and the box.
-    attack: the attack; its mode is 'eval' whatever it says.
-    axis_name: the axis of the devices, or None; sums run over it.
+    attack: the attack; its mode is ignored and always 'eval'.
+    axis_name: the axis of the devices, or None. Sums run over it.
 
   Returns:
     Sums over the valid examples.
 
   Raises:
     TypeError: if the model cannot be called.
-    ValueError: for an attack that is out of range, or images that are not
+    ValueError: if the attack's settings are out of range or images are not
       floating.
   """
   images, labels, valid = batch
@@ -81,10 +80,10 @@ def eval_step(
     return forward(
         state, state.params, state.batch_stats, x, train=False)[0]
 
-  def loss_fn(x: Array, nothing: Any) -> tuple[Array, Any]:
-    return objectives.cross_entropy(logits_fn(x), labels), nothing
+  def loss_fn(x: Array, state: Any) -> tuple[Array, Any]:
+    return objectives.cross_entropy(logits_fn(x), labels), state
 
-  # By default accelerators multiply float32 in fewer bits.
+  # Accelerators multiply float32 in lower precision by default.
   with jax.default_matmul_precision('float32'):
     out = pgd_lib.run_pgd(
         key, loss_fn, (), images, threat, step_size=attack.step_size,

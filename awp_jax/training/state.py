@@ -1,6 +1,6 @@
-"""The state of training, and the model as the steps call it.
+"""The training state, and the forward pass of its model.
 
-A `TrainState` holds a flax.linen model by its `apply_fn`, or any other model by
+A `TrainState` holds a flax.linen model as its `apply_fn`, or any other model as
 a `forward_fn` of five arguments:
 
   >>> import jax, jax.numpy as jnp, optax
@@ -36,13 +36,13 @@ class TrainState(train_state.TrainState):
   Attributes:
     batch_stats: the running statistics: the 'batch_stats' collection of a linen
       model, any pytree of arrays with a `forward_fn`; {} for none.
-    average: an `awp_jax.Average` that the caller keeps up to date, or None. A
-      step returns it unchanged.
-    memory: what the method of weight perturbation carries from step to step,
-      `method.init(params).memory`; () for methods that carry nothing. Its step
-      count is the state's own.
+    average: an `awp_jax.Average` that the caller updates, or None. Steps return
+      it unchanged.
+    memory: the memory of the weight perturbation method,
+      `method.init(params).memory`; () for methods without one. The method's
+      step count is `step`.
     forward_fn: a `ForwardFn`, or None for a linen model. Static: a jitted step
-      compiles again for another function object, so make it once.
+      recompiles for each new function object, so create it once.
   """
 
   batch_stats: Any
@@ -56,7 +56,7 @@ class TrainState(train_state.TrainState):
       apply_fn: Callable[..., Any] | None = None, batch_stats: Any = None,
       method: Method | None = None, forward_fn: ForwardFn | None = None,
       **fields: Any) -> 'TrainState':
-    """The state before the first step.
+    """Creates the state before the first step.
 
     Args:
       params: w, any pytree of float arrays.
@@ -64,16 +64,17 @@ class TrainState(train_state.TrainState):
       apply_fn: `model.apply` of a linen model whose `__call__` takes
         `(x, train)`. Not needed with a `forward_fn`.
       batch_stats: the running statistics; None or {} for none.
-      method: the method of weight perturbation that `train_step` will be given.
-        Needed for those that carry a memory.
-      forward_fn: the model as a function; it takes the place of `apply_fn`.
+      method: the weight perturbation method of `train_step`. Required for
+        methods with a memory.
+      forward_fn: the model as a function; replaces `apply_fn`.
       **fields: other fields: `average`, `memory`, or those of a subclass.
 
     Returns:
       The state; its step is 0.
 
     Raises:
-      ValueError: without a model, or if both `method` and `memory` are given.
+      ValueError: if there is no model, or if both `method` and `memory` are
+        given.
     """
     if apply_fn is None and forward_fn is None:
       raise ValueError(
@@ -111,7 +112,7 @@ def _linen_forward(apply_fn: Callable[..., Any]) -> ForwardFn:
         raise
       raise TypeError(
           'the model takes no argument `train`. A linen module is called as '
-          'module(x, train=True or False); for any other, give '
+          'module(x, train=True or False); for any other model, pass '
           'TrainState.create a forward_fn=(params, batch_stats, x, train, key) '
           '-> (logits, batch_stats).') from error
     return logits, moved.get('batch_stats', batch_stats)
@@ -122,24 +123,25 @@ def _linen_forward(apply_fn: Callable[..., Any]) -> ForwardFn:
 def forward(
     state: TrainState, params: Params, batch_stats: Any, images: Array, *,
     train: bool, key: Array | None = None) -> tuple[Array, Any]:
-  """Logits, and the running statistics after this pass.
+  """Computes logits, and the running statistics after the pass.
 
   Args:
-    state: holds the model.
-    params: the parameters to run it with.
+    state: the state with the model.
+    params: the parameters of the pass.
     batch_stats: the running statistics before the pass.
     images: [B, ...].
     train: whether the model runs in train mode. In eval mode it gets no key,
-      and the statistics are returned as they were.
-    key: for dropout, in train mode.
+      and the statistics are returned unchanged.
+    key: a PRNG key for dropout in train mode.
 
   Returns:
     Logits [B, C] and the statistics.
 
   Raises:
-    TypeError: if the model cannot be called like this, or its forward function
-      returns something else.
-    ValueError: if it returns statistics that the state does not hold.
+    TypeError: if the model does not take these arguments, or its forward
+      function does not return a pair.
+    ValueError: if the logits have the wrong shape, or the structure of the
+      statistics differs from that of the state.
   """
   forward_fn = state.forward_fn or _linen_forward(state.apply_fn)
   out = forward_fn(
@@ -158,16 +160,16 @@ def forward(
   expected, got = leaves.leaf_paths(batch_stats), leaves.leaf_paths(moved)
   if got != expected:
     raise ValueError(
-        "the model's statistics do not fit the state's batch_stats: it holds "
+        "the model's statistics do not match the state's batch_stats: it holds "
         f'{expected}, the model returned {got}.')
-  # The types stay, so that loops can carry them and no step compiles again.
+  # Keep the dtypes, so loops can carry the statistics and steps not recompile.
   return logits, jax.tree.unflatten(jax.tree.structure(batch_stats), [
       jnp.asarray(new).astype(jnp.result_type(old)) for new, old in zip(
           jax.tree.leaves(moved), jax.tree.leaves(batch_stats), strict=True)])
 
 
 def check_memory(state: TrainState, method: Method) -> None:
-  """Raises ValueError unless the state's memory is one of the method's."""
+  """Raises ValueError unless the state's memory matches the method."""
 
   def spec(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
     return jax.tree.structure(tree), [
@@ -177,7 +179,7 @@ def check_memory(state: TrainState, method: Method) -> None:
   if spec(state.memory) != spec(expected):
     raise ValueError(
         f'the memory of the state ({len(jax.tree.leaves(state.memory))} '
-        f'arrays) does not fit method {method.name!r}, which carries '
-        f'{len(jax.tree.leaves(expected))} for these parameters. Make the '
-        'state with TrainState.create(..., method=...), and give train_step '
+        f'arrays) does not match method {method.name!r}, which needs '
+        f'{len(jax.tree.leaves(expected))} for these parameters. Create the '
+        'state with TrainState.create(..., method=...), and pass train_step '
         'the same method.')

@@ -1,9 +1,8 @@
 """Robust training steps for any model, with or without batch statistics.
 
-`train_step` composes everything below it: the inputs ascend (attacks), the
-weights are perturbed (perturbation), the optimizer descends, batch statistics
-move under a named policy. Per mini-batch, with A alternations of K1 input steps
-and K2 weight steps,
+`train_step` attacks the inputs, perturbs the weights, applies the optimizer and
+updates the batch statistics under a named policy. Per mini-batch, with A
+alternations of K1 input steps and K2 weight steps,
 
   v = 0, x' = start
   A times:   x' <- K1 steps of PGD at w + v
@@ -55,21 +54,21 @@ Statistics = Literal['perturbed', 'reference']
 STATISTICS: tuple[Statistics, ...] = ('perturbed', 'reference')
 MODES = ('train', 'eval')
 
-#: What stands in for `perturbation=None`.
+#: The method used for `perturbation=None`.
 _OFF = methods.awp(0)
 
 
 class TrainMetrics(NamedTuple):
-  """What `train_step` reports, averaged over the global batch.
+  """Metrics of `train_step`, averaged over the global batch.
 
   Attributes:
     loss: the train loss at w + v, before the update.
-    robust_accuracy: of the adversarial examples at w + v, in [0, 1]; natural
-      accuracy where the objective has no attack. Logits that are not finite
-      are wrong.
+    robust_accuracy: the accuracy on adversarial examples at w + v, in [0, 1];
+      natural accuracy if the objective has no attack. Non-finite logits count
+      as incorrect.
     gradient_norm: |G|_2 over all parameters.
     perturbation_ratio: |v|_2 / |w|_2 over the perturbed leaves; 0 without AWP.
-    unperturbed_loss: the train loss at w, and at the x' of the first round, if
+    unperturbed_loss: the train loss at w, with the x' of the first round, if
       the step evaluated it on the whole batch; else NaN.
   """
 
@@ -82,7 +81,7 @@ class TrainMetrics(NamedTuple):
 
 def _device_key(
     key: Array, step: int | Array, axis_name: str | None) -> Array:
-  """The key of this step; under an axis, each device's own."""
+  """The key of this step; under an axis, of this step and device."""
   key = jax.random.fold_in(key, step)
   if axis_name is None:
     return key
@@ -97,12 +96,12 @@ def _weight_loss(
     state: TrainState, objective: Objective, passes: tuple[Pass, ...],
     dropout_key: Array
 ) -> Callable[..., tuple[Array, tuple[Any, Array]]]:
-  """The losses of the weights, and what they leave behind.
+  """Returns the loss function of the weights.
 
   It maps (params, statistics, x', x, labels) to the losses [B] and the pair of
-  the next statistics and whether x' is classified right [B]. `passes` is the
-  order in which forward passes move the statistics; one that appears twice
-  moves them twice.
+  the next statistics and whether x' is classified correctly [B]. `passes` is
+  the order in which forward passes update the statistics; a repeated pass
+  updates them again.
   """
 
   def loss_fn(
@@ -153,8 +152,8 @@ def _attack_inputs(
       restarts=attack.restarts,
       gradient_floor=objective.gradient_floor * batch_size)
   if train and attack.restarts == 1:
-    # The published attack ends with one more forward pass, which compares the
-    # losses of its restarts, even of a single one.
+    # The published attack ends with a forward pass that compares the losses of
+    # its restarts, even if there is only one.
     _, moved = run(x_adv, moved)
   return x_adv, moved
 
@@ -175,12 +174,12 @@ def _check(
   if alternations > 1 and attack.restarts > 1:
     raise ValueError(
         f'alternations={alternations} continue one attack; '
-        f'restarts={attack.restarts} make several. One of them must be 1.')
+        f'restarts={attack.restarts} run several. One of them must be 1.')
   if perturbation and perturbation.natural_batch == 'other' and (
       len(labels) < 2):
     raise ValueError(
-        f'method {perturbation.name!r} halves the batch: it needs two images '
-        f'on every device at least, got {len(labels)}.')
+        f'method {perturbation.name!r} halves the batch: it needs at least two '
+        f'images on every device, got {len(labels)}.')
 
 
 def train_step(
@@ -193,37 +192,37 @@ def train_step(
 
   Args:
     state: model, parameters, running statistics, optimizer state, step count.
-    batch: (images [B, ...], floating, in the threat model's box, cast to
-      float32 where they are narrower: bfloat16 loses small steps; labels:
-      integers [B], or probabilities [B, C] for mixed examples); under an axis,
-      this device's part.
-    key: the run's PRNG key. The step count is folded in here, and under an axis
-      the device's index, so the same key serves every step and device.
-    objective: what inputs ascend and weights descend.
+    batch: (images, labels); under an axis, this device's part. Images [B, ...]
+      are floating, in the threat model's box, and cast to float32 if narrower,
+      since small attack steps vanish in bfloat16. Labels are integers [B], or
+      probabilities [B, C] for mixed examples.
+    key: the run's PRNG key, the same in every step and on every device. The
+      step count is folded in, and under an axis the device's index.
+    objective: the losses that inputs ascend and weights descend.
     threat: the ball and the box.
     attack: the attack on the inputs.
-    perturbation: how the weights are perturbed, a method of `awp_jax.methods`;
-      None for not at all. A method that carries a memory needs a state made
-      with `TrainState.create(method=...)`.
-    alternations: A >= 1, how often input and weight steps take turns. The
-      attack goes on from the x' of the round before. Steps that the method's
-      `start` and `every` leave out make one round.
-    statistics: which forward passes move the running statistics. 'perturbed':
-      those of the pass at w + v only. 'reference': those of the published code;
-      for AT every pass of the attack, one more at x', the one at w + v, and a
-      natural one at the new weights.
-    axis_name: under `pmap` or `shard_map`, the axis that the batch is spread
-      over. Gradients, statistics and metrics are averaged over it; there is
-      one v for the global batch. The attack communicates nothing, unless the
-      model's own batch statistics are averaged over the axis.
+    perturbation: the weight perturbation, a method of `awp_jax.methods`, or
+      None. Methods with a memory need a state from
+      `TrainState.create(method=...)`.
+    alternations: A >= 1, the number of rounds of input and weight steps. Each
+      attack continues from the x' of the previous round. Steps skipped by the
+      method's `start` and `every` make one round.
+    statistics: which forward passes update the running statistics. 'perturbed':
+      only those of `train_loss` at w + v. 'reference': those of the published
+      code; for AT every pass of the attack, another at x', the pass at w + v,
+      and a natural pass at the new weights.
+    axis_name: under `pmap` or `shard_map`, the axis that shards the batch.
+      Gradients, statistics and metrics are averaged over it, and there is one v
+      for the global batch. The attack does not communicate, unless the model
+      averages its batch statistics over the axis.
 
   Returns:
     The next state and the step's metrics.
 
   Raises:
-    TypeError: if `perturbation` is no method, or the model cannot be called.
-    ValueError: for arguments out of range, images that are not floating, or a
-      memory that does not fit the method; before anything is compiled.
+    TypeError: if `perturbation` is not a method, or the model cannot be called.
+    ValueError: if an argument is out of range, images are not floating, or the
+      state's memory does not match the method. Raised before compilation.
   """
   _check(batch, objective, attack, perturbation, alternations, statistics)
   if perturbation is not None:
@@ -246,7 +245,7 @@ def train_step(
           _attack_inputs, state, images, labels, objective=objective,
           threat=threat, attack=attack, axis_name=axis_name),
       ascent_fn, descent_fn, keeps_statistics=as_published)
-  # The noise is one draw for all devices: this key knows no device.
+  # All devices share one noise draw, so the device index is not folded in.
   noise_key = jax.random.fold_in(key, 2**32 - 1)
   out = alternation.descend(inputs, alternation.alternate(
       inputs, attack.start, state.batch_stats, attack_key, noise_key,

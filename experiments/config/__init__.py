@@ -1,5 +1,5 @@
-"""From the plain values of a config to the objects of a run.
+"""Builds the objects of a run from the plain values of a config.
 
-`build` checks every field first; `optimizers` makes optax transformations;
+`build` checks every field first, `optimizers` builds optax transformations,
 `help` prints the fields.
 """

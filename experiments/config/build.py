@@ -1,4 +1,4 @@
-"""From a config's plain values to the objects of a run, checked first."""
+"""Checks the plain values of a config and builds the objects of a run."""
 
 import ast
 from collections.abc import Iterable
@@ -29,7 +29,7 @@ PAD_MODES = ('reflect', 'constant')
 SELECT_ON = ('test', 'validation')
 GUARD_ACTIONS = ('stop', 'shrink')
 
-#: The mapped axis of the devices.
+#: Name of the mapped device axis.
 AXIS = 'batch'
 
 
@@ -37,12 +37,12 @@ class Setup(NamedTuple):
   """The objects that a config describes.
 
   Attributes:
-    objective: what inputs ascend and weights descend.
+    objective: the losses of the attack and of training.
     threat: the ball and the box.
-    attack: of training.
-    perturbation: of the weights, once past its warm-up.
-    alternations: how often input and weight steps take turns.
-    eval_attack: of evaluation.
+    attack: the attack of training.
+    perturbation: the weight perturbation after its warm-up.
+    alternations: number of alternations of input and weight steps.
+    eval_attack: the attack of evaluation.
   """
 
   objective: awp_jax.Objective
@@ -54,28 +54,28 @@ class Setup(NamedTuple):
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The values of all fields by their dotted names."""
+  """The values of all fields by dotted name."""
   return traverse_util.flatten_dict(config.to_dict(), sep='.')
 
 
 def unknown_field(name: str, known: Iterable[str]) -> str:
-  """What is wrong with a field called `name`, and the nearest one there is."""
+  """An error message for an unknown field, with the most similar one."""
 
-  def likeness(field: str) -> float:
-    # `gama` is near `awp.gamma`: people leave out the first part.
+  def similarity(field: str) -> float:
+    # `gama` should match `awp.gamma`: users often omit the group.
     return max(
-        difflib.SequenceMatcher(None, name, known_as).ratio()
-        for known_as in (field, field.rpartition('.')[2]))
+        difflib.SequenceMatcher(None, name, candidate).ratio()
+        for candidate in (field, field.rpartition('.')[2]))
 
   return (
       f'the config has an unknown field {name!r}. Did you mean '
-      f'{max(known, key=likeness)!r}?')
+      f'{max(known, key=similarity)!r}?')
 
 
 def check_fields(
     config: ml_collections.ConfigDict, known: ml_collections.ConfigDict
 ) -> None:
-  """Raises UserError unless `config` has the fields of `known`, no others."""
+  """Raises UserError unless `config` has exactly the fields of `known`."""
   wanted, given = flatten(known), flatten(config)
   for name in given:
     if name not in wanted:
@@ -87,16 +87,16 @@ def check_fields(
 
 @user_errors()
 def build(config: ml_collections.ConfigDict) -> Setup:
-  """Checks a config's values and makes what they describe.
+  """Checks the values of a config and builds its objects.
 
   Args:
-    config: with the fields of `experiments/configs/base.py`.
+    config: a config with the fields of `experiments/configs/base.py`.
 
   Returns:
     A `Setup`.
 
   Raises:
-    UserError: for the first value that is not allowed.
+    UserError: for the first invalid value.
   """
   _check_names(config)
   _check_numbers(config)
@@ -117,10 +117,10 @@ def build(config: ml_collections.ConfigDict) -> Setup:
 
 
 def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
-  """The method that `weight_perturbation` describes.
+  """The weight perturbation method of a config.
 
   Raises:
-    UserError: for what is no call of a method, options that it lacks, or AWP
+    UserError: for an unknown method or option, text that is not a call, or AWP
       with options but without a size.
   """
   name, options = parse_call(config.weight_perturbation)
@@ -129,7 +129,7 @@ def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
     if options and 'gamma' not in options and not awp.gamma:
       raise UserError(
           f'weight_perturbation={config.weight_perturbation!r} would perturb '
-          'nothing, since awp.gamma is 0 in this config; give a size, as in '
+          'nothing, since awp.gamma is 0 in this config; set a size, as in '
           "'awp(gamma=0.01)'.")
     options = {
         'gamma': awp.gamma, 'num_steps': awp.num_steps,
@@ -138,16 +138,16 @@ def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-  """('sam', {'rho': 0.1}) of 'sam(rho=0.1)' or, without options, of 'sam'.
+  """Parses 'sam(rho=0.1)' to ('sam', {'rho': 0.1}), and 'sam' to ('sam', {}).
 
   Args:
-    text: a name, and in parentheses keywords with plain values.
+    text: a name, optionally with keywords of plain values in parentheses.
 
   Returns:
     The name and the options.
 
   Raises:
-    UserError: for anything else.
+    UserError: for any other text.
   """
   try:
     node = ast.parse(text.strip(), mode='eval').body
@@ -234,30 +234,30 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_together(config: ml_collections.ConfigDict) -> None:
-  """Values that are allowed one by one, and not together."""
+  """Checks combinations of values that are valid separately."""
   if config.awp.alternations > 1 and config.attack.restarts > 1:
     raise UserError(
-        f'awp.alternations={config.awp.alternations} continue one attack; '
-        f'attack.restarts={config.attack.restarts} make several. One of them '
+        f'awp.alternations={config.awp.alternations} continue one attack, but '
+        f'attack.restarts={config.attack.restarts} start several. One of them '
         'must be 1.')
   if config.awp.warmup_epochs and config.awp.warmup_steps:
     raise UserError(
         f'awp.warmup_epochs={config.awp.warmup_epochs} and '
-        f'awp.warmup_steps={config.awp.warmup_steps} say the same in two ways; '
+        f'awp.warmup_steps={config.awp.warmup_steps} both set the warm-up; '
         'one of them must be 0.')
   if bool(config.extra.path) != bool(config.extra.fraction):
     raise UserError(
-        'extra.path and extra.fraction go together, got '
+        'extra.path and extra.fraction must be set together, got '
         f'{config.extra.path!r} and {config.extra.fraction!r}.')
   if config.objective == 'MART' and config.augmentation.mixup:
     raise UserError(
-        "augmentation.mixup goes with objective 'AT', 'TRADES' and 'natural': "
-        "MART needs to know each image's one class, got "
+        "augmentation.mixup requires objective 'AT', 'TRADES' or 'natural': "
+        'MART needs a single class per image, got '
         f'mixup={config.augmentation.mixup!r}.')
 
 
 def check_devices(batch_size: int, num_devices: int, name: str) -> None:
-  """Raises UserError unless `num_devices` divide the batch."""
+  """Raises UserError unless `num_devices` divides the batch size."""
   if batch_size % num_devices:
     lower = batch_size // num_devices * num_devices
     raise UserError(

@@ -11,12 +11,12 @@ _FIELD = re.compile(r"  (?:config\.|    ')(\w+)'?(?: = |: )[^#]*(?:  # (.*))?")
 
 
 def text(width: int = 44) -> str:
-  """One line per field: its flag with its default, and its comment.
+  """Lists each field's flag with its default and its comment.
 
-  Comments that stand above fields in the file stand above them here.
+  Comments above fields in the file are also printed above them.
 
   Args:
-    width: of the first column.
+    width: width of the first column.
 
   Returns:
     The lines.
@@ -44,5 +44,5 @@ def text(width: int = 44) -> str:
 
 
 def _shown(value: object) -> str:
-  """A default as it can be typed."""
+  """A default as typed on the command line."""
   return f'"{value}"' if isinstance(value, tuple) else str(value)

@@ -16,14 +16,14 @@ OPTIMIZERS = ('sgd', 'adamw')
 SCHEDULES = ('steps', 'epochs', 'cosine', 'one_cycle')
 DECAYED = ('all', 'weights')
 
-# Those of PyTorch's OneCycleLR: it starts at 1/25 of the largest rate and ends
-# at 1/10,000 of where it started.
+# Defaults of PyTorch's OneCycleLR: it starts at 1/25 of the largest rate and
+# ends at 1/10,000 of the initial rate.
 _ONE_CYCLE_START, _ONE_CYCLE_END = 25.0, 1e4
 
 
 @user_errors()
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for values of `config.optimizer` that cannot work."""
+  """Raises UserError for invalid values of `config.optimizer`."""
   optimizer = config.optimizer
   checks.one_of('optimizer.name', optimizer.name, OPTIMIZERS)
   checks.one_of('optimizer.schedule', optimizer.schedule, SCHEDULES)
@@ -59,7 +59,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def _steps(
     config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
   optimizer = config.optimizer
-  # Whole numbers, so that 0.55 * 100 = 55.00000000000001 is still step 55.
+  # Round first: 0.55 * 100 = 55.00000000000001 must be step 55.
   if optimizer.schedule == 'epochs':
     drops = [
         math.ceil(round(f * config.epochs, 6)) * steps_per_epoch
@@ -77,21 +77,21 @@ def build_schedule(
     config: ml_collections.ConfigDict, steps_per_epoch: int) -> optax.Schedule:
   """The learning rate of step k, counted from 0, of n in the run.
 
-  'steps': as in the paper's code, step k has the rate of time (k + 1) / n: it
-  drops by `decay_factor` as soon as that reaches each fraction of the run.
+  'steps': as in the paper's code, the rate drops by `decay_factor` when
+  (k + 1) / n reaches each fraction of the run.
   'epochs': as in the code of TRADES and MART, it drops before the first step of
-  the epoch behind each fraction.
-  'cosine': rate / 2 * (1 + cos(pi k / n)). All three rise linearly over the u
-  steps of the warm-up: times (k + 1) / u; the cosine begins behind it.
-  'one_cycle': the rate rises along a cosine from 1/25 over the warm-up, and
-  falls along another to nothing.
+  the epoch after each fraction.
+  'cosine': rate / 2 * (1 + cos(pi k / n)). All three are multiplied by
+  (k + 1) / u over the u steps of the warm-up; the cosine starts after it.
+  'one_cycle': the rate rises along a cosine from 1/25 over the warm-up, then
+  falls along another to almost zero.
 
   Args:
-    config: with the fields of `experiments/configs/base.py`.
-    steps_per_epoch: batches in an epoch.
+    config: a config with the fields of `experiments/configs/base.py`.
+    steps_per_epoch: batches per epoch.
 
   Returns:
-    A function of the number of steps done.
+    A function of the number of completed steps.
   """
   optimizer = config.optimizer
   rate = optimizer.learning_rate
@@ -106,7 +106,7 @@ def build_schedule(
   schedule = _steps(config, steps_per_epoch)
   if optimizer.schedule == 'cosine':
     falling = _cosine(rate, 0.0, total - rise)
-    # Behind the rise; during it the cosine stands at its top.
+    # The cosine starts after the warm-up; until then it is at its maximum.
     schedule = optax.join_schedules(
         [optax.constant_schedule(rate), falling], [rise])
   if not rise:
@@ -115,7 +115,7 @@ def build_schedule(
 
 
 def _cosine(first: float, last: float, steps: int) -> optax.Schedule:
-  """Half a cosine from `first` at 0 to `last` at `steps` and behind."""
+  """Half a cosine from `first` at 0 to `last` from `steps` on."""
   return optax.cosine_decay_schedule(first, max(steps, 1), alpha=last / first)
 
 
@@ -131,15 +131,15 @@ def _add_signs(l1: float) -> optax.GradientTransformation:
 def build_optimizer(
     config: ml_collections.ConfigDict, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-  """SGD with momentum, or AdamW, with what the config adds to gradients.
+  """SGD with momentum, or AdamW, with clipping, L1 and weight decay.
 
-  Clipping sees the gradient of the loss; then come l1 sign(w) on weights and,
-  for SGD, wd w. AdamW decays aside from the gradient, by rate * wd w. Both act
-  at the parameters that `awp.update_at` names.
+  Clipping is applied to the gradient of the loss. Then l1 sign(w) is added for
+  weights and, for SGD, wd w. AdamW's decay is decoupled: rate * wd w. All are
+  computed at the parameters set by `awp.update_at`.
 
   Args:
-    config: with the fields of `experiments/configs/base.py`.
-    steps_per_epoch: batches in an epoch.
+    config: a config with the fields of `experiments/configs/base.py`.
+    steps_per_epoch: batches per epoch.
 
   Returns:
     The optimizer.

@@ -1,1 +1,1 @@
-"""Plain values, a file a run."""
+"""Configs as plain values, one file per run."""

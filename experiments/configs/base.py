@@ -1,7 +1,7 @@
 """Every field of a config, with its values for AT on CIFAR-10.
 
-The other files change a few of these by the steps in `parts`. A field's name on
-the command line is `--config.<group>.<field>=<value>`.
+The other files change a few of them with the functions of `parts`. On the
+command line a field is set by `--config.<group>.<field>=<value>`.
 """
 
 import ml_collections
@@ -10,21 +10,21 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   """The paper's setting without weight perturbation; all options off."""
   config = ml_collections.ConfigDict()
-  config.seed = 0  # of the initial weights, the order of images and the noise
-  # Of the subsets (num_train, num_test) and the validation images: runs that
-  # differ in `seed` alone see the same data.
+  config.seed = 0  # for initial weights, order of images and noise
+  # Selects the subsets (num_train, num_test) and the validation images: runs
+  # that differ only in `seed` use the same data.
   config.data_seed = 0
 
   # Data. 0 examples means all of them.
   config.dataset = 'cifar10'  # cifar10, cifar100, svhn, digits, npz
-  config.data_dir = ''  # a folder of prepared TFDS data sets, if not the usual
+  config.data_dir = ''  # folder of prepared TFDS data sets; empty: default
   config.npz_path = ''  # for npz: x_train, y_train, x_test, y_test
   config.num_train = 0  # class-balanced subset of the training images
   config.num_test = 0
   config.num_validation = 0  # held out from the training images
   config.extra = ml_collections.ConfigDict({
       'path': '',  # images with (pseudo-)labels: .npz, .pickle
-      'fraction': 0.0,  # of each batch, in [0, 1)
+      'fraction': 0.0,  # share of each batch, in [0, 1)
   })
   config.augmentation = ml_collections.ConfigDict({
       'pad': 4,  # pixels, before a random crop; 0: no crop
@@ -40,20 +40,20 @@ def get_config() -> ml_collections.ConfigDict:
       'depth': 18,  # 10, 18, 34, 50; wide: 6 n + 4
       'width': 64,  # channels of the first stage; wide: the widening factor
       'activation': 'relu',  # relu, silu
-      'normalize': True,  # pixels by the data set's mean and std, inside
-      'dtype': 'float32',  # to compute in: float32, bfloat16, float64
+      'normalize': True,  # pixels, by the data set's mean and std
+      'dtype': 'float32',  # of computations: float32, bfloat16, float64
       'param_dtype': 'float32',
       'sync_batch_norm': False,  # batch statistics over all devices
   })
-  # Where the weights start: a PyTorch file (.pt, .pth, .tar), or the workdir of
-  # a run, whose best checkpoint is taken. A classifier of other classes starts
-  # afresh. Empty: at random.
+  # Initial weights: a PyTorch file (.pt, .pth, .tar), or the workdir of a run,
+  # of which the best checkpoint is used. A classifier with another number of
+  # classes is initialized randomly. Empty: all weights random.
   config.init_from = ''
 
-  # What inputs ascend and weights descend.
+  # The training objective.
   config.objective = 'AT'  # AT, TRADES, MART, natural
   config.beta = 6.0  # of TRADES and MART
-  config.label_smoothing = 0.0  # of the targets of the weights' cross-entropy
+  config.label_smoothing = 0.0  # in the cross-entropy of the training loss
   config.threat = ml_collections.ConfigDict({
       'norm': 'Linf',  # Linf, L2
       'epsilon': 8 / 255,
@@ -63,51 +63,52 @@ def get_config() -> ml_collections.ConfigDict:
       'num_steps': 10,
       'start': 'random',  # random, gaussian, zero
       'restarts': 1,
-      'mode': 'train',  # batch normalisation in the attack: train, eval
+      'mode': 'train',  # batch normalization in the attack: train, eval
   })
-  # How weights are perturbed: `awp` as the group below says, or any method of
-  # awp_jax.methods with its options, say 'rwp(gamma=0.01, c_min=1.7)',
-  # 'sam(rho=0.05)' or 'awp(every=2)'. Alternations and warm-up are always those
-  # of the group; 'awp(...)' takes from it what it does not name itself.
+  # The weight perturbation: `awp` with the options of the group below, or any
+  # method of awp_jax.methods with its options, such as
+  # 'rwp(gamma=0.01, c_min=1.7)', 'sam(rho=0.05)' or 'awp(every=2)'.
+  # Alternations and warm-up always come from the group; 'awp(...)' also takes
+  # the options that it does not set.
   config.weight_perturbation = 'awp'
   config.awp = ml_collections.ConfigDict({
       'gamma': 0.0,  # 0: off
       'num_steps': 1,
       'alternations': 1,
-      'warmup_epochs': 0,  # without AWP, at no cost; or instead
-      'warmup_steps': 0,
-      'update_at': 'perturbed',  # the optimizer is shown w + v; natural: w
+      'warmup_epochs': 0,  # epochs without AWP, at no extra cost
+      'warmup_steps': 0,  # alternative to warmup_epochs
+      'update_at': 'perturbed',  # optimizer receives w + v; natural: w
   })
   config.statistics = 'reference'  # or perturbed: only the pass at w + v
 
   config.epochs = 200
-  config.batch_size = 128  # over all devices; the smaller last one is kept
+  config.batch_size = 128  # over all devices; a smaller last one is kept
   config.optimizer = ml_collections.ConfigDict({
       'name': 'sgd',  # sgd, adamw
       'learning_rate': 0.1,
       'momentum': 0.9,  # adamw: b1
       'nesterov': False,
-      'b2': 0.999,  # of adamw
+      'b2': 0.999,  # adamw only
       'weight_decay': 5e-4,  # sgd: in the gradient; adamw: decoupled from it
       'l1': 0.0,  # l1 * sign(w) in the gradient of weights
-      'decay': 'all',  # what weight_decay acts on: all parameters, or weights
-      'clip_norm': 0.0,  # largest norm of the whole gradient; 0: any
+      'decay': 'all',  # parameters with weight_decay: all, weights
+      'clip_norm': 0.0,  # maximum norm of the whole gradient; 0: none
       'schedule': 'steps',  # steps, epochs, cosine, one_cycle
-      'warmup_epochs': 0.0,  # of rising rate; the rise of one_cycle
-      'decay_factor': 0.1,  # of the rate, for steps and epochs, at each of:
+      'warmup_epochs': 0.0,  # epochs of rising rate, also for one_cycle
+      'decay_factor': 0.1,  # for steps and epochs, applied at each of:
       'decay_at': (0.5, 0.75),  # fractions of the run
   })
-  # Moving average of weights and batch statistics, which is what is evaluated;
-  # step t has the decay min(ema_decay, (1 + t) / (10 + t)). 0: none.
+  # Moving average of weights and batch statistics, used for evaluation. The
+  # decay at step t is min(ema_decay, (1 + t) / (10 + t)). 0: none.
   config.ema_decay = 0.0
-  # Epochs without a better robust accuracy (see select_on) that end a run.
+  # Stop after this many epochs without a better robust accuracy (select_on).
   config.early_stopping_epochs = 0  # 0: never
 
-  # Looks for a collapsed network: a loss or an accuracy no better than chance
-  # for `stretch_steps`, later than `grace_steps` after the start and after the
-  # warm-up of AWP; or a gradient of zero; or numbers that are not finite.
+  # Detects a failed run: a loss or an accuracy no better than chance for
+  # `stretch_steps`, after the first `grace_steps` and the warm-up of AWP; a
+  # gradient of zero; or non-finite metrics.
   config.guard = ml_collections.ConfigDict({
-      'action': 'stop',  # or shrink: go back, with gamma * factor
+      'action': 'stop',  # stop; shrink: go back, with gamma * factor
       'grace_steps': 2000,
       'stretch_steps': 1000,
       'factor': 0.5,
@@ -120,33 +121,33 @@ def get_config() -> ml_collections.ConfigDict:
       'batch_size': 128,
       'step_size': 2 / 255,
       'num_steps': 20,
-      'num_train': 1000,  # training images for the accuracies on them
+      'num_train': 1000,  # training images to evaluate
   })
-  # --mode=evaluate: each starts from all test images. fgsm, pgd-N, cw-N, spsa,
-  # one attack of AutoAttack (apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square), or
-  # a version of it: aa-standard, aa-plus, aa-fast.
+  # --mode=evaluate: each attack runs on all test images. fgsm, pgd-N, cw-N,
+  # spsa, one attack of AutoAttack (apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
+  # square), or a version of it: aa-standard, aa-plus, aa-fast.
   config.evaluation = ml_collections.ConfigDict({
       'attacks': ('fgsm', 'pgd-20', 'pgd-100', 'cw-100', 'aa-standard'),
       'num_examples': 0,  # the first of the test images; 0: all
-      'batch_size': 0,  # 0: as the device likes
-      'save_examples': False,  # adversarial images, an .npz each
-      'torch_checkpoint': '',  # a PyTorch file instead of the run's own
+      'batch_size': 0,  # 0: chosen for the device
+      'save_examples': False,  # adversarial images, one .npz per attack
+      'torch_checkpoint': '',  # a PyTorch file instead of the run's model
   })
-  # --mode=landscape: the loss around the weights, with filter-normalised random
-  # directions; PGD with attack.step_size makes new examples at every point.
+  # --mode=landscape: the loss around the weights, along filter-normalized
+  # random directions. PGD with attack.step_size attacks anew at every point.
   config.landscape = ml_collections.ConfigDict({
       'num_train': 1000,  # training images; 0: all
       'num_test': 1000,
       'num_directions': 3,
       'points': 21,  # along each direction, an odd number
       'range': 1.0,  # from -range to range, in units of |w|
-      'adversarial_range': 0.05,  # along the worst direction; 0: not at all
-      'plane_points': 11,  # a side, over two directions; 0: no plane
+      'adversarial_range': 0.05,  # along the worst direction; 0: none
+      'plane_points': 11,  # per side, over two directions; 0: no plane
       'num_steps': 10,  # of PGD
-      'batch_size': 0,  # over all devices; 0: as they like
-      'seed': 0,  # of the directions: the same for runs to be compared
+      'batch_size': 0,  # over all devices; 0: chosen for them
+      'seed': 0,  # of the directions; keep it equal to compare runs
   })
-  config.select_on = 'test'  # the best model by: test (the paper), validation
+  config.select_on = 'test'  # selects the best: test (paper), validation
   config.log_every_steps = 50
-  config.checkpoint_every_steps = 0  # beside the end of every epoch; 0: never
+  config.checkpoint_every_steps = 0  # besides every epoch; 0: never
   return config

@@ -4,10 +4,10 @@ Method: Madry et al., ICLR 2018.
 
   python experiments/main.py --config=experiments/configs/cifar100_at.py
 
-Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
-Cost: a step is worth about 24 forward passes of its batch.
+Arguments: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step takes about 24 forward passes of its batch.
 
-Expected, from the authors' logs of seed 0, PreActResNet-18 (PGD-20, per cent:
+Expected, from the authors' logs of seed 0, PreActResNet-18 (PGD-20, percent:
 best, mean of the last six epochs, natural accuracy at best):
   L_inf  27.77  20.82  53.48
   L_2    41.33  35.27  62.26

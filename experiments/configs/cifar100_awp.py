@@ -6,10 +6,10 @@ Generalization", NeurIPS 2020.
 
   python experiments/main.py --config=experiments/configs/cifar100_awp.py
 
-Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
-Cost: a step is worth about 27 forward passes of its batch.
+Arguments: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step takes about 27 forward passes of its batch.
 
-Expected, from the authors' logs of seed 0, PreActResNet-18 (PGD-20, per cent:
+Expected, from the authors' logs of seed 0, PreActResNet-18 (PGD-20, percent:
 best, mean of the last six epochs, natural accuracy at best):
   L_inf  30.71  30.28  54.19
   L_2    45.60  44.66  64.44

@@ -4,12 +4,12 @@ Method: Wang et al., ICLR 2020.
 
   python experiments/main.py --config=experiments/configs/cifar100_mart.py
 
-Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
-Cost: a step is worth about 26 forward passes of its batch.
+Arguments: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step takes about 26 forward passes of its batch.
 
-Expected: unknown; nobody published a log of it with this code.
+Expected: unknown; no log of this setting was published.
 
-The recipe is that of MART's code: 120 epochs for PreActResNet-18, 90 for a wide
+Recipe of MART's code: 120 epochs for PreActResNet-18, 90 for a wide
 network.
 """
 

@@ -6,12 +6,12 @@ Generalization", NeurIPS 2020.
 
   python experiments/main.py --config=experiments/configs/cifar10_awp.py
 
-Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
-Cost: a step is worth about 27 forward passes of its batch.
-The authors' run took 302 s of training and 98 s of testing an epoch, on
-hardware of 2020 that they do not name.
+Arguments: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step takes about 27 forward passes of its batch.
+The authors' run took 302 s of training and 98 s of testing per epoch, on
+unspecified hardware of 2020.
 
-Expected, from the authors' logs of seed 0, PreActResNet-18 (PGD-20, per cent:
+Expected, from the authors' logs of seed 0, PreActResNet-18 (PGD-20, percent:
 best, mean of the last six epochs, natural accuracy at best):
   L_inf  55.39  54.73  81.18
   L_2    72.69  72.08  90.11

@@ -6,15 +6,15 @@ Generalization", NeurIPS 2020.
 
   python experiments/main.py --config=experiments/configs/cifar10_mart_awp.py
 
-Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
-Cost: a step is worth about 32 forward passes of its batch.
+Arguments: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step takes about 32 forward passes of its batch.
 
 Expected, from the authors, WRN-34-10: 84.43 natural, 54.23 robust accuracy
-(AutoAttack, L_inf). There is no log of PreActResNet-18.
+(AutoAttack, L_inf). No log of PreActResNet-18 exists.
 
-The recipe is that of MART's code: 120 epochs for PreActResNet-18, 90 for a wide
+Recipe of MART's code: 120 epochs for PreActResNet-18, 90 for a wide
 network.
-gamma and the warm-up are those of the released TRADES-AWP.
+gamma and warm-up are those of the released TRADES-AWP.
 """
 
 import ml_collections

@@ -1,11 +1,11 @@
 """Natural training on CIFAR-10: no adversary.
 
-For pseudo-labels (`experiments/pseudo_labels.py`), and to compare with.
+For pseudo-labels (`experiments/pseudo_labels.py`), and as a baseline.
 
   python experiments/main.py --config=experiments/configs/cifar10_natural.py
 
-Behind the file: `:WRN-28-10`, `:WRN-34-10`.
-Cost: a step is worth 3 forward passes of its batch.
+Arguments: `:WRN-28-10`, `:WRN-34-10`.
+Cost: a step takes 3 forward passes of its batch.
 
 Expected: no robust accuracy at 8/255.
 """

@@ -1,13 +1,13 @@
 r"""Pre-training on CIFAR-10: a few epochs of AT from a checkpoint.
 
-Method: Hendrycks, Lee, Mazeika, ICML 2019. The checkpoint is one of adversarial
-training on a larger data set, whose classifier is left behind.
+Method: Hendrycks, Lee, Mazeika, ICML 2019. The checkpoint is from adversarial
+training on a larger data set; its classifier is discarded.
 
   python experiments/main.py \
     --config=experiments/configs/cifar10_pretrained.py \
     --config.init_from=wrn-28-10-imagenet32.pt
 
-Behind the file: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; WRN-28-10 by itself.
+Arguments: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; default WRN-28-10.
 Cost: five epochs.
 
 Expected: below Pre-training-AWP, 88.33 natural and 57.39 robust (AutoAttack).

@@ -1,17 +1,17 @@
 r"""Pre-training-AWP on CIFAR-10: a few epochs of AT-AWP from a checkpoint.
 
-Method: Hendrycks, Lee, Mazeika, ICML 2019. The checkpoint is one of adversarial
-training on a larger data set, whose classifier is left behind.
+Method: Hendrycks, Lee, Mazeika, ICML 2019. The checkpoint is from adversarial
+training on a larger data set; its classifier is discarded.
 
   python experiments/main.py \
     --config=experiments/configs/cifar10_pretrained_awp.py \
     --config.init_from=wrn-28-10-imagenet32.pt
 
-Behind the file: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; WRN-28-10 by itself.
+Arguments: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; default WRN-28-10.
 Cost: five epochs.
 
 Expected, from the authors: 88.33 natural, 57.39 robust accuracy (AutoAttack).
-gamma is that of the released TRADES-AWP; there is no released code of this row.
+gamma is that of the released TRADES-AWP; no code was released for this setting.
 """
 
 import ml_collections

@@ -1,14 +1,14 @@
-r"""RST-AWP on CIFAR-10: TRADES-AWP with 500,000 pseudo-labelled extra images.
+r"""RST-AWP on CIFAR-10: TRADES-AWP with 500,000 pseudo-labeled extra images.
 
-Method: Carmon et al., NeurIPS 2019; the file of extra images is theirs, or one
-that `experiments/pseudo_labels.py` makes.
+Method: Carmon et al., NeurIPS 2019. The extra images are theirs, or a file
+written by `experiments/pseudo_labels.py`.
 
   python experiments/main.py \
     --config=experiments/configs/cifar10_rst_awp.py \
     --config.extra.path=ti_500K_pseudo_labeled.pickle
 
-Behind the file: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; WRN-28-10 by itself.
-Cost: a step is worth about 33 forward passes of 256 images.
+Arguments: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; default WRN-28-10.
+Cost: a step takes about 33 forward passes of 256 images.
 
 Expected, from the authors: 88.25 natural, 60.04 robust accuracy (AutoAttack).
 """

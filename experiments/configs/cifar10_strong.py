@@ -1,14 +1,14 @@
-"""TRADES-AWP on CIFAR-10 with what strong recipes share; no extra data.
+"""TRADES-AWP on CIFAR-10 with a modern recipe and no extra data.
 
-In the manner of Gowal et al. 2020 and Pang et al., ICLR 2021: SiLU, a moving
-average of the weights, smoothed labels, decay on weights alone, Nesterov, a
-cosine schedule, bfloat16, and the best model chosen on 1,024 held-out training
+Similar to Gowal et al. 2020 and Pang et al., ICLR 2021: SiLU, a moving
+average of the weights, label smoothing, decay of weights only, Nesterov, a
+cosine schedule, bfloat16, and model selection on 1,024 held-out training
 images.
 
   python experiments/main.py --config=experiments/configs/cifar10_strong.py
 
-Behind the file: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; WRN-28-10 by itself.
-Cost: a step is worth about 33 forward passes of its batch.
+Arguments: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; default WRN-28-10.
+Cost: a step takes about 33 forward passes of its batch.
 
 Expected: unknown; this combination was not run at full size.
 """

@@ -1,15 +1,15 @@
-r"""TRADES-AWP on CIFAR-10 with what strong recipes share, and extra images.
+r"""TRADES-AWP on CIFAR-10 with a modern recipe and extra images.
 
-In the manner of Gowal et al. 2021 and Rebuffi et al. 2021: `cifar10_strong`
-with 70 % of each batch from a file of synthetic or pseudo-labelled images,
+Similar to Gowal et al. 2021 and Rebuffi et al. 2021: `cifar10_strong`
+with 70 % of each batch from a file of synthetic or pseudo-labeled images,
 large batches and a large learning rate.
 
   python experiments/main.py \
     --config=experiments/configs/cifar10_strong_extra.py \
     --config.extra.path=synthetic.npz
 
-Behind the file: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; WRN-28-10 by itself.
-Cost: a step is worth about 33 forward passes of 1,024 images.
+Arguments: `:PreActResNet-18`, `:WRN-34-10`, `:L2`; default WRN-28-10.
+Cost: a step takes about 33 forward passes of 1,024 images.
 
 Expected: unknown; this combination was not run at full size.
 """

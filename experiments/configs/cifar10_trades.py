@@ -4,10 +4,10 @@ Method: Zhang et al., ICML 2019.
 
   python experiments/main.py --config=experiments/configs/cifar10_trades.py
 
-Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
-Cost: a step is worth about 27 forward passes of its batch.
+Arguments: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step takes about 27 forward passes of its batch.
 
-Expected: below its AWP sibling; the authors published no log of it.
+Expected: below the AWP variant; the authors published no log.
 """
 
 import ml_collections

@@ -6,12 +6,12 @@ Generalization", NeurIPS 2020.
 
   python experiments/main.py --config=experiments/configs/cifar10_trades_awp.py
 
-Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
-Cost: a step is worth about 33 forward passes of its batch.
+Arguments: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step takes about 33 forward passes of its batch.
 
 Expected, from the authors, WRN-34-10: 85.36 natural, 56.17 robust accuracy
-(AutoAttack, L_inf). There is no log of PreActResNet-18.
-gamma and the warm-up are those of the released code.
+(AutoAttack, L_inf). No log of PreActResNet-18 exists.
+gamma and warm-up are those of the released code.
 """
 
 import ml_collections

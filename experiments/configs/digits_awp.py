@@ -1,8 +1,7 @@
-"""AT-AWP on scikit-learn's handwritten digits: runs where there is nothing.
+"""AT-AWP on scikit-learn's handwritten digits: no download, no accelerator.
 
-No download, no accelerator: a minute of training on two cores. The setting
-shows robust overfitting: 200 training images, and a network that can learn them
-by heart.
+Trains in a minute on two cores. The setting shows robust overfitting: the
+network memorizes 200 training images.
 
   python experiments/main.py
 """
@@ -13,7 +12,7 @@ from experiments.configs import base, parts
 
 
 def get_config() -> ml_collections.ConfigDict:
-  """AT-AWP on 8 x 8 grey images, a narrow network, a short schedule."""
+  """AT-AWP on 8 x 8 gray images, a narrow network, a short schedule."""
   config = base.get_config()
   parts.awp(config, gamma=0.01)
   config.dataset = 'digits'

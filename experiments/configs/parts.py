@@ -1,8 +1,7 @@
-"""The steps from `base` to a setting of the paper, one function each.
+"""The changes from `base` to a setting of the paper, one function each.
 
-A config file names its steps and nothing else, so that a reader sees at once
-what a run does. Its argument, behind a colon on the command line, chooses the
-threat model and the network:
+A config file only calls these functions. Its argument, after a colon on the
+command line, selects the threat model and the network:
 
   --config=experiments/configs/cifar10_awp.py:L2
   --config=experiments/configs/cifar10_awp.py:L2,WRN-34-10
@@ -26,19 +25,19 @@ NORMS = ('Linf', 'L2')
 def start(
     dataset: Callable[[Config], None], argument: str = '',
     default: str = 'PreActResNet-18') -> Config:
-  """`base` on a data set, for the threat model and network of `argument`.
+  """`base` on a data set, with the threat model and network of `argument`.
 
   Args:
     dataset: `cifar10`, `cifar100` or `svhn`.
-    argument: names out of `NORMS` and `NETWORKS`, with commas between them;
-      L_inf and the default network unless it says otherwise.
+    argument: comma-separated names from `NORMS` and `NETWORKS`; empty selects
+      L_inf and the default network.
     default: the network if `argument` names none.
 
   Returns:
     A config for AT.
 
   Raises:
-    ValueError: for a name that is neither.
+    ValueError: for an unknown name.
   """
   config = base.get_config()
   dataset(config)
@@ -57,19 +56,19 @@ def start(
 
 
 def cifar10(config: Config) -> None:
-  """CIFAR-10: `base` as it is."""
+  """CIFAR-10: `base` unchanged."""
   config.dataset = 'cifar10'
 
 
 def cifar100(config: Config) -> None:
-  """CIFAR-100: padded with black, and turned by up to 15 degrees."""
+  """CIFAR-100: zero padding, and rotations by up to 15 degrees."""
   config.dataset = 'cifar100'
   config.augmentation.pad_mode = 'constant'
   config.augmentation.rotation = 15.0
 
 
 def svhn(config: Config) -> None:
-  """SVHN: nothing done to the images, smaller steps of everything."""
+  """SVHN: no augmentation, smaller attack steps and learning rate."""
   config.dataset = 'svhn'
   config.augmentation.pad = 0
   config.augmentation.flip = False
@@ -99,9 +98,9 @@ def awp(config: Config, gamma: float, warmup_epochs: int = 0) -> None:
 
 
 def trades(config: Config) -> None:
-  """TRADES as released: pixels as they are, running statistics in the attack.
+  """TRADES as released: raw pixels, running statistics in the attack.
 
-  The rate falls before the first step of epochs 100 and 150, counted from 1.
+  The rate drops before the first step of epochs 100 and 150, counted from 1.
   """
   config.objective = 'TRADES'
   config.beta = 6.0
@@ -121,7 +120,7 @@ def trades(config: Config) -> None:
 
 
 def mart(config: Config) -> None:
-  """MART as released; the recipe is another for wide networks."""
+  """MART as released; wide networks have another recipe."""
   trades(config)
   config.objective = 'MART'
   if config.model.name == 'wide_resnet':
@@ -136,7 +135,7 @@ def mart(config: Config) -> None:
 
 
 def self_training(config: Config, path: str) -> None:
-  """RST: TRADES on batches half of which are the pseudo-labelled of `path`."""
+  """RST: TRADES on batches with half of the images from `path`."""
   trades(config)
   config.extra.path = path
   config.extra.fraction = 0.5
@@ -146,7 +145,7 @@ def self_training(config: Config, path: str) -> None:
 
 
 def tuning(config: Config, path: str) -> None:
-  """Pre-training: a few epochs from the checkpoint of another data set."""
+  """Fine-tuning: a few epochs from a checkpoint of another data set."""
   config.init_from = path
   config.epochs = 5
   config.optimizer.learning_rate = 0.001
@@ -154,18 +153,18 @@ def tuning(config: Config, path: str) -> None:
 
 
 def natural(config: Config) -> None:
-  """No adversary: a network to make pseudo-labels with, or to compare with."""
+  """Natural training: for pseudo-labels, or as a baseline."""
   config.objective = 'natural'
   config.optimizer.schedule = 'cosine'
   config.optimizer.nesterov = True
 
 
 def modern(config: Config) -> None:
-  """What strong recipes since 2020 share, on top of TRADES.
+  """TRADES with the common elements of strong recipes since 2020.
 
-  SiLU, Nesterov momentum, decay on weights alone, a smoothed target, a moving
-  average of the weights, a cosine with a short rise, statistics of the
-  perturbed pass alone, and the choice of the best on held-out training images.
+  SiLU, Nesterov momentum, decay of weights only, label smoothing, a moving
+  average of the weights, a cosine schedule with a short warm-up, statistics of
+  the perturbed pass only, and model selection on held-out training images.
   """
   trades(config)
   config.model.activation = 'silu'

@@ -6,11 +6,11 @@ Generalization", NeurIPS 2020.
 
   python experiments/main.py --config=experiments/configs/svhn_trades_awp.py
 
-Behind the file: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
-Cost: a step is worth about 33 forward passes of its batch.
+Arguments: `:L2` (128/255), `:WRN-34-10`, or `:L2,WRN-34-10`.
+Cost: a step takes about 33 forward passes of its batch.
 
-Expected: unknown; nobody published a log of it with this code.
-gamma and the warm-up are those of the released code.
+Expected: unknown; no log of this setting was published.
+gamma and warm-up are those of the released code.
 """
 
 import ml_collections

@@ -1,7 +1,7 @@
-"""The official files of CIFAR-10, CIFAR-100 and SVHN, and how to read them.
+"""The official files of CIFAR-10, CIFAR-100 and SVHN, and their readers.
 
-An `Archive` says where the files are and how they are laid out; `read` turns
-files on this machine into arrays, with NumPy (CIFAR) or SciPy (SVHN).
+An `Archive` holds the URLs and the layout of the files. `read` converts local
+files to arrays, with NumPy (CIFAR) or SciPy (SVHN).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from experiments.data.arrays import Arrays, DataError, one_line
 
 
 class Checksum(NamedTuple):
-  """What a whole file looks like.
+  """Size and digest of a complete file.
 
   Attributes:
     size: in bytes.
@@ -31,20 +31,21 @@ class Checksum(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-  """The official files of a data set and how to read them.
+  """The official files of a data set.
 
   Attributes:
     name: TFDS's name of the data set.
-    urls: where the files are.
+    urls: URLs of the files.
     layout: 'cifar': one tar archive; each file in it is a sequence of records
-      of `label_bytes` bytes (the last one counts) and 3x32x32 bytes of pixels.
-      'svhn': one .mat file each for training and test, label 10 meaning 0.
+      of `label_bytes` bytes (the last one is the label) and 3x32x32 bytes of
+      pixels. 'svhn': one .mat file each for training and test; label 10 is
+      digit 0.
     train_files: base names of the files with training images.
-    test_files: those with test images.
-    num_train: how many training images there are officially.
-    num_test: how many test images.
+    test_files: base names of the files with test images.
+    num_train: official number of training images.
+    num_test: official number of test images.
     label_bytes: see `layout`.
-    checksums: by URL; None takes those that TFDS has registered.
+    checksums: checksums by URL; None uses those registered in TFDS.
   """
 
   name: str
@@ -58,10 +59,10 @@ class Archive:
   checksums: Mapping[str, Checksum] | None = None
 
   def checksum(self, url: str) -> Checksum:
-    """Size and SHA-256 that the file at `url` must have."""
+    """The expected size and SHA-256 of the file at `url`."""
     if self.checksums is not None:
       return self.checksums[url]
-    import tensorflow_datasets as tfds  # slow to import: only where needed
+    import tensorflow_datasets as tfds  # lazy: slow to import
     info = tfds.builder_cls(self.name).url_infos[url]
     return Checksum(int(info.size), info.checksum)
 
@@ -88,19 +89,19 @@ def read(archive: Archive, paths: Sequence[pathlib.Path]) -> Arrays:
   """Reads a data set from its official files.
 
   Args:
-    archive: which data set.
+    archive: the data set.
     paths: its files, in the order of its URLs.
 
   Returns:
     Images as uint8 and labels as integers.
 
   Raises:
-    DataError: when a file cannot be read.
+    DataError: if a file is unreadable.
   """
   reader = _read_cifar if archive.layout == 'cifar' else _read_svhn
   try:
     return reader(archive, paths)
-  # A damaged file fails in as many ways as there are layers.
+  # Each layer (tar, gzip, SciPy) raises its own errors for a damaged file.
   except Exception as error:
     named = ', '.join(map(str, paths))
     raise DataError(
@@ -109,17 +110,17 @@ def read(archive: Archive, paths: Sequence[pathlib.Path]) -> Arrays:
 
 
 def _read_cifar(archive: Archive, paths: Sequence[pathlib.Path]) -> Arrays:
-  """Reads the binary version of CIFAR straight out of its tar archive.
+  """Reads the binary version of CIFAR from its tar archive.
 
   Args:
-    archive: of layout 'cifar'.
-    paths: the one archive.
+    archive: a data set of layout 'cifar'.
+    paths: the path of the archive.
 
   Returns:
     Images [N, 32, 32, 3] and labels [N], both uint8, in the official order.
 
   Raises:
-    ValueError: when files are missing or are not a whole number of records.
+    ValueError: if a file is missing or is not a whole number of records.
   """
   found: dict[str, bytes] = {}
   with tarfile.open(paths[0], 'r:gz') as tar:
@@ -148,16 +149,16 @@ def _read_svhn(archive: Archive, paths: Sequence[pathlib.Path]) -> Arrays:
   """Reads the two MATLAB files of SVHN's cropped digits.
 
   Args:
-    archive: of layout 'svhn'.
+    archive: a data set of layout 'svhn'.
     paths: training file, test file.
 
   Returns:
-    Images [N, 32, 32, 3] as uint8 and labels [N] in 0..9: the files say 10
-    where the digit is 0.
+    Images [N, 32, 32, 3] as uint8 and labels [N] in 0..9. The files use label
+    10 for digit 0.
 
   Raises:
-    KeyError: when `X` or `y` are missing from a file.
-    ValueError: when a file is not in MATLAB's format.
+    KeyError: if `X` or `y` is missing from a file.
+    ValueError: if a file is not in MATLAB's format.
   """
   from scipy.io import loadmat
 

@@ -1,8 +1,8 @@
-"""Images and labels as NumPy arrays: what is allowed, and fair subsets.
+"""Checks of images and labels as NumPy arrays, and stratified subsets.
 
-Every source of data ends here, so that each mistake in it is told by one error
-before anything is compiled. Images are [N, H, W, C], either uint8 in 0..255 or
-floating point in [0, 1]; labels are [N], whole numbers in 0..K-1.
+All data pass these checks before anything is compiled. Images are [N, H, W, C],
+either uint8 in 0..255 or floating point in [0, 1]; labels are [N], integers in
+0..K-1.
 
   >>> labels = np.array([0, 1, 1, 0, 1, 1])
   >>> len(stratified(labels, 3, np.random.default_rng(0)))
@@ -15,16 +15,16 @@ import numpy as np
 
 from experiments.util.errors import UserError
 
-_CHUNK = 1024  # images at a time, where a float64 copy is needed
-_CONSTANT = 1e-6  # a smaller standard deviation is that of rounding errors
+_CHUNK = 1024  # images per float64 copy
+_CONSTANT = 1e-6  # smaller standard deviations are rounding errors
 
 
 class DataError(UserError):
-  """Data that cannot be found, fetched or used; the message stands alone."""
+  """Data that cannot be found, fetched or used."""
 
 
 def one_line(error: BaseException) -> str:
-  """The type and the text of an error, short enough to quote in another one."""
+  """Type and text of an error, shortened to quote in another error."""
   return f'{type(error).__name__}: {" ".join(str(error).split())[:160]}'
 
 
@@ -45,21 +45,21 @@ class Arrays(NamedTuple):
 
 
 def checked(arrays: Arrays, num_classes: int | None, where: str) -> Arrays:
-  """Checks images and labels and brings them to the types used everywhere.
+  """Checks images and labels and converts them to standard dtypes.
 
   Args:
-    arrays: as read.
-    num_classes: K, or None to take it from the training labels; each of
-      0..K-1 then has to occur among them.
-    where: what the errors call the source, for instance a path.
+    arrays: images and labels as read.
+    num_classes: K, or None to infer it from the training labels, which must
+      then contain each of 0..K-1.
+    where: name of the source in errors, such as a path.
 
   Returns:
-    The same with uint8 or float32 images and int32 labels.
+    The arrays with uint8 or float32 images and int32 labels.
 
   Raises:
-    DataError: for a wrong rank, type or length, an empty set, NaN or infinity,
+    DataError: for a wrong rank, dtype or length, an empty set, NaN or infinity,
       images outside of [0, 1], labels out of range, or training and test
-      images that differ in shape or type.
+      images that differ in shape or dtype.
   """
   x_train, y_train, x_test, y_test = arrays
   for part, x, y in (('train', x_train, y_train), ('test', x_test, y_test)):
@@ -81,7 +81,7 @@ def checked(arrays: Arrays, num_classes: int | None, where: str) -> Arrays:
 
 
 def as_images(x: np.ndarray) -> np.ndarray:
-  """Checked images as uint8 or float32, without a copy where they are that."""
+  """Checked images as uint8 or float32, copied only if necessary."""
   return x if x.dtype == np.uint8 else x.astype(np.float32, copy=False)
 
 
@@ -89,7 +89,7 @@ def check_images(name: str, x: np.ndarray) -> None:
   """Raises DataError unless `x` is [N, H, W, C], uint8 or within [0, 1]."""
   if x.ndim != 4:
     raise DataError(
-        f'{name} must be images of shape [N, H, W, C] (C = 1 for greyscale), '
+        f'{name} must be images of shape [N, H, W, C] (C = 1 for grayscale), '
         f'got shape {x.shape}.')
   if 0 in x.shape:
     raise DataError(f'{name} is empty: shape {x.shape}.')
@@ -103,7 +103,7 @@ def check_images(name: str, x: np.ndarray) -> None:
     raise DataError(
         f'{name} must be uint8 in 0..255 or floating point in [0, 1], got '
         f'{x.dtype}.')
-  low, high = float(np.min(x)), float(np.max(x))  # NaN if there is any
+  low, high = float(np.min(x)), float(np.max(x))  # NaN if x contains NaN
   if not (np.isfinite(low) and np.isfinite(high)):
     bad = next(i for i, image in enumerate(x) if not np.isfinite(image).all())
     raise DataError(
@@ -116,7 +116,7 @@ def check_images(name: str, x: np.ndarray) -> None:
 
 
 def check_label_form(name: str, y: np.ndarray, length: int) -> None:
-  """Raises DataError unless `y` is [length] and of an integer type."""
+  """Raises DataError unless `y` is [length] with an integer dtype."""
   if y.shape != (length,):
     raise DataError(
         f'{name} must hold one label per image, shape ({length},), got shape '
@@ -136,18 +136,18 @@ def check_label_range(name: str, y: np.ndarray, num_classes: int) -> None:
 
 
 def count_classes(y_train: np.ndarray, where: str) -> int:
-  """Number of classes K of training labels which name each of 0..K-1.
+  """Number of classes K of training labels that contain each of 0..K-1.
 
   Args:
-    y_train: whole numbers [N].
-    where: what an error calls the source.
+    y_train: integers [N].
+    where: name of the source in errors.
 
   Returns:
     K, at least 2.
 
   Raises:
-    DataError: for a negative label, a class without an image (a stray label
-      such as 255 would otherwise make up 256 classes), or a single class.
+    DataError: for a negative label, a class without an image (otherwise a stray
+      label 255 would imply 256 classes), or a single class.
   """
   present = np.unique(y_train)
   low, high = int(present[0]), int(present[-1])
@@ -168,25 +168,25 @@ def count_classes(y_train: np.ndarray, where: str) -> int:
 
 def stratified(
     labels: np.ndarray, num: int, rng: np.random.Generator) -> np.ndarray:
-  """Picks `num` examples at random, each class in its share of the whole.
+  """Selects a random stratified subset of `num` examples.
 
-  Class c gets num * N_c / N examples, rounded so that the sum is right: on
-  balanced data no two classes differ by more than one. Shares, rather than
-  equal numbers, keep the accuracy on a subset an estimate of the accuracy on
-  everything where classes are uneven (SVHN).
+  Class c gets num * N_c / N examples, rounded to the exact total: on balanced
+  data no two classes differ by more than one. Proportional sizes make the
+  accuracy on the subset an estimate of that on all examples, also for
+  unbalanced classes (SVHN).
 
   Args:
-    labels: whole numbers >= 0, [N].
-    num: how many to pick, 0..N.
-    rng: the source of chance.
+    labels: integers >= 0, [N].
+    num: size of the subset, 0..N.
+    rng: random generator.
 
   Returns:
-    Their positions in ascending order.
+    Indices in ascending order.
   """
   classes, counts = np.unique(labels, return_counts=True)
   shares = num * counts / len(labels)
   quotas = np.floor(shares).astype(np.int64)
-  # What rounding left over goes to the largest remainders.
+  # Assign the rest to the classes with the largest remainders.
   rest = num - int(quotas.sum())
   quotas[np.argsort(quotas - shares, kind='stable')[:rest]] += 1
   picked = [
@@ -197,14 +197,13 @@ def stratified(
 
 def channel_statistics(
     x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-  """Mean and standard deviation by channel, in units of [0, 1].
+  """Mean and standard deviation per channel, in units of [0, 1].
 
   Args:
     x: images [N, H, W, C], uint8 in 0..255 or floating point in [0, 1].
 
   Returns:
-    (mean, std); a channel that never changes has a std of 1, so that dividing
-    by it is safe.
+    (mean, std). A constant channel has std 1, so division by it is safe.
   """
   unit = 255.0 if x.dtype == np.uint8 else 1.0
   size = x[..., 0].size

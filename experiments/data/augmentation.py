@@ -1,4 +1,4 @@
-"""Random changes of training images, on the device: crops, flips and more.
+"""Random augmentation of training images on the device.
 
   >>> import jax, jax.numpy as jnp
   >>> images = jnp.ones((2, 8, 8, 3), jnp.uint8)
@@ -17,17 +17,17 @@ from awp_jax.types import Array
 
 
 class Augmentation(NamedTuple):
-  """What is done to training images at random, in this order.
+  """Random transformations of training images, in this order.
 
   Attributes:
     pad: pixels added on every side before a crop of the old size; 0: no crop.
     pad_mode: 'reflect' or 'constant' (zeros).
-    flip: whether half of the images are mirrored left to right.
-    rotation: largest angle in degrees, either way; 0: none.
-    cutout: side in pixels of a black square at a random centre, cut off at the
+    flip: whether to mirror half of the images left to right.
+    rotation: maximum angle in degrees, in both directions; 0: none.
+    cutout: side in pixels of a black square at a random center, clipped at the
       border (DeVries and Taylor 2017); 0: none.
-    mixup: alpha of Beta(alpha, alpha), from which each batch draws the share of
-      its images beside others of the batch (Zhang et al. 2018); 0: none.
+    mixup: alpha of Beta(alpha, alpha), the distribution of each batch's mixing
+      weight (Zhang et al. 2018); 0: none.
   """
 
   pad: int
@@ -53,14 +53,14 @@ def _crop(
 
 
 def rotate(images: Array, angles: Array) -> Array:
-  """Turns each image about its centre; what comes in from outside is black.
+  """Rotates each image about its center; pixels from outside are black.
 
   Args:
     images: [B, H, W, C] of any dtype.
-    angles: [B], degrees, anticlockwise as seen.
+    angles: [B], degrees, counterclockwise.
 
   Returns:
-    Images like `images`: each pixel is the nearest one of the old image.
+    Images like `images`, with nearest-neighbor interpolation.
   """
   _, height, width, _ = images.shape
   rows, columns = jnp.meshgrid(
@@ -95,12 +95,12 @@ def _cut_out(key: Array, images: Array, side: int) -> Array:
 
 
 def augment(key: Array, images: Array, augmentation: Augmentation) -> Array:
-  """Crops, flips, rotates and cuts each image at random, all but the mixing.
+  """Applies all random transformations except mixup.
 
   Args:
     key: a PRNG key.
     images: [B, H, W, C] of any dtype.
-    augmentation: what to do.
+    augmentation: the transformations.
 
   Returns:
     Images like `images`.
@@ -125,14 +125,14 @@ def augment(key: Array, images: Array, augmentation: Augmentation) -> Array:
 def mix(
     key: Array, images: Array, labels: Array, num_classes: int, alpha: float
 ) -> tuple[Array, Array]:
-  """lambda x + (1 - lambda) x_pi for a random order pi; labels alike.
+  """Mixup: lambda x + (1 - lambda) x_pi for a random order pi; same for labels.
 
   Args:
     key: a PRNG key.
     images: [B, H, W, C] in [0, 1].
     labels: integers [B].
     num_classes: C.
-    alpha: lambda ~ Beta(alpha, alpha), one for the batch; > 0.
+    alpha: lambda ~ Beta(alpha, alpha), one per batch; > 0.
 
   Returns:
     Mixed images, and label probabilities [B, C].

@@ -1,10 +1,9 @@
-"""The data sets: CIFAR-10, CIFAR-100, SVHN, handwritten digits, and your own.
+"""Loads CIFAR-10, CIFAR-100, SVHN, handwritten digits, or your own data.
 
 `load` returns all images as NumPy arrays. CIFAR and SVHN are read from a data
-set that TFDS has prepared where there is one, else from the official files,
-which the first run downloads. `digits` comes with scikit-learn and needs no
-download. `npz` is a file of your own with `x_train`, `y_train`, `x_test` and
-`y_test`.
+set prepared by TFDS if there is one, else from the official files, which the
+first run downloads. `digits` is included in scikit-learn and needs no download.
+`npz` is your own file with `x_train`, `y_train`, `x_test` and `y_test`.
 
   >>> digits = load('digits', num_train=100)
   >>> digits.x_train.shape, digits.x_test.shape, digits.num_classes
@@ -41,10 +40,10 @@ class Dataset(NamedTuple):
     y_train: labels [N], int32 in 0..num_classes - 1.
     x_test: images [M, H, W, C] of the same type.
     y_test: labels [M].
-    num_classes: how many classes there are.
-    mean: what the model subtracts, by channel, in units of [0, 1].
-    std: what it divides by.
-    source: where the images were read from, in words.
+    num_classes: number of classes.
+    mean: subtracted by the model, per channel, in units of [0, 1].
+    std: divisor in the model, per channel.
+    source: description of where the images were read from.
   """
 
   name: str
@@ -59,7 +58,7 @@ class Dataset(NamedTuple):
 
 
 class _Official(NamedTuple):
-  """A published data set with the normalisation of the AWP experiments."""
+  """A published data set with the normalization of the AWP experiments."""
 
   archive: archives.Archive
   num_classes: int
@@ -83,31 +82,31 @@ def load(
     name: str, *, data_dir: str | None = None, npz_path: str | None = None,
     num_train: int | None = None, num_test: int | None = None, seed: int = 0,
     progress: bool = True) -> Dataset:
-  """Loads a data set, or a fair part of it.
+  """Loads a data set, or a stratified subset of it.
 
-  CIFAR and SVHN are looked for in `data_dir`, `$TFDS_DATA_DIR` and
-  `~/tensorflow_datasets`; what is not there is downloaded into the first of
-  these that is set.
+  CIFAR and SVHN are searched in `data_dir`, `$TFDS_DATA_DIR` and
+  `~/tensorflow_datasets`. Missing data are downloaded into the first of these
+  that is set.
 
   Args:
     name: one of `NAMES`.
-    data_dir: a folder of TFDS, holding for instance `cifar10/3.0.2/`.
+    data_dir: a TFDS folder, which contains for instance `cifar10/3.0.2/`.
     npz_path: the file to read, for `npz` only.
-    num_train: keep that many training images, each class in its share; None
-      keeps all.
+    num_train: size of a stratified subset of the training images; None keeps
+      all.
     num_test: the same for the test images.
-    seed: decides which ones are kept.
+    seed: selects the subsets.
     progress: whether to show progress bars.
 
   Returns:
-    The data set. The mean and std of `digits` and `npz` are those of all their
-    training images, whatever `num_train` says, so that models trained on
-    different parts agree on their inputs.
+    The data set. For `digits` and `npz`, mean and std are computed from all
+    training images regardless of `num_train`, so models trained on different
+    subsets share the normalization.
 
   Raises:
     UserError: for an unknown name, or numbers out of range.
-    DataError: (a UserError) when the data cannot be had or cannot be used;
-      see `arrays.checked` for what is asked of the images.
+    DataError: (a UserError) if the data cannot be obtained or are invalid; see
+      `arrays.checked`.
   """
   with user_errors():
     checks.one_of('data set', name, NAMES)
@@ -118,7 +117,7 @@ def load(
         'and y_test.')
   if name != 'npz' and npz_path:
     raise DataError(
-        f"npz_path goes with data set 'npz', got {npz_path!r} for {name!r}.")
+        f"npz_path requires data set 'npz', got {npz_path!r} for {name!r}.")
   if name == 'npz':
     dataset = _npz(pathlib.Path(str(npz_path)).expanduser())
   elif name == 'digits':
@@ -133,18 +132,18 @@ def load(
 def split_validation(
     dataset: Dataset, num_validation: int,
     seed: int) -> tuple[Dataset, np.ndarray, np.ndarray]:
-  """Sets training images aside for validation, each class in its share.
+  """Holds out a stratified subset of the training images for validation.
 
   Args:
-    dataset: is left as it is.
-    num_validation: how many, from 0 to all but one.
-    seed: decides which ones.
+    dataset: the data set; not modified.
+    num_validation: number of images, from 0 to all but one.
+    seed: selects the images.
 
   Returns:
     (the data set without these training images, the images, their labels).
 
   Raises:
-    UserError: when `num_validation` is out of range.
+    UserError: if `num_validation` is out of range.
   """
   with user_errors():
     checks.count('num_validation', num_validation, minimum=0)
@@ -154,16 +153,17 @@ def split_validation(
     raise DataError(
         f'num_validation must leave a training image: at most {total - 1} of '
         f'the {total} of {dataset.name!r}, got {num_validation}.')
-  rng = np.random.default_rng((int(seed), 2))  # load draws with 0 and 1
-  aside = np.zeros(total, bool)
-  aside[arrays_lib.stratified(dataset.y_train, int(num_validation), rng)] = True
+  rng = np.random.default_rng((int(seed), 2))  # `load` uses 0 and 1
+  held_out = np.zeros(total, bool)
+  held_out[arrays_lib.stratified(
+      dataset.y_train, int(num_validation), rng)] = True
   rest = dataset._replace(
-      x_train=dataset.x_train[~aside], y_train=dataset.y_train[~aside])
-  return rest, dataset.x_train[aside], dataset.y_train[aside]
+      x_train=dataset.x_train[~held_out], y_train=dataset.y_train[~held_out])
+  return rest, dataset.x_train[held_out], dataset.y_train[held_out]
 
 
 def describe(dataset: Dataset) -> dict[str, Any]:
-  """The facts of a data set as plain JSON values, for a record of a run."""
+  """Describes a data set as plain JSON values, for the record of a run."""
   return {
       'name': dataset.name,
       'source': dataset.source,
@@ -180,7 +180,7 @@ def describe(dataset: Dataset) -> dict[str, Any]:
 def _part(
     dataset: Dataset, part: str, num: int | None,
     seed: int) -> dict[str, Any]:
-  """The fields of one part, cut down to `num` images."""
+  """The fields of one part, reduced to `num` images."""
   images = getattr(dataset, f'x_{part}')
   labels = getattr(dataset, f'y_{part}')
   if num is None:
@@ -203,7 +203,7 @@ def _with_own_statistics(
 
 
 def _digits() -> Dataset:
-  """Scikit-learn's digits, 8x8: 0..16 becomes 0..255, the split is fixed."""
+  """Scikit-learn's digits, 8x8: 0..16 is scaled to 0..255; fixed split."""
   from sklearn.datasets import load_digits
 
   images, labels = load_digits(return_X_y=True)
@@ -221,7 +221,7 @@ def _npz(path: pathlib.Path) -> Dataset:
   if not path.is_file():
     raise DataError(f'npz_path must be a file, and there is none at {path}.')
   try:
-    # NumPy leaves a path open when it is no archive; an open file we close.
+    # Given a path, NumPy would leave the file open if it is not an archive.
     with path.open('rb') as file, np.load(file, allow_pickle=False) as stored:
       names = stored.files
       missing = [key for key in Arrays._fields if key not in names]
@@ -266,7 +266,7 @@ def _official(name: str, data_dir: str | None, progress: bool) -> Dataset:
 def _prepared(
     name: str, places: list[pathlib.Path],
     progress: bool) -> tuple[Arrays | None, str]:
-  """(arrays, source), or (None, what was seen in each place)."""
+  """(arrays, source), or (None, what was found in each place)."""
   seen = []
   for place in places:
     folder = prepared.find(name, place)
@@ -283,14 +283,14 @@ def _prepared(
 def _nothing(
     name: str, archive: archives.Archive, places: list[pathlib.Path],
     looked: str, error: DataError) -> str:
-  """The one error for data that are neither at hand nor to be downloaded."""
+  """The error message for data neither on disk nor downloadable."""
   manual = places[0] / 'downloads' / 'manual'
   return (
-      f'data set {name!r} could not be had. Looked for a prepared TFDS set: '
-      f'{looked}. Looked for official files: '
+      f'data set {name!r} was not found. Searched for a prepared TFDS set: '
+      f'{looked}. Searched for official files: '
       f'{", ".join(str(place / "downloads") for place in places)}. Download: '
       f'{error}. What to do: connect to the network (a proxy is taken from '
       'http_proxy and https_proxy) and run again; or save '
       f'{" and ".join(archive.urls)} in {manual}; or set data_dir or '
-      f'TFDS_DATA_DIR to a folder that holds {archive.name}/ as '
+      f'TFDS_DATA_DIR to a folder that contains {archive.name}/ as '
       "array_record; or use the data set 'digits', which needs no download.")

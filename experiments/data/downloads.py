@@ -1,14 +1,12 @@
-"""The official archives of CIFAR-10, CIFAR-100 and SVHN, without TensorFlow.
+"""Downloads the official files of CIFAR and SVHN without TensorFlow.
 
-TFDS's download manager fetches a file, shows the progress and compares size and
-SHA-256 with those that TFDS registered. It works in a folder of its own, and
-only a verified file is moved into `<place>/downloads/<name>/`, under the name
-that TFDS itself gives it: an interrupted download leaves nothing behind that a
-later one could take for whole, and a whole one is never fetched again.
+TFDS's download manager fetches a file, shows the progress and verifies size and
+SHA-256. It writes to a temporary folder. Only a verified file is moved to
+`<place>/downloads/<name>/`, under TFDS's name for it. An interrupted download
+leaves no partial file there, and a complete file is never fetched again.
 
-Without a network TFDS tries for minutes, hence one short probe comes first. It
-goes through the library that TFDS uses, so it meets the same proxies and
-certificates.
+Without a network TFDS retries for minutes, so a short probe runs first. It uses
+the same HTTP library as TFDS, hence the same proxies and certificates.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,34 +22,34 @@ from experiments.data import archives
 from experiments.data.archives import Archive, Checksum
 from experiments.data.arrays import Arrays, DataError, one_line
 
-#: Seconds that the probe waits for a connection, and then for an answer.
+#: Timeouts of the probe in seconds, for the connection and for the response.
 PROBE_TIMEOUTS = (4.0, 4.0)
-#: Seconds after which the probe counts as failed, whatever it hangs in: looking
-#: up a name knows no timeout, and each address of a host has its own.
+#: Deadline of the whole probe in seconds. A name look-up has no timeout, and
+#: the connection timeout applies to each address of a host.
 PROBE_DEADLINE = 8.0
-#: How often TFDS tries again after a good probe, instead of its 10 times.
+#: Number of TFDS's retries after a successful probe; TFDS's default is 10.
 RETRIES = 2
 
-_STALE_SECONDS = 24 * 3600  # age at which a left-over folder is removed
+_STALE_SECONDS = 24 * 3600  # age at which an old temporary folder is removed
 
 
 def load(
     archive: Archive, places: Sequence[pathlib.Path],
     progress: bool = True) -> tuple[Arrays, str]:
-  """Reads a data set from its official files, fetching those not at hand.
+  """Reads a data set from its official files, downloading missing ones.
 
   Args:
-    archive: which data set.
-    places: folders whose `downloads/` may hold the files; missing ones are
-      fetched into the first.
+    archive: the data set.
+    places: folders whose `downloads/` may contain the files; missing ones are
+      downloaded to the first.
     progress: whether to show TFDS's progress bars.
 
   Returns:
     (images and labels as uint8 and integers, the paths of the files read).
 
   Raises:
-    DataError: when a file can be neither found nor fetched, fails its
-      checksum, or cannot be read.
+    DataError: if a file cannot be found or downloaded, fails its checksum, or
+      is unreadable.
   """
   paths = [fetch(archive, url, places, progress) for url in archive.urls]
   return archives.read(archive, paths), ', '.join(map(str, paths))
@@ -60,10 +58,10 @@ def load(
 def fetch(
     archive: Archive, url: str, places: Sequence[pathlib.Path],
     progress: bool = True) -> pathlib.Path:
-  """One verified file: from a place that holds it, or else from the network.
+  """Finds or downloads one verified file.
 
-  A file put into `<place>/downloads/manual/` by hand, under the name it has in
-  the URL, is verified and used where it lies.
+  A file saved by hand as `<place>/downloads/manual/<name in the URL>` is
+  verified and used in place.
 
   Args:
     archive: the data set.
@@ -75,8 +73,8 @@ def fetch(
     The path of the file.
 
   Raises:
-    DataError: when there is no network or no such file, when the download
-      breaks off, and for a wrong checksum; nothing is kept of such a download.
+    DataError: without a network, for a missing file, an interrupted download
+      or a wrong checksum. Nothing is kept of such a download.
   """
   from tensorflow_datasets.core.download import resource
 
@@ -95,7 +93,7 @@ def fetch(
   target = places[0] / 'downloads' / archive.name
   with _stage(target) as stage:
     fetched = _download(url, checksum, stage, progress)
-    # The .INFO file is TFDS's own: with it TFDS, too, knows the file.
+    # With its .INFO file, TFDS also finds the file.
     resource.replace_info_file(fetched, target / fname)
     return fetched.replace(target / fname)
 
@@ -106,17 +104,17 @@ def _basename(url: str) -> str:
 
 @contextlib.contextmanager
 def _stage(target: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A folder beside the final file that is gone afterwards, come what may."""
+  """A temporary folder next to the final file, always removed afterwards."""
   try:
     target.mkdir(parents=True, exist_ok=True)
-    for old in target.glob('incomplete-*'):  # of a run that was killed
+    for old in target.glob('incomplete-*'):  # left by killed processes
       if time.time() - old.stat().st_mtime > _STALE_SECONDS:
         shutil.rmtree(old, ignore_errors=True)
     stage = pathlib.Path(tempfile.mkdtemp(prefix='incomplete-', dir=target))
   except OSError as error:
     raise DataError(
-        f'{target} cannot be written ({_reason(error)}): name a writable '
-        'folder as data_dir') from error
+        f'{target} is not writable ({_reason(error)}): set data_dir to a '
+        'writable folder') from error
   try:
     yield stage
   finally:
@@ -126,7 +124,7 @@ def _stage(target: pathlib.Path) -> Iterator[pathlib.Path]:
 def _download(
     url: str, checksum: Checksum, stage: pathlib.Path,
     progress: bool) -> pathlib.Path:
-  """Lets TFDS fetch and verify one file."""
+  """Downloads and verifies one file with TFDS."""
   from tensorflow_datasets.core.download import checksums, download_manager
   from tensorflow_datasets.core.utils import Size
 
@@ -139,17 +137,17 @@ def _download(
       return pathlib.Path(manager.download(url))
     except download_manager.NonMatchingChecksumError:
       file = next(path for path in stage.rglob('*') if path.is_file())
-      _verify(file, url, checksum)  # says the same in one line
+      _verify(file, url, checksum)  # raises a one-line error
       raise
     # Errors of requests, urllib3, TFDS and the file system.
     except Exception as error:
       raise DataError(
-          f'the download of {url} broke off ({_reason(error)}) and nothing of '
-          'it was kept') from error
+          f'the download of {url} failed ({_reason(error)}); nothing of it was '
+          'kept') from error
 
 
 def _verify(path: pathlib.Path, name: str, checksum: Checksum) -> None:
-  """Raises DataError, calling the file `name`, unless it is what it must be."""
+  """Raises DataError unless the file, called `name`, matches its checksum."""
   from tensorflow_datasets.core.download import checksums
 
   info = checksums.compute_url_info(path)
@@ -159,12 +157,12 @@ def _verify(path: pathlib.Path, name: str, checksum: Checksum) -> None:
         f'{name} has a wrong checksum: expected {checksum.size} bytes with '
         f'SHA-256 {checksum.sha256}, got {got.size} bytes with SHA-256 '
         f'{got.sha256}'
-        + (' (it is cut off)' if got.size < checksum.size else ''))
+        + (' (it is truncated)' if got.size < checksum.size else ''))
 
 
 @contextlib.contextmanager
 def _limited(progress: bool) -> Iterator[None]:
-  """TFDS with few retries, and with or without its progress bars."""
+  """Sets TFDS's number of retries and its progress bars."""
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core.download import downloader
 
@@ -179,37 +177,37 @@ def _limited(progress: bool) -> Iterator[None]:
 
 
 def probe(url: str) -> None:
-  """Asks for a file and drops the answer, to learn soon whether it is there.
+  """Requests a file and discards the response, to fail fast.
 
   Args:
-    url: of the file.
+    url: the URL of the file.
 
   Raises:
-    DataError: when no good answer comes within `PROBE_DEADLINE` seconds.
+    DataError: without a successful response within `PROBE_DEADLINE` seconds.
   """
   import requests
 
   outcome: list[str] = []
 
-  def ask() -> None:
+  def request() -> None:
     try:
       with requests.get(url, stream=True, timeout=PROBE_TIMEOUTS) as response:
-        good = response.status_code == 200
-        outcome.append('' if good else f'HTTP status {response.status_code}')
+        is_ok = response.status_code == 200
+        outcome.append('' if is_ok else f'HTTP status {response.status_code}')
     except (requests.RequestException, ValueError) as error:
       outcome.append(_reason(error))
 
-  # A thread, since there is no other way out of a stuck look-up of a name.
-  thread = threading.Thread(target=ask, daemon=True)
+  # In a thread, because a stuck name look-up cannot be interrupted otherwise.
+  thread = threading.Thread(target=request, daemon=True)
   thread.start()
   thread.join(PROBE_DEADLINE)
-  problem = outcome[0] if outcome else f'no answer in {PROBE_DEADLINE:g} s'
+  problem = outcome[0] if outcome else f'no response in {PROBE_DEADLINE:g} s'
   if problem:
     raise DataError(f'{url} cannot be reached ({problem})')
 
 
 def _reason(error: BaseException) -> str:
-  """An error in a few words: those of urllib3 nest several in one long line."""
+  """Shortens an error; urllib3 nests several errors in one long line."""
   text = str(error)
   core = re.search(
       r"\[Errno -?\d+\] [^'\"()]+|IncompleteRead\([^)]*\)|timed out", text)

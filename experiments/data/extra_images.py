@@ -1,13 +1,12 @@
-"""Extra images with labels from elsewhere, for robust self-training (RST).
+"""Loads extra images with labels, for robust self-training (RST).
 
-Carmon et al., "Unlabeled Data Improves Adversarial Robustness", NeurIPS 2019:
-beside the data set one trains on images whose labels a naturally trained
-network has guessed, or on generated ones. They come as a file: an .npz, or the
-pickle of the 500,000 images which that paper's authors published, which is read
-without running anything of it.
+Carmon et al., "Unlabeled Data Improves Adversarial Robustness", NeurIPS 2019,
+also train on images with pseudo-labels of a naturally trained network, or on
+generated images. The file is an .npz, or the pickle of 500,000 images published
+with that paper, which is read without executing its code.
 
-    extra = extra_data.load('ti_500K_pseudo_labeled.pickle',
-                            image_shape=(32, 32, 3), num_classes=10)
+    extra = extra_images.load('ti_500K_pseudo_labeled.pickle',
+                              image_shape=(32, 32, 3), num_classes=10)
 """
 
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import numpy as np
 from experiments.data import arrays, safe_pickle
 from experiments.data.arrays import DataError, one_line
 
-#: What images and labels may be called, in files of either kind.
+#: Accepted keys of images and labels.
 IMAGE_KEYS = ('image', 'images', 'x', 'data')
 LABEL_KEYS = ('label', 'labels', 'y', 'extrapolated_targets')
 
@@ -28,12 +27,12 @@ _ZIP = b'PK\x03\x04'
 
 
 class ExtraData(NamedTuple):
-  """Images that do not belong to the data set, with labels.
+  """Images from outside the data set, with labels.
 
   Attributes:
     images: [N, H, W, C], uint8 in 0..255 or float32 in [0, 1].
     labels: [N], int32 in 0..num_classes - 1.
-    source: where they were read from, in words.
+    source: description of where they were read from.
   """
 
   images: np.ndarray
@@ -50,14 +49,14 @@ def load(
     path: an .npz or a pickle of a dictionary, with images under one of
       `IMAGE_KEYS` and labels under one of `LABEL_KEYS`.
     image_shape: (H, W, C) of the data set.
-    num_classes: of the data set.
+    num_classes: number of classes of the data set.
 
   Returns:
     The images and labels, in memory once.
 
   Raises:
-    DataError: (a UserError) for a file that cannot be read, a pickle that
-      needs more than arrays, and images or labels that do not fit.
+    DataError: (a UserError) for an unreadable file, a pickle of other objects
+      than arrays, and invalid images or labels.
   """
   place = pathlib.Path(path).expanduser()
   found = _read(place, {'images': IMAGE_KEYS, 'labels': LABEL_KEYS})
@@ -68,8 +67,8 @@ def load(
   if labels.min() == -1:
     raise DataError(
         f'{name} hold -1 for {int(np.sum(labels == -1))} of {len(labels)} '
-        'images, which are unlabelled: have a naturally trained network label '
-        f'them by experiments/pseudo_labels.py --images={place}.')
+        'images, which are unlabeled: label them with a naturally trained '
+        f'network by experiments/pseudo_labels.py --images={place}.')
   arrays.check_label_range(name, labels, num_classes)
   return ExtraData(
       images, labels.astype(np.int32, copy=False),
@@ -79,11 +78,11 @@ def load(
 def load_images(
     path: str | os.PathLike[str], *,
     image_shape: tuple[int, ...]) -> np.ndarray:
-  """Reads images alone; labels in the same file are ignored.
+  """Reads images only; labels in the same file are ignored.
 
   Args:
     path: as for `load`.
-    image_shape: (H, W, C) that they must have.
+    image_shape: the required (H, W, C).
 
   Returns:
     [N, H, W, C], uint8 or float32 in [0, 1].
@@ -113,7 +112,7 @@ def _checked_images(
 
 
 def _as_labels(path: pathlib.Path, labels: Any) -> np.ndarray:
-  """Labels as an array; a list of whole numbers will do."""
+  """Labels as an array; accepts a list of integers."""
   if isinstance(labels, list | tuple):
     if not all(type(label) is int for label in labels):
       raise DataError(f'{path}: labels must be whole numbers.')
@@ -128,7 +127,7 @@ def _as_labels(path: pathlib.Path, labels: Any) -> np.ndarray:
 def _read(
     path: pathlib.Path, wanted: dict[str, tuple[str, ...]]
 ) -> dict[str, Any]:
-  """The values under the one key of each group that the file has."""
+  """Reads the value of the one key of each group that is in the file."""
   try:
     with path.open('rb') as file:
       is_zip = file.read(len(_ZIP)) == _ZIP
@@ -141,9 +140,9 @@ def _read(
     raise
   except safe_pickle.Refused as error:
     raise DataError(
-        f'{path} is a pickle that is not read: {error}. If you trust it, open '
-        'it yourself and save images and labels by numpy.savez.') from error
-  # A damaged file fails in as many ways as there are layers.
+        f'{path} is an unsupported pickle: {error}. If you trust it, load it '
+        'yourself and save images and labels with numpy.savez.') from error
+  # Each layer (zip, NumPy, pickle) raises its own errors for a damaged file.
   except Exception as error:
     raise DataError(
         f'{path} is neither a readable .npz file of plain arrays nor a pickle '
@@ -158,7 +157,7 @@ def _read(
 def _picked(
     path: pathlib.Path, content: Mapping[str, Any],
     wanted: dict[str, tuple[str, ...]]) -> dict[str, Any]:
-  """Reads of each group its one key; .npz members are read when asked for."""
+  """Selects the one key of each group; reads only these .npz members."""
   found = {}
   for what, keys in wanted.items():
     present = [key for key in keys if key in content]

@@ -1,9 +1,9 @@
-"""Data sets which TFDS has prepared, read without TensorFlow.
+"""Reads data sets prepared by TFDS, without TensorFlow.
 
-`tfds.data_source` reads the records; Pillow decodes the images. That takes some
-15 s for the 60,000 images of CIFAR, nearly all of it in Python code per image
-(threads make it slower), so the decoded arrays are kept in a cache folder:
-`$AWP_CACHE_DIR`, or `~/.cache/awp_jax`. An empty `AWP_CACHE_DIR` keeps none.
+`tfds.data_source` reads the records and Pillow decodes the images. This takes
+about 15 s for the 60,000 images of CIFAR, mostly in Python code per image
+(threads are slower), so the decoded arrays are cached in `$AWP_CACHE_DIR`, by
+default `~/.cache/awp_jax`. An empty `AWP_CACHE_DIR` disables the cache.
 """
 
 from collections.abc import Sequence
@@ -20,36 +20,36 @@ import numpy as np
 
 from experiments.data.arrays import Arrays, DataError, one_line
 
-_BATCH = 500  # records read at a time
-_CACHE_FORMAT = 1  # part of the names in the cache; raise it to start afresh
+_BATCH = 500  # records per read
+_CACHE_FORMAT = 1  # part of cache file names; increment to invalidate
 
 _log = logging.getLogger(__name__)
 
 
 def places(data_dir: str | None) -> list[pathlib.Path]:
-  """Folders that may hold TFDS data, in the order in which they are tried.
+  """Folders that may contain TFDS data, in search order.
 
   Args:
-    data_dir: the folder asked for, or None.
+    data_dir: the requested folder, or None.
 
   Returns:
-    `data_dir`, `$TFDS_DATA_DIR` and `~/tensorflow_datasets`: those that are
-    set, each once.
+    `data_dir`, `$TFDS_DATA_DIR` and `~/tensorflow_datasets`, without unset ones
+    and duplicates.
   """
-  wanted = (data_dir, os.environ.get('TFDS_DATA_DIR'), '~/tensorflow_datasets')
-  folders = [pathlib.Path(folder).expanduser() for folder in wanted if folder]
+  names = (data_dir, os.environ.get('TFDS_DATA_DIR'), '~/tensorflow_datasets')
+  folders = [pathlib.Path(name).expanduser() for name in names if name]
   return list(dict.fromkeys(folders))
 
 
 def find(name: str, place: pathlib.Path) -> pathlib.Path | None:
-  """The newest prepared version of a data set in one place, or None.
+  """Finds the newest prepared version of a data set in one place.
 
   Args:
     name: TFDS's name of the data set.
-    place: a folder laid out by TFDS, `<place>/<name>/<version>/`.
+    place: a TFDS folder, `<place>/<name>/<version>/`.
 
   Returns:
-    The folder of the version.
+    The folder of the version, or None.
   """
   def version(folder: pathlib.Path) -> tuple[int, ...]:
     return tuple(int(part) for part in folder.name.split('.'))
@@ -64,15 +64,15 @@ def read(folder: pathlib.Path, progress: bool = True) -> Arrays:
   """Reads both splits of a prepared data set.
 
   Args:
-    folder: `<place>/<name>/<version>`, as `find` returns it.
-    progress: whether to show a progress bar while images are decoded.
+    folder: `<place>/<name>/<version>`, from `find`.
+    progress: whether to show a progress bar while decoding.
 
   Returns:
     Images and labels, as uint8 and int32.
 
   Raises:
-    DataError: when TFDS cannot read it: a format without random access (such
-      as tfrecord, which takes TensorFlow), missing shards, broken records.
+    DataError: if TFDS cannot read it: a format without random access (such as
+      tfrecord, which requires TensorFlow), missing shards, damaged records.
   """
   cached = _cache_file(folder)
   arrays = _load_cached(cached)
@@ -81,7 +81,7 @@ def read(folder: pathlib.Path, progress: bool = True) -> Arrays:
   try:
     arrays = Arrays(
         *_decode(folder, 'train', progress), *_decode(folder, 'test', progress))
-  # Many libraries meet here, and each has errors of its own.
+  # Several libraries are involved, each with its own errors.
   except Exception as error:
     raise DataError(f'{folder} cannot be read ({one_line(error)})') from error
   _save_cached(cached, arrays)
@@ -91,7 +91,7 @@ def read(folder: pathlib.Path, progress: bool = True) -> Arrays:
 def _decode(
     folder: pathlib.Path, split: str,
     progress: bool) -> tuple[np.ndarray, np.ndarray]:
-  import tensorflow_datasets as tfds  # slow to import: only where needed
+  import tensorflow_datasets as tfds  # lazy: slow to import
   from tqdm.auto import tqdm
 
   source: Any = tfds.data_source(
@@ -120,7 +120,7 @@ def _pixels(encoded: Sequence[bytes]) -> np.ndarray:
 
 
 def _cache_file(folder: pathlib.Path) -> pathlib.Path | None:
-  """Where the decoded arrays belong: named by what the folder holds now."""
+  """Path of the cached arrays, derived from the contents of the folder."""
   root = os.environ.get('AWP_CACHE_DIR', '~/.cache/awp_jax')
   if not root:
     return None
@@ -140,11 +140,11 @@ def _load_cached(file: pathlib.Path | None) -> Arrays | None:
     with file.open('rb') as opened, np.load(opened) as stored:
       return Arrays(**{field: stored[field] for field in Arrays._fields})
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-    return None  # a damaged cache is decoded again, and replaced
+    return None  # decode again and replace the damaged cache
 
 
 def _save_cached(file: pathlib.Path | None, arrays: Arrays) -> None:
-  """Writes beside the file and renames: a reader never sees half of it."""
+  """Writes a temporary file and renames it, so readers see no partial one."""
   if file is None:
     return
   try:
@@ -155,4 +155,4 @@ def _save_cached(file: pathlib.Path | None, arrays: Arrays) -> None:
       np.savez(whole, **arrays._asdict())
       whole.replace(file)
   except OSError as error:
-    _log.warning('decoded images are not kept in %s: %s', file.parent, error)
+    _log.warning('decoded images are not cached in %s: %s', file.parent, error)

@@ -1,9 +1,9 @@
-"""Reads a pickle of NumPy arrays in plain containers, and runs nothing of it.
+"""Reads a pickle of NumPy arrays in plain containers without executing it.
 
-A pickle may name any function and call it. This unpickler admits the names with
-which NumPy 1 and 2 write an array, in every protocol, and gives each a stand-in
-of its own: NumPy's functions are never called with what the pickle says. A
-pickle that names anything else is refused before the name is looked up.
+A pickle can name and call any function. This unpickler accepts only the names
+that NumPy 1 and 2 write for an array, in every protocol, and maps each to a
+stand-in: NumPy's functions are never called with arguments from the pickle. A
+pickle with any other name is refused before the name is resolved.
 
   >>> import io
   >>> load(io.BytesIO(pickle.dumps({'label': np.arange(3)})))
@@ -20,21 +20,21 @@ import numpy as np
 
 from awp_jax.models.torch_exchange.pickle_reader import Admitted
 
-#: Whole numbers, floats and truth values. Objects ('O8') are the gate to code.
+#: Integers, floats and bools. Objects ('O8') could execute code.
 _NUMBERS = re.compile(r'[biuf](1|2|4|8)')
 
 
 class Refused(ValueError):
-  """The pickle names something that no array needs."""
+  """The pickle contains more than plain arrays."""
 
 
 class _DType:
-  """Stands for a `numpy.dtype` of plain numbers."""
+  """Stand-in for a `numpy.dtype` of plain numbers."""
 
   __slots__ = ('_code', '_order')
 
   def __init__(self, code: Any, *flags: Any) -> None:
-    del flags  # whether to align and to copy
+    del flags  # align, copy
     if type(code) is not str or not _NUMBERS.fullmatch(code):
       raise Refused(
           f'it holds an array of type {code!r:.40}; only those of plain '
@@ -42,7 +42,7 @@ class _DType:
     self._code, self._order = code, '='
 
   def __setstate__(self, state: Any) -> None:
-    """Takes the byte order; there is nothing else to plain numbers."""
+    """Sets the byte order, the only state of a dtype of plain numbers."""
     _, order, subtype, names, fields, *_ = state
     if order not in ('<', '>', '=', '|') or (subtype, names, fields) != (
         None, None, None):
@@ -50,12 +50,12 @@ class _DType:
     self._order = order
 
   def resolve(self) -> np.dtype:
-    """The type itself."""
+    """The dtype."""
     return np.dtype(self._order + self._code)
 
 
 class _Array:
-  """Stands for an array, which it views in the pickle's own bytes."""
+  """Stand-in for an array, a view of the bytes in the pickle."""
 
   __slots__ = ('array',)
 
@@ -63,14 +63,14 @@ class _Array:
     self.array: np.ndarray | None = None
 
   def __setstate__(self, state: Any) -> None:
-    """Takes what NumPy writes behind an empty array: all that there is."""
+    """Sets the contents, which NumPy writes after an empty array."""
     _, shape, dtype, is_fortran, raw = state
     self.array = _view(raw, dtype, shape, 'F' if is_fortran else 'C')
 
 
 def _view(raw: Any, dtype: Any, shape: Any, order: Any) -> np.ndarray:
-  """The array of these bytes, read-only where they are."""
-  if isinstance(raw, str):  # bytes, if it was Python 2 that wrote them
+  """An array view of the bytes, read-only if they are."""
+  if isinstance(raw, str):  # bytes written by Python 2
     raw = raw.encode('latin1')
   if (not isinstance(dtype, _DType) or type(shape) is not tuple
       or not isinstance(raw, bytes | bytearray)
@@ -100,14 +100,14 @@ def _scalar(dtype: Any, raw: Any) -> Any:
 
 
 def _encode(text: Any, encoding: Any = None) -> bytes:
-  """How protocols 0 to 2 write bytes."""
+  """Encodes bytes as protocols 0 to 2 write them."""
   if type(text) is not str or encoding not in ('latin1', 'latin-1'):
     raise Refused('it encodes text other than as bytes')
   return text.encode('latin1')
 
 
 def _empty() -> bytes:
-  """How they write no bytes at all."""
+  """Empty bytes as protocols 0 to 2 write them."""
   return b''
 
 
@@ -116,7 +116,7 @@ def _ndarray(*args: Any) -> None:
 
 
 _GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
-    ('numpy', 'ndarray'): _ndarray,  # is named, but not called
+    ('numpy', 'ndarray'): _ndarray,  # named, but not called
     ('numpy', 'dtype'): _DType,
     ('_codecs', 'encode'): _encode,
     ('__builtin__', 'bytes'): _empty,
@@ -130,10 +130,10 @@ _GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Unpickler(pickle.Unpickler):
-  """Builds stand-ins, containers and plain values; refuses all else."""
+  """Builds stand-ins, containers and plain values; refuses anything else."""
 
   def find_class(self, module: str, name: str) -> Any:
-    """What stands for a global; it is never imported."""
+    """Returns the stand-in of a global; never imports it."""
     if (module, name) not in _GLOBALS:
       raise Refused(
           f'it names {f"{module}.{name}"!r:.80}, which no array needs; nothing '
@@ -148,12 +148,12 @@ def load(file: BinaryIO) -> Any:
     file: open for reading bytes, at the start of the pickle.
 
   Returns:
-    Its value, if that is an array, a plain value, or a dictionary of such. The
-    arrays are views of the bytes as they were read, without a copy of them.
+    An array, a plain value, or a dictionary of these. The arrays are views of
+    the bytes that were read, without a copy.
 
   Raises:
     Refused: for a name that no array needs.
-    Exception: of many a kind, for what is no pickle or only part of one.
+    Exception: of various types, for a damaged pickle or another file.
   """
   value = _Unpickler(file, encoding='latin1').load()
   if isinstance(value, dict):
@@ -162,7 +162,7 @@ def load(file: BinaryIO) -> Any:
 
 
 def _unwrapped(value: Any) -> Any:
-  """An array in place of its stand-in."""
+  """Replaces a stand-in by its array."""
   if isinstance(value, Admitted | _DType):
     raise Refused('it holds a function or a type where data belong')
   if not isinstance(value, _Array):

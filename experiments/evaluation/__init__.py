@@ -1,4 +1,4 @@
-"""Measurements of a trained network and their records on disk.
+"""Attacks, landscape and probe of a trained network; their records on disk.
 
-The modes in `experiments.modes` decide what is measured.
+The modes in `experiments.modes` decide what to measure.
 """

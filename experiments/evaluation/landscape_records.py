@@ -1,4 +1,4 @@
-"""The points of a landscape: which there are, and those measured so far."""
+"""The points of a landscape to measure, and records of the measured ones."""
 
 import json
 import pathlib
@@ -12,7 +12,7 @@ import tqdm
 from experiments.runs import precision
 from experiments.util import atomic
 
-#: What is measured at each point.
+#: Metrics of each point.
 METRICS = (
     'robust_loss', 'robust_accuracy', 'natural_loss', 'natural_accuracy',
     'nonfinite')
@@ -20,7 +20,7 @@ SPLITS = ('train', 'test')
 
 
 class Series(NamedTuple):
-  """Points to measure.
+  """Points along one direction, or on the plane, for one split.
 
   Attributes:
     name: 'direction-0', ..., 'adversarial' or 'plane'.
@@ -40,7 +40,7 @@ def coordinates(reach: float, count: int) -> list[float]:
 
 
 def make_series(settings: ml_collections.ConfigDict) -> list[Series]:
-  """All that is to be measured of one checkpoint, in its order."""
+  """All series of one checkpoint, in the order of measurement."""
   line = [[a] for a in coordinates(settings.range, settings.points)]
   series = [
       Series(f'direction-{number}', split, line)
@@ -57,19 +57,19 @@ def make_series(settings: ml_collections.ConfigDict) -> list[Series]:
 
 
 class Records:
-  """Measured points of one checkpoint on disk, a line each.
+  """Measured points of one checkpoint on disk, one per line.
 
   Attributes:
-    judged_by: the different precisions, devices and versions that judged.
+    judged_by: the distinct precisions, devices and versions used.
   """
 
   def __init__(self, path: pathlib.Path) -> None:
-    """Reads what is there; a line that was cut off is dropped."""
+    """Reads the file; drops a truncated last line."""
     self._path = path
     path.parent.mkdir(parents=True, exist_ok=True)
     self._known: dict[tuple[str, str, tuple[float, ...]], dict[str, float]] = {}
     self.judged_by: list[dict[str, Any]] = []
-    self._judge: dict[str, Any] = {}
+    self._environment: dict[str, Any] = {}
     text = path.read_text() if path.exists() else ''
     good = ''
     for one in text.splitlines(keepends=True):
@@ -85,26 +85,27 @@ class Records:
       atomic.write_text(path, good)
 
   def _take(self, line: dict[str, Any]) -> None:
-    """Adds a line: who judges the points behind it, or a point."""
+    """Adds a line: a point, or the environment of the following points."""
     if 'judged_by' in line:
-      self._judge = line['judged_by']
-      if self._judge not in self.judged_by:
-        self.judged_by.append(self._judge)
-    elif line.keys() >= set(METRICS):  # not one of an older version
+      self._environment = line['judged_by']
+      if self._environment not in self.judged_by:
+        self.judged_by.append(self._environment)
+    elif line.keys() >= set(METRICS):  # skips lines of older versions
       self._known[line['series'], line['split'], tuple(line['point'])] = {
           name: line[name] for name in METRICS}
 
   def find(self, series: Series, point: list[float]) -> dict[str, float] | None:
-    """The values at a point, if they were measured."""
+    """The metrics at a point, or None if it was not measured."""
     return self._known.get((series.name, series.split, tuple(point)))
 
   def append(
       self, series: Series, point: list[float], means: dict[str, float]
   ) -> None:
-    """Adds a point, on disk before this returns."""
-    judge = precision.judged_by()
-    lines: list[dict[str, Any]] = [] if judge == self._judge else [
-        {'judged_by': judge}]
+    """Writes a point to disk."""
+    environment = precision.judged_by()
+    lines: list[dict[str, Any]] = []
+    if environment != self._environment:
+      lines.append({'judged_by': environment})
     lines.append({
         'series': series.name, 'split': series.split, 'point': point} | means)
     for line in lines:
@@ -113,25 +114,26 @@ class Records:
       file.write(''.join(json.dumps(line) + '\n' for line in lines))
 
 
-class Teller:
-  """A bar in a terminal, a line a series elsewhere."""
+class Progress:
+  """A progress bar in a terminal, otherwise one line per series."""
 
   def __init__(self, label: str, total: int) -> None:
-    """Starts the clock of `total` points."""
+    """Starts the bar and the clock for `total` points."""
     self._label, self._started = label, time.perf_counter()
     self._bar = tqdm.tqdm(
         total=total, unit='point', desc=label, dynamic_ncols=True,
         disable=not sys.stderr.isatty())
 
-  def heard(self, points: int) -> None:
-    """So many points more are known."""
+  def add(self, points: int) -> None:
+    """Advances the bar."""
     self._bar.update(points)
 
-  def finished(self, series: Series, values: list[dict[str, float]]) -> None:
-    """All points of a series are known."""
-    centre = values[len(values) // 2]['robust_loss']
+  def finish_series(
+      self, series: Series, values: list[dict[str, float]]) -> None:
+    """Shows the robust loss of a series whose points are all measured."""
+    center = values[len(values) // 2]['robust_loss']
     highest = max(value['robust_loss'] for value in values)
-    text = (f'{series.name}, {series.split} images: robust loss {centre:.4f} '
+    text = (f'{series.name}, {series.split} images: robust loss {center:.4f} '
             f'at the model, at most {highest:.4f}')
     self._bar.set_postfix_str(text)
     if self._bar.disable:
@@ -139,5 +141,5 @@ class Teller:
       print(f'{self._label}  {text}, {seconds:.0f} s', flush=True)
 
   def close(self) -> None:
-    """Leaves the bar as it is."""
+    """Closes the bar and leaves it on the screen."""
     self._bar.close()

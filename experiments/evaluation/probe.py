@@ -1,7 +1,7 @@
-"""Small looks at a trained model: attacked images, and the worst direction.
+"""Quick measurements for reports: attacked images, the weight perturbation.
 
-The host drives PGD step by step, so that one gradient is all that compiles: a
-look at a model shall cost seconds, on the CPU too.
+The host runs PGD step by step, so only one gradient function is compiled. The
+probe of a model takes seconds, also on the CPU.
 """
 
 import functools
@@ -23,20 +23,21 @@ from experiments.util import atomic
 #: Test images in the gallery.
 GALLERY = 12
 
-#: Images that a gradient in the weights is taken of, and that are attacked.
+#: Images per batch, attacked or used for the gradient of the weights.
 BATCH = 32
 
-#: Of the weight adversary where the run has none.
+#: Gamma of the weight adversary if the run was trained without one.
 DEFAULT_GAMMA = 0.01
 
 
-class _Seen(NamedTuple):
-  """One pass forward and back.
+class _Pass(NamedTuple):
+  """Results of one forward and backward pass.
 
   Attributes:
     logits: [B, C], with the running statistics.
-    by_image: the gradient of the summed cross-entropy in the images, [B, ...].
-    by_weight: in the parameters, over the valid examples.
+    by_image: gradient of the summed cross-entropy of the valid examples with
+      respect to the images, [B, ...].
+    by_weight: gradient with respect to the parameters.
   """
 
   logits: Array
@@ -45,10 +46,10 @@ class _Seen(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=('model',))
-def _pass(
+def _run_pass(
     model: Any, variables: Any, images: Array, labels: Array, valid: Array
-) -> _Seen:
-  """All that is asked of a network, so that one function compiles."""
+) -> _Pass:
+  """Logits and both gradients in one function, so that one compiles."""
 
   def loss(params: Any, images: Array) -> tuple[Array, Array]:
     logits = precision.logits(model, {**variables, 'params': params}, images)
@@ -57,7 +58,7 @@ def _pass(
 
   (by_weight, by_image), logits = jax.grad(loss, (0, 1), has_aux=True)(
       variables['params'], images)
-  return _Seen(logits, by_image, by_weight)
+  return _Pass(logits, by_image, by_weight)
 
 
 @functools.partial(jax.jit, static_argnames=('threat',))
@@ -70,26 +71,26 @@ def _start(
 def _step(
     x_adv: Array, gradient: Array, images: Array, threat: awp_jax.ThreatModel,
     step_size: float) -> Array:
-  """The step of PGD."""
+  """One step of PGD."""
   step = step_size * threat.linear_maximizer(gradient)
   return threat.project(x_adv + step, images)
 
 
 def pixels(images: np.ndarray) -> Array:
-  """Images of a data set as the attacks take them, float32 in [0, 1]."""
+  """Images of a data set as float32 in [0, 1]."""
   return batches.to_pixels(jnp.asarray(images), jnp.dtype(jnp.float32))
 
 
 class _Network(NamedTuple):
-  """A network and the images that it is shown."""
+  """A network with its variables and the labels of a batch."""
 
   model: Any
   variables: Any
   labels: Array
   valid: Array
 
-  def see(self, images: Array) -> _Seen:
-    return _pass(
+  def run(self, images: Array) -> _Pass:
+    return _run_pass(
         self.model, self.variables, images, self.labels, self.valid)
 
   def attack(
@@ -98,7 +99,7 @@ class _Network(NamedTuple):
     """PGD on the cross-entropy from a random start."""
     x_adv = _start(key, images, threat)
     for _ in range(num_steps):
-      x_adv = _step(x_adv, self.see(x_adv).by_image, images, threat, step_size)
+      x_adv = _step(x_adv, self.run(x_adv).by_image, images, threat, step_size)
     return x_adv
 
 
@@ -106,18 +107,18 @@ def robust_gradient(
     key: Array, model: Any, variables: Any, images: np.ndarray,
     labels: np.ndarray, threat: awp_jax.ThreatModel, *, step_size: float,
     num_steps: int, batch_size: int) -> Any:
-  """The gradient of the mean robust loss in the parameters.
+  """The gradient of the mean robust loss with respect to the parameters.
 
   Args:
-    key: a PRNG key; each batch folds in its number.
-    model: the network, of `judging.network`.
+    key: a PRNG key; each batch folds in its index.
+    model: the network, from `precision.network`.
     variables: its parameters and running statistics, in float32.
-    images: [N, ...] of a data set, N >= 1.
+    images: [N, H, W, C] of a data set, N >= 1.
     labels: [N].
-    threat: the ball and the box.
+    threat: the ball and the box of the attack.
     step_size: of a step of PGD.
     num_steps: of PGD.
-    batch_size: images at a time.
+    batch_size: images per batch.
 
   Returns:
     A pytree like the parameters.
@@ -132,28 +133,27 @@ def robust_gradient(
     x_adv = network.attack(
         jax.random.fold_in(key, number), pixels(images[kept]), threat,
         step_size, num_steps)
-    # NumPy adds: a compiled sum a leaf would take longer than the rest.
-    part = jax.device_get(network.see(x_adv).by_weight)
+    # Summed by NumPy: compiling one sum per leaf would take longer.
+    part = jax.device_get(network.run(x_adv).by_weight)
     total = part if total is None else jax.tree.map(np.add, total, part)
   return jax.tree.map(lambda leaf: leaf / leaf.dtype.type(len(labels)), total)
 
 
-class Look(NamedTuple):
-  """What a report shows of the best checkpoint, beside what was logged.
+class Probe(NamedTuple):
+  """Measurements of the best checkpoint for the report.
 
   Attributes:
     step: of the checkpoint.
-    attack: how the images below were attacked, in words.
+    attack: description of the attack on the images.
     images: test images [G, H, W, C], float32 in [0, 1].
-    adversarial: the same, attacked.
+    adversarial: the adversarial images.
     labels: [G].
-    before: the classes that the model sees in the images, [G]; -1 where its
-      logits are not finite.
-    after: in the adversarial images, [G].
+    before: predicted classes of the images, [G]; -1 for non-finite logits.
+    after: predicted classes of the adversarial images, [G].
     layers: names of the weights, [L].
-    gamma: of the weight adversary that is looked at.
-    ratios: |v_l| / |w_l| of its perturbation, [L].
-    rises: <g_l, v_l>: what each layer adds to the loss to first order, [L].
+    gamma: of the weight adversary.
+    ratios: |v_l| / |w_l| of its perturbation v, [L].
+    rises: <g_l, v_l>, the first-order rise of the loss by layer, [L].
   """
 
   step: int
@@ -169,41 +169,41 @@ class Look(NamedTuple):
   rises: np.ndarray
 
 
-def look(run: run_lib.Run) -> Look:
-  """Looks at a run's best checkpoint, or reads what an earlier look found.
+def measure(run: run_lib.Run) -> Probe:
+  """Probes a run's best checkpoint, or reads the record of an earlier probe.
 
-  The record, `figures/probe.npz`, holds for one checkpoint; everything in it
-  follows from the config and that checkpoint.
+  The record, `figures/probe.npz`, is valid for one checkpoint. It depends only
+  on the config and that checkpoint.
 
   Args:
-    run: of `runs.prepare`.
+    run: from `run.prepare`.
 
   Returns:
-    The look.
+    The measurements.
 
   Raises:
-    ValueError: if there is no best checkpoint, or it cannot be read.
+    ValueError: if there is no best checkpoint or it cannot be read.
   """
   step = checkpoints.Reader(run.workdir, 'best').step()
   path = run.workdir / 'figures' / 'probe.npz'
   if path.exists():
     with np.load(path, allow_pickle=False) as archive:
       if archive['step'] == step:
-        return Look(*(archive[name][()] for name in Look._fields))
+        return Probe(*(archive[name][()] for name in Probe._fields))
   ((_, step, variables),) = restore.load_variables(run, ('best',))
-  found = _look(run, step, variables)
+  found = _measure(run, step, variables)
   path.parent.mkdir(exist_ok=True)
   with atomic.replacing(path) as file:
     np.savez_compressed(file, **found._asdict())
   return found
 
 
-def _look(run: run_lib.Run, step: int, variables: Any) -> Look:
+def _measure(run: run_lib.Run, step: int, variables: Any) -> Probe:
   settings, threat = run.setup.eval_attack, run.setup.threat
   key = jax.random.key(run.config.seed)
   size = min(BATCH, max(len(run.dataset.y_test), GALLERY))
   shown = _first_of_each_class(run.dataset.y_test, GALLERY)
-  rows = np.resize(shown, size)  # repeated, so that one shape compiles
+  rows = np.resize(shown, size)  # repeated, so that one shape is compiled
   images, labels = pixels(run.dataset.x_test[rows]), run.dataset.y_test[rows]
   model = precision.network(run.model)
   network = _Network(
@@ -211,7 +211,7 @@ def _look(run: run_lib.Run, step: int, variables: Any) -> Look:
   x_adv = network.attack(
       key, images, threat, settings.step_size, settings.num_steps)
   before, after = (
-      _classes(np.asarray(network.see(x).logits)) for x in (images, x_adv))
+      _classes(np.asarray(network.run(x).logits)) for x in (images, x_adv))
   part = slice(0, len(shown))
   train = np.linspace(0, len(run.dataset.y_train) - 1, size).astype(int)
   gradient = robust_gradient(
@@ -219,7 +219,7 @@ def _look(run: run_lib.Run, step: int, variables: Any) -> Look:
       run.dataset.y_train[train], threat, step_size=settings.step_size,
       num_steps=settings.num_steps, batch_size=size)
   gamma = run.config.awp.gamma or DEFAULT_GAMMA
-  return Look(
+  return Probe(
       step, f'PGD-{settings.num_steps}, step {settings.step_size:.4g}',
       np.asarray(images)[part], np.asarray(x_adv)[part], labels[part],
       before[part], after[part],
@@ -227,13 +227,13 @@ def _look(run: run_lib.Run, step: int, variables: Any) -> Look:
 
 
 def _classes(logits: np.ndarray) -> np.ndarray:
-  """The classes of logits [N, C]; -1, which is none, if not finite."""
+  """Predicted classes of logits [N, C]; -1 for non-finite logits."""
   finite = np.isfinite(logits).all(axis=-1)
   return np.where(finite, logits.argmax(axis=-1), -1)
 
 
 def _first_of_each_class(labels: np.ndarray, count: int) -> np.ndarray:
-  """The first example of each class, then further ones; at most `count`."""
+  """Indices of the first example of each class, then others, up to `count`."""
   _, first = np.unique(labels, return_index=True)
   others = np.setdiff1d(np.arange(len(labels)), first)
   return np.concatenate([first, others])[:count]

@@ -1,4 +1,4 @@
-"""What `main.py --mode=...` does: train, evaluate, or measure the landscape.
+"""The modes of `main.py`: train, evaluate, or measure the landscape.
 
-Each mode takes an opened run and ends with its report.
+Each mode takes an opened run and writes its results and the report.
 """

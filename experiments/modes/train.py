@@ -1,14 +1,14 @@
-"""The training loop: from a prepared run to a finished workdir.
+"""Trains a prepared run to the end.
 
-It starts from the last checkpoint if there is one, and writes `metrics.jsonl`,
-TensorBoard events, `curves.png`, checkpoints and `summary.json`. The host only
-dispatches compiled steps and looks at the numbers once per `log_every_steps`.
-The state at the end of an epoch is saved before it is evaluated: a run stopped
-meanwhile goes on with the evaluation.
+Training starts from the last checkpoint if there is one. It writes
+`metrics.jsonl`, TensorBoard events, `curves.png`, checkpoints, `summary.json`
+and the report. The host only dispatches compiled steps and fetches metrics once
+per `log_every_steps`. The state at the end of an epoch is saved before it is
+evaluated, so a run stopped during the evaluation repeats only that.
 
-A run that collapses, or whose numbers are no longer finite, is stopped, or goes
-back to the last good state with a smaller gamma (`config.guard`). While a
-network is under suspicion no checkpoint is written, so the last one is good.
+A run that collapses, or whose numbers become non-finite, is stopped, or returns
+to the last good state with a smaller gamma (`config.guard`). No checkpoint is
+written while a collapse is suspected, so the last checkpoint is always good.
 """
 
 import time
@@ -25,42 +25,42 @@ from experiments.util import atomic
 
 __all__ = ['Collapsed', 'Diverged', 'train']
 
-#: Batch statistics over fewer images on a device are worth a notice.
+#: Fewer images per device than this print a notice on batch statistics.
 _FEW_IMAGES = 32
 
 
 def few_images(run: run_lib.Run) -> str:
-  """What to say of batch statistics over few images; '' if nothing is."""
+  """A notice if batch statistics are over few images per device, else ''."""
   part = run.config.batch_size // run.num_devices
   if (run.num_devices == 1 or part >= _FEW_IMAGES
       or run.config.model.sync_batch_norm):
     return ''
   return (
       f'batch statistics are over {part} images on each of {run.num_devices} '
-      'devices, in the attack too; model.sync_batch_norm=True takes all '
-      f'{run.config.batch_size} together')
+      'devices, also in the attack; model.sync_batch_norm=True uses all '
+      f'{run.config.batch_size} images')
 
 
 def train(run: run_lib.Run) -> dict[str, Any] | None:
   """Trains to the end, from the last checkpoint if there is one.
 
   Args:
-    run: of `runs.prepare`.
+    run: from `run.prepare`.
 
   Returns:
-    The contents of `summary.json`, or None if a signal stopped the run, in
-    which case the same call goes on where it stopped.
+    The contents of `summary.json`, or None if a signal stopped the run. The
+    same call then resumes it.
 
   Raises:
-    Diverged: when numbers are no longer finite; the last checkpoint is good.
-    checkpoints.CheckpointError: for a checkpoint that is not of this run.
+    Diverged: if numbers become non-finite; the last checkpoint is good.
+    checkpoints.CheckpointError: for a checkpoint of another run.
     workdirs.WorkdirBusy: if another process trains in the folder.
   """
   with workdirs.locked(run.workdir), signals.StopRequest() as stop:
     loop = Loop(run)
     try:
       if loop.step:
-        loop.progress.say(f'going on from step {loop.step} of {loop.total}')
+        loop.progress.say(f'resuming from step {loop.step} of {loop.total}')
       if notice := few_images(run):
         loop.progress.say(notice)
       finished = _run_steps(loop, stop)
@@ -69,19 +69,19 @@ def train(run: run_lib.Run) -> dict[str, Any] | None:
   if not finished:
     print(
         f'{stop.name}: saved step {loop.last.step()} of {loop.total} in '
-        f'{run.workdir}; the same command goes on from there.', flush=True)
+        f'{run.workdir}; run the same command to resume.', flush=True)
     return None
   summary = metrics.summarize(
       loop.log.lines, run.config.select_on, datasets.describe(run.dataset))
   curves.plot_curves(
       loop.log.lines, run.workdir / 'curves.png', run.workdir.name)
   atomic.write_json(run.workdir / 'summary.json', summary)
-  page.write_or_say_why(run, 'train')
+  page.write_or_warn(run, 'train')
   return summary
 
 
 def _run_steps(loop: Loop, stop: signals.StopRequest) -> bool:
-  """Runs the steps that are left; False if a signal came first."""
+  """Runs the remaining steps; returns False if a signal came first."""
   while loop.is_pending or not loop.is_finished:
     try:
       if loop.is_pending:
@@ -96,7 +96,7 @@ def _run_steps(loop: Loop, stop: signals.StopRequest) -> bool:
 
 
 def _run_step(loop: Loop, stop: signals.StopRequest) -> None:
-  """One step, and what the host does behind it."""
+  """Runs one step, then reports and saves if they are due."""
   config, per_epoch = loop.run.config, loop.run.steps_per_epoch
   position = loop.step % per_epoch
   step_fn = loop.step_fn(position)
@@ -107,8 +107,8 @@ def _run_step(loop: Loop, stop: signals.StopRequest) -> None:
   every = config.checkpoint_every_steps
   is_saved = is_last or stop.name is not None or bool(
       every and loop.step % every == 0)
-  # Nothing is saved unseen: waiting for the step belongs to its time, and
-  # numbers that are not finite must not replace a good checkpoint.
+  # Fetch the metrics before saving: the wait belongs to the step's time, and
+  # non-finite numbers must not replace a good checkpoint.
   means = loop.look() if is_shown or is_saved else {}
   loop.seconds += time.perf_counter() - started
   if is_shown:

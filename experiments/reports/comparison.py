@@ -1,4 +1,4 @@
-"""Finished runs side by side: one table, one page."""
+"""Compares finished runs: one table, one page."""
 
 from collections.abc import Sequence
 import json
@@ -10,8 +10,8 @@ from experiments.reports import page as page_lib
 from experiments.reports import panels, tables
 from experiments.runs import metrics, workdirs
 
-#: Heading -> where the value stands in summary.json. All but the last are
-#: fractions, shown in per cent.
+#: Heading -> path of the value in summary.json. Values are fractions, shown in
+#: percent.
 COLUMNS = {
     'robust best': ('best', 'robust_accuracy'),
     'robust last': ('last', 'robust_accuracy'),
@@ -30,7 +30,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
   path = workdir / 'summary.json'
   if not path.exists():
     raise ValueError(
-        f'{str(workdir)!r} holds no summary.json: it is no folder of a '
+        f'{str(workdir)!r} has no summary.json: it is not the folder of a '
         'finished run.')
   return {
       'name': workdir.name,
@@ -44,7 +44,7 @@ def read_run(workdir: pathlib.Path) -> dict[str, Any]:
 
 def group_by_config(
     runs: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-  """Runs that differ in their seed alone, by the name of the first of them."""
+  """Groups runs that differ only in the seed, named after the first."""
   groups: dict[str, list[dict[str, Any]]] = {}
   keys: dict[str, str] = {}
   for run in runs:
@@ -60,13 +60,13 @@ def group_by_config(
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-  """The mean, and the standard deviation where there are several values."""
+  """The mean, and for several values the standard deviation."""
   spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
   return f'{statistics.mean(values):.2f}{spread}'
 
 
 def rows(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-  """The table's cells, per cent, with a spread where seeds are several."""
+  """The table's cells in percent, with a spread for several seeds."""
   table = [['run', 'seeds', *COLUMNS, 'seconds']]
   for name, runs in groups.items():
     cells = [name, str(len(runs))]
@@ -84,7 +84,7 @@ def rows(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 def differences(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
-  """The config's fields that differ between groups, beside the seed."""
+  """The config fields, other than the seed, that differ between groups."""
   configs = [runs[0]['config'] for runs in groups.values()]
   table = [['field', *groups]]
   for field in dict.fromkeys(name for config in configs for name in config):
@@ -114,13 +114,13 @@ def _facts(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 def write_page(
     groups: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
-  """Writes the page; its figures go into a folder beside it.
+  """Writes the page, and its figures to a folder next to it.
 
   Curves, landscapes and attacks are those of the first run of each group.
 
   Args:
-    groups: of `group_by_config`.
-    path: of the page; the figures lie in `<its stem>_figures/`.
+    groups: from `group_by_config`.
+    path: of the page; the figures go to `<its stem>_figures/`.
   """
   folder = path.with_name(f'{path.stem}_figures')
   first = {name: runs[0] for name, runs in groups.items()}
@@ -130,7 +130,7 @@ def write_page(
   several = any(len(runs) > 1 for runs in groups.values())
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(page_lib.render('comparison.html.j2', {
-      'title': ' against '.join(groups), 'subtitle': 'Comparison of runs',
+      'title': ' vs. '.join(groups), 'subtitle': 'Comparison of runs',
       'summary': rows(groups),
       'seeds_note': ', mean and standard deviation over seeds; the figures '
       'show the first run of each row' if several else '',

@@ -1,4 +1,4 @@
-"""Learning curves of one run or several, and the styles of all figures."""
+"""Learning curves of one or more runs as PNG."""
 
 from collections.abc import Mapping, Sequence
 import pathlib
@@ -11,23 +11,23 @@ from matplotlib import pyplot as plt
 
 from experiments.runs.metrics import evaluated
 
-#: Okabe and Ito's colors, told apart by color-blind readers; the line style
-#: says the same once more for print in grey.
+#: Okabe and Ito's colors, which color-blind readers can distinguish. The line
+#: style is redundant, for grayscale print.
 TRAIN_STYLE = {'color': '#D55E00', 'linestyle': '--'}
 TEST_STYLE = {'color': '#0072B2', 'linestyle': '-'}
 RUN_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
-#: One more than there are colors, so that 42 runs all look different.
+#: One more than there are colors, so that 42 runs look different.
 RUN_MARKERS = ('o', '^', 's', 'v', 'D', 'P', 'X')
 
 
 def plot_curves(
     lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-  """Natural and robust accuracy and loss over the epochs, as a picture.
+  """Plots robust and natural accuracy and robust loss over the epochs.
 
   Args:
     lines: of `metrics.jsonl`.
     path: of the PNG to write.
-    title: what the run is.
+    title: of the figure.
   """
   shown = evaluated(lines)
   epochs = [line['epoch'] for line in shown]
@@ -55,7 +55,7 @@ def plot_curves(
 
 def plot_comparison(
     runs: Mapping[str, Sequence[dict[str, Any]]], path: pathlib.Path) -> None:
-  """Robust and natural accuracy of several runs over the epochs, overlaid.
+  """Plots robust and natural accuracy of several runs over the epochs.
 
   Args:
     runs: lines of `metrics.jsonl` by the run's name.
@@ -78,7 +78,7 @@ def plot_comparison(
     axis.set(xlabel='epoch', ylabel=f'{metric} accuracy', ylim=(0, 1.01))
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
-  if len(runs) > 3:  # they would cover the curves
+  if len(runs) > 3:  # inside, the legend would cover the curves
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False,
         loc='outside right upper')

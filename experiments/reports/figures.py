@@ -1,10 +1,8 @@
-"""Figures of reports: for light and dark pages, for print and for other eyes.
+"""Figures of reports, for light and dark pages, print and color-blind readers.
 
-Each is drawn once and kept three times in a folder: as PNG, as SVG, and its
-numbers as JSON. The SVG goes into a page with its colors replaced by CSS
-variables, so that the page decides between light and dark. Curves differ in
-color (Okabe and Ito's, told apart by color-blind readers), marker and line
-style.
+Each figure is saved as PNG, as SVG, and its numbers as JSON. A page embeds the
+SVG with CSS variables for its colors, so it follows the page's light or dark
+scheme. Curves differ in color (Okabe and Ito's palette), marker and line style.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,8 +25,8 @@ import numpy as np
 
 from experiments.util import atomic
 
-#: Colours of a page: CSS variable -> (on light, on dark). What is drawn on
-#: light stands in the SVG, and is replaced by the variable.
+#: Colors of a page: CSS variable -> (on light, on dark). The SVG contains the
+#: color on light; a page replaces it by the variable.
 COLORS = {
     'ink': ('#23262b', '#dfe2e7'),
     'grid': ('#c9ccd1', '#454a52'),
@@ -53,10 +51,10 @@ _STYLE: Any = {
     'grid.linewidth': 0.6, 'legend.frameon': False,
     'axes.axisbelow': True, 'lines.markersize': 4.5}
 
-#: Inches; 72 of the page's points each, so a panel fits a telephone.
+#: In inches of 72 CSS pixels, so that a panel fits a phone.
 _SIZE = (4.3, 3.2)
 
-#: Curves whose largest value is that many times the smallest go on a log axis.
+#: The axis is logarithmic if the largest value exceeds this times the smallest.
 _LOG_FROM = 60
 
 
@@ -66,9 +64,9 @@ class Curve(NamedTuple):
   Attributes:
     label: for the legend.
     x: [P].
-    y: [P]; None stands for a value that is not finite.
-    color: number of its color and marker.
-    dash: number of its line style.
+    y: [P]; None for non-finite values.
+    color: index of its color and marker.
+    dash: index of its line style.
     spread: half the height of a band around it, [P], or None.
   """
 
@@ -86,8 +84,8 @@ class Drawn(NamedTuple):
   Attributes:
     name: of its files.
     title: its heading.
-    caption: what it shows.
-    svg: its markup.
+    caption: its caption.
+    svg: its SVG element.
   """
 
   name: str
@@ -116,15 +114,15 @@ def _panel(size: tuple[float, float] = _SIZE) -> Iterator[Any]:
 
 
 def inline(svg: str, name: str, title: str) -> str:
-  """SVG for a page: its colors by variables, its size left to the page.
+  """Prepares an SVG for a page: CSS variables for colors, no fixed size.
 
   Args:
-    svg: a file's text.
-    name: of the figure: keeps its identifiers apart from those of others.
-    title: what it is, for those who do not see it.
+    svg: the text of an SVG file.
+    name: of the figure; prefixes its ids, so that they are unique in a page.
+    title: the accessible label.
 
   Returns:
-    The element.
+    The SVG element.
   """
   svg = svg[svg.index('<svg'):]
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg, flags=re.S)
@@ -143,7 +141,7 @@ def _save(
     numbers: Any) -> Drawn:
   folder.mkdir(parents=True, exist_ok=True)
   figure, buffer = axis.figure, io.StringIO()
-  # Canvases of their own: `savefig` would lay out and draw five times.
+  # Uses canvases directly: `savefig` would lay out and draw five times.
   for patch in (figure.patch, *(each.patch for each in figure.axes)):
     patch.set_alpha(0)
   FigureCanvasSVG(figure).print_svg(buffer, metadata={'Date': None})
@@ -166,12 +164,12 @@ def _needs_log(curves: Sequence[Curve]) -> bool:
       and values.max() > _LOG_FROM * values.min())
 
 
-#: Inches that a line of the legend takes.
+#: Height of a line of the legend in inches.
 _LINE = 0.21
 
 
 def name_curves(figure: Any) -> None:
-  """Names the curves above a panel: two columns, or one, or smaller letters."""
+  """Adds a legend above a panel: two columns, else one, else a smaller font."""
   for columns in (2, 1):
     legend = figure.legend(
         loc='outside upper left', ncols=columns, handlelength=3.2,
@@ -180,7 +178,7 @@ def name_curves(figure: Any) -> None:
       break
     if columns == 2:
       legend.remove()
-      # The longer list must not eat the panel.
+      # Keeps the height of the panel.
       rows = len(legend.get_texts()) // 2
       figure.set_figheight(figure.get_figheight() + _LINE * rows)
   while legend.get_window_extent().width > figure.bbox.width:
@@ -193,19 +191,20 @@ def lines(
     caption: str, xlabel: str, ylabel: str,
     ylim: tuple[float, float] | None = None, zero: bool = False,
     legend: bool = True) -> Drawn:
-  """Curves over one axis.
+  """Draws curves.
 
   Args:
-    folder: for its files.
+    folder: of its files.
     name: of its files.
-    curves: what to draw.
+    curves: the curves.
     title: its heading.
-    caption: what it shows.
-    xlabel: of the axis.
-    ylabel: of the axis; logarithmic where the values ask for it.
-    ylim: the ends of that axis, or None.
-    zero: whether y = 0 is marked.
-    legend: whether the curves are named.
+    caption: its caption.
+    xlabel: label of the x axis.
+    ylabel: label of the y axis, which is logarithmic if the values span a wide
+      range and `ylim` is None.
+    ylim: limits of the y axis, or None.
+    zero: whether to mark y = 0.
+    legend: whether to add a legend.
 
   Returns:
     The figure.
@@ -245,17 +244,17 @@ def dots(
     groups: dict[str, Sequence[tuple[float, float, float] | None]], *,
     title: str, caption: str, xlabel: str,
     xlim: tuple[float | None, float | None] = (None, None)) -> Drawn:
-  """A value a row, with an interval, for one or several groups.
+  """Draws one value per row, with an interval, for one or more groups.
 
   Args:
-    folder: for its files.
+    folder: of its files.
     name: of its files.
     labels: of the rows, from top to bottom.
-    groups: name -> a (value, low, high) for each row, or None for none.
+    groups: name -> (value, low, high) or None for each row.
     title: its heading.
-    caption: what it shows.
-    xlabel: of the axis.
-    xlim: the ends of that axis.
+    caption: its caption.
+    xlabel: label of the x axis.
+    xlim: limits of the x axis.
 
   Returns:
     The figure.
@@ -265,10 +264,10 @@ def dots(
     for number, (group, values) in enumerate(groups.items()):
       shift = (number - (len(groups) - 1) / 2) * 0.6 / max(len(groups), 2)
       rows = [(row, v) for row, v in enumerate(values) if v is not None]
-      centre = np.array([v[0] for _, v in rows])
+      center = np.array([v[0] for _, v in rows])
       ends = np.array([[v[0] - v[1], v[2] - v[0]] for _, v in rows])
       axis.errorbar(
-          centre, [row + shift for row, _ in rows],
+          center, [row + shift for row, _ in rows],
           xerr=np.maximum(ends.T, 0) if ends.any() else None, linestyle='none',
           marker=MARKERS[number % 6], color=color(number), label=group,
           markerfacecolor=color(number) if number == 0 else 'none',
@@ -288,17 +287,16 @@ def contour(
     folder: pathlib.Path, name: str, side: Sequence[float],
     values: Sequence[Sequence[float | None]], *, title: str,
     caption: str, scale: Sequence[Sequence[float | None]] = ()) -> Drawn:
-  """A loss over the plane of two directions.
+  """Draws a loss over the plane of two directions.
 
   Args:
-    folder: for its files.
+    folder: of its files.
     name: of its files.
     side: coordinates along both directions, [P].
-    values: [P][P], a row for each coordinate of the first direction.
+    values: [P, P], one row per coordinate along the first direction.
     title: its heading.
-    caption: what it shows.
-    scale: further rows that the colors have to reach, so that several planes
-      share theirs.
+    caption: its caption.
+    scale: rows of other planes, which then share the color scale.
 
   Returns:
     The figure.

@@ -1,4 +1,4 @@
-"""Test images, what an attack adds to them, and what the model sees."""
+"""A gallery of test images, their perturbations and predicted classes."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ import awp_jax
 from experiments.evaluation import probe
 from experiments.util import atomic
 
-#: Class names, where there are some and numbers do not say it.
+#: Class names by data set; others show class numbers.
 CLASS_NAMES = {
     'cifar10': (
         'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog',
@@ -22,16 +22,16 @@ _TILE, _MARGIN, _TEXT = 96, 6, 28  # pixels of the PNG
 
 
 class Card(NamedTuple):
-  """One image of a gallery; pictures are data URIs.
+  """One image of the gallery; pictures are data URIs.
 
   Attributes:
     image: the test image.
-    perturbation: what the attack added, magnified; grey is nothing.
-    adversarial: their sum.
-    label: the class.
-    before: what the model sees in the image.
-    after: what it sees in the adversarial one.
-    verdict: 'stands', 'broken', or 'wrong from the start'.
+    perturbation: the perturbation, magnified; gray is zero.
+    adversarial: the adversarial image.
+    label: the true class.
+    before: the predicted class of the image.
+    after: the predicted class of the adversarial image.
+    verdict: 'robust', 'broken' or 'misclassified' (without the attack).
   """
 
   image: str
@@ -62,18 +62,20 @@ def _uri(image: np.ndarray) -> str:
 
 
 def magnified(
-    look: probe.Look, threat: awp_jax.ThreatModel) -> tuple[np.ndarray, float]:
-  """Perturbations around grey, and by how much they are magnified.
+    probed: probe.Probe, threat: awp_jax.ThreatModel
+) -> tuple[np.ndarray, float]:
+  """Perturbations magnified around gray, and the factor.
 
   Args:
-    look: at a model.
-    threat: what the attack was allowed.
+    probed: measurements of a model.
+    threat: the threat model of the attack.
 
   Returns:
-    Images in [0, 1], where 0.5 is no change, and the factor: with it the
-    largest change allowed (L_inf) or found (other norms) is black or white.
+    Images in [0, 1], where 0.5 is no change, and the factor. It makes the
+    largest allowed change (L_inf) or the largest found change (other norms)
+    black or white.
   """
-  change = look.adversarial - look.images
+  change = probed.adversarial - probed.images
   largest = float(np.abs(change).max())
   reach = threat.epsilon if threat.norm == 'Linf' else largest
   factor = 0.5 / reach if reach else 1.0
@@ -82,23 +84,23 @@ def magnified(
 
 def _verdict(label: int, before: int, after: int) -> str:
   if before != label:
-    return 'wrong from the start'
-  return 'stands' if after == label else 'broken'
+    return 'misclassified'
+  return 'robust' if after == label else 'broken'
 
 
 def draw(
-    folder: pathlib.Path, look: probe.Look, threat: awp_jax.ThreatModel,
+    folder: pathlib.Path, probed: probe.Probe, threat: awp_jax.ThreatModel,
     dataset: str) -> tuple[list[Card], float]:
-  """Makes the gallery, and keeps it as `gallery.png` and `gallery.json`.
+  """Makes the gallery and saves it as `gallery.png` and `gallery.json`.
 
   Args:
     folder: for the files.
-    look: at a model.
-    threat: what the attack was allowed.
-    dataset: its name, for the names of the classes.
+    probed: measurements of a model.
+    threat: the threat model of the attack.
+    dataset: name of the data set, for its class names.
 
   Returns:
-    The cards, and the magnification.
+    The cards and the magnification.
   """
   names = CLASS_NAMES.get(dataset, ())
 
@@ -107,23 +109,23 @@ def draw(
       return 'none'
     return names[number] if number < len(names) else str(number)
 
-  shown, factor = magnified(look, threat)
-  rows = [_bytes(part) for part in (look.images, shown, look.adversarial)]
+  shown, factor = magnified(probed, threat)
+  rows = [_bytes(part) for part in (probed.images, shown, probed.adversarial)]
   cards = []
   for index, classes in enumerate(
-      zip(look.labels, look.before, look.after, strict=True)):
+      zip(probed.labels, probed.before, probed.after, strict=True)):
     label, before, after = (int(number) for number in classes)
     image, perturbation, adversarial = (_uri(row[index]) for row in rows)
     cards.append(Card(
         image, perturbation, adversarial, name(label), name(before),
         name(after), _verdict(label, before, after)))
-  _save(folder, rows, cards, factor, look)
+  _save(folder, rows, cards, factor, probed)
   return cards, factor
 
 
 def _save(
     folder: pathlib.Path, rows: list[np.ndarray], cards: list[Card],
-    factor: float, look: probe.Look) -> None:
+    factor: float, probed: probe.Probe) -> None:
   step = _TILE + _MARGIN
   sheet = Image.new(
       'RGB', (_MARGIN + step * len(cards), _MARGIN + 3 * step + _TEXT), 'white')
@@ -139,7 +141,7 @@ def _save(
         fill='black')
   sheet.save(folder / 'gallery.png')
   values: dict[str, Any] = {
-      'attack': look.attack, 'checkpoint_step': int(look.step),
+      'attack': probed.attack, 'checkpoint_step': int(probed.step),
       'magnification': factor, 'images': [
           {'label': card.label, 'before': card.before, 'after': card.after,
            'verdict': card.verdict} for card in cards]}

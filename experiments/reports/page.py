@@ -1,10 +1,9 @@
-"""The report of a run: one page that opens offline, with every figure inside.
+"""The report of a run: one self-contained page that opens offline.
 
-`write` makes `report.html` from what lies in the workdir: the config, the
-metrics, the summary, and the evaluation and the landscape where there are any.
-It looks at the best checkpoint for a gallery of attacked test images and for
-the weight adversary's work by layer; that look is kept, so that making the page
-again takes a moment.
+`write` makes `report.html` from the files in the workdir: the config, the
+metrics, the summary, and the evaluation and the landscape if they exist. It
+probes the best checkpoint for a gallery of adversarial images and for the
+weight perturbation by layer. The probe is saved, so the next report is fast.
 """
 
 import json
@@ -26,16 +25,16 @@ TEMPLATES = pathlib.Path(__file__).resolve().parent / 'templates'
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The values of a JSON file; {} where there is none."""
+  """The values of a JSON file; {} if it does not exist."""
   return json.loads(path.read_text()) if path.exists() else {}
 
 
 def render(template: str, context: dict[str, Any]) -> str:
-  """A page from its template.
+  """Renders a page from its template.
 
   Args:
     template: name of a file in `templates/`.
-    context: the values in it; one that is missing is an error.
+    context: the values of its variables; a missing one is an error.
 
   Returns:
     HTML.
@@ -51,8 +50,8 @@ def write(run: run_lib.Run, mode: str = '') -> pathlib.Path:
   """Writes `report.html` and its figures.
 
   Args:
-    run: of `runs.prepare` or `runs.reopen`.
-    mode: what has just been done, whose command is this process's: 'train',
+    run: from `run.prepare` or `run.reopen`.
+    mode: the mode of this process, whose command the report lists: 'train',
       'evaluate', 'landscape', or '' for none.
 
   Returns:
@@ -63,14 +62,14 @@ def write(run: run_lib.Run, mode: str = '') -> pathlib.Path:
   return path
 
 
-def write_or_say_why(run: run_lib.Run, mode: str = '') -> None:
-  """`write`, but a report that fails costs one line, never the run."""
+def write_or_warn(run: run_lib.Run, mode: str = '') -> None:
+  """Like `write`, but prints one line if it fails."""
   try:
     write(run, mode)
   except Exception as error:
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())
     print(
-        f'report.html could not be written ({reason}); nothing else is lost.',
+        f'report.html could not be written ({reason}); all results are saved.',
         flush=True)
 
 
@@ -81,10 +80,10 @@ def _context(run: run_lib.Run, mode: str) -> dict[str, Any]:
       read_json(run.workdir / f'{part}.json')
       for part in ('summary', 'evaluation', 'landscape'))
   has_best = checkpoints.Reader(run.workdir, 'best').step() is not None
-  look = probe.look(run) if has_best else None
+  probed = probe.measure(run) if has_best else None
   cards, magnification = (
-      gallery.draw(folder, look, run.setup.threat, run.dataset.name)
-      if look else ([], 1.0))
+      gallery.draw(folder, probed, run.setup.threat, run.dataset.name)
+      if probed else ([], 1.0))
   config = run.config
   return {
       'title': name, 'method': method(config),
@@ -101,13 +100,14 @@ def _context(run: run_lib.Run, mode: str) -> dict[str, Any]:
       'attacks_note': _attacks_note(evaluation),
       'attacks_table': tables.attacks({name: evaluation}),
       'warnings': tables.warnings(evaluation),
-      'broken': tables.who_broke_what(evaluation),
+      'broken': tables.broken_images(evaluation),
       'landscape': panels.landscapes(folder, {name: landscape})
       if landscape else [],
       'landscape_note': landscape_note({name: landscape}),
       'landscape_table': tables.flatness({name: landscape}),
-      'layers': panels.layers(folder, look, config.awp.gamma) if look else [],
-      'cards': cards, 'cards_note': _cards_note(look, magnification),
+      'layers': panels.layers(folder, probed, config.awp.gamma)
+      if probed else [],
+      'cards': cards, 'cards_note': _cards_note(probed, magnification),
       'commands': _commands(run.workdir, mode),
       'facts': tables.facts(run, summary),
       'config': [['field', 'value'], *(
@@ -116,7 +116,7 @@ def _context(run: run_lib.Run, mode: str) -> dict[str, Any]:
 
 
 def method(config: Any) -> str:
-  """What the run is called in papers, like 'TRADES-AWP'."""
+  """The name of the method in papers, such as 'TRADES-AWP'."""
   return config.objective + ('-AWP' if config.awp.gamma else '')
 
 
@@ -126,11 +126,10 @@ def _training_note(run: run_lib.Run) -> str:
   every = evaluation.every_epochs
   when = 'every epoch' if every == 1 else f'every {every} epochs'
   return (
-      f'Robust numbers are under PGD-{evaluation.num_steps} with steps of '
-      f'{evaluation.step_size:.4g}, on {train} training and '
-      f'{len(run.dataset.y_test)} test images, after {when}. '
-      f'The best epoch was chosen by robust accuracy on the {config.select_on} '
-      'images.')
+      f'Robust accuracy and loss are under PGD-{evaluation.num_steps} with '
+      f'step size {evaluation.step_size:.4g}, on {train} training and '
+      f'{len(run.dataset.y_test)} test images, after {when}. The best epoch '
+      f'has the highest robust accuracy on the {config.select_on} images.')
 
 
 def _attacks_note(evaluation: dict[str, Any]) -> str:
@@ -138,36 +137,37 @@ def _attacks_note(evaluation: dict[str, Any]) -> str:
     return ''
   return (
       f'On {evaluation["num_examples"]} test images. Each evaluation starts '
-      'from all images; within a version of AutoAttack each attack sees what '
-      f'those before left standing. {tables.judges(evaluation)}')
+      'from all images. Within AutoAttack, each attack sees the images that '
+      f'survived the earlier attacks. {tables.environments(evaluation)}')
 
 
 LANDSCAPE_NOTE = (
-    'Robust loss g(alpha) at the weights w + alpha d, with adversarial '
-    'examples made afresh at every point. The mean rise is the mean of '
-    'g(alpha) - g(0) over the range: the smaller, the flatter. It compares '
-    'runs of one setting only.')
+    'Robust loss g(alpha) at the weights w + alpha d, with new adversarial '
+    'examples at every point. The mean rise is the mean of g(alpha) - g(0) '
+    'over the range; smaller is flatter. It is comparable only between runs '
+    'with the same setting.')
 
 
 def landscape_note(records: dict[str, dict[str, Any]]) -> str:
-  """What the landscapes of one run or of several show, and who judged."""
-  judges = dict.fromkeys(
-      filter(None, map(tables.judges, records.values())))
-  return ' '.join([LANDSCAPE_NOTE, *judges])
+  """Explains the landscapes of one or more runs; states how they were made."""
+  environments = dict.fromkeys(
+      filter(None, map(tables.environments, records.values())))
+  return ' '.join([LANDSCAPE_NOTE, *environments])
 
 
-def _cards_note(look: probe.Look | None, magnification: float) -> str:
-  if look is None:
+def _cards_note(probed: probe.Probe | None, magnification: float) -> str:
+  if probed is None:
     return ''
   return (
-      'The first test image of each class, then further ones, under the best '
-      f'checkpoint (step {look.step}): the image, the perturbation '
-      f'({look.attack}) magnified {magnification:.3g} times around grey, and '
-      'their sum; below, what the model sees before and after.')
+      'The first test image of each class, then others, with the best '
+      f'checkpoint (step {probed.step}): the image, its perturbation '
+      f'({probed.attack}) magnified {magnification:.3g} times around gray, and '
+      'the adversarial image. Below: the predicted class before and after the '
+      'attack.')
 
 
 def _commands(workdir: pathlib.Path, mode: str) -> list[str]:
-  """The commands that made the run, of which this process's is the latest."""
+  """The latest command of each mode, including that of this process."""
   path = workdir / 'figures' / 'commands.json'
   commands = read_json(path)
   if mode and pathlib.Path(sys.argv[0]).name == 'main.py':

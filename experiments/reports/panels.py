@@ -1,7 +1,7 @@
-"""The figures of reports, from the records of one run or of several.
+"""The figures of reports, from the records of one or more runs.
 
-Where one run is shown, colors tell training from test images; where several
-are, colors and markers tell the runs, and line styles the images.
+For one run, colors distinguish training and test images. For several, colors
+and markers distinguish the runs, and line styles the images.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from experiments.reports import figures
 from experiments.reports.figures import Curve, Drawn
 from experiments.runs import metrics
 
-#: Colour and dash of a split where there is one run.
+#: Color and dash of a split if there is one run.
 _SPLITS = {'test': (0, 0), 'train': (1, 1)}
 
 _NAMES = {'test': 'test', 'train': 'training'}
@@ -51,19 +51,18 @@ def _gaps(records: dict[str, Lines]) -> list[Curve]:
 
 
 def training(folder: pathlib.Path, records: dict[str, Lines]) -> list[Drawn]:
-  """Accuracy, loss, the gap and the learning rate over the epochs.
+  """Draws accuracy, loss, the gap and the learning rate over the epochs.
 
   Args:
-    folder: for the files.
-    records: lines of `metrics.jsonl` by the run's name, evaluated at least
-      once.
+    folder: of the files.
+    records: run name -> lines of `metrics.jsonl` with at least one evaluation.
 
   Returns:
     The figures.
   """
   drawn = []
   for kind, how in (
-      ('robust', 'under the attack of evaluation'),
+      ('robust', 'under the evaluation attack'),
       ('natural', 'without an attack')):
     for metric, limits in (('accuracy', (0.0, 1.02)), ('loss', None)):
       drawn.append(figures.lines(
@@ -73,17 +72,17 @@ def training(folder: pathlib.Path, records: dict[str, Lines]) -> list[Drawn]:
           caption=f'{metric.capitalize()} {how}, on training and test images.',
           xlabel='epoch', ylabel=f'{kind} {metric}', ylim=limits))
   drawn.append(figures.lines(
-      folder, 'gap', _gaps(records), title='Generalisation gap',
-      caption='Accuracy on training images less that on test images. Robust '
-      'overfitting is where the robust one widens.', xlabel='epoch',
-      ylabel='train less test accuracy', zero=True))
+      folder, 'gap', _gaps(records), title='Generalization gap',
+      caption='Accuracy on training images minus accuracy on test images. A '
+      'growing robust gap is robust overfitting.', xlabel='epoch',
+      ylabel='train minus test accuracy', zero=True))
   rates = [
       Curve(name, [line['epoch'] for line in lines],
             [line['learning_rate'] for line in lines], number, number)
       for number, (name, lines) in enumerate(records.items())]
   drawn.append(figures.lines(
       folder, 'learning_rate', rates, title='Learning rate',
-      caption='Of the last step of each epoch.', xlabel='epoch',
+      caption='At the last step of each epoch.', xlabel='epoch',
       ylabel='learning rate', legend=len(rates) > 1))
   return drawn
 
@@ -109,11 +108,11 @@ def _landscape_caption(
   attack, settings = values['attack'], values['settings']
   number = settings['num_directions']
   moved = {
-      'random': f'along {number} random filter-normalised direction'
+      'random': f'along {number} random filter-normalized direction'
       f'{"s" if number > 1 else ""}'
       f'{" (mean and standard deviation)" if number > 1 else ""}',
-      'adversarial': 'along the worst direction to first order, every layer in '
-      "proportion to its weights' norm: alpha is the gamma of AWP",
+      'adversarial': 'along the first-order worst direction, each layer scaled '
+      'to the norm of its weights, so alpha corresponds to the gamma of AWP',
   }[direction]
   return (
       f'{values["images"][split]} {_NAMES[split]} images, {moved}; new '
@@ -123,11 +122,11 @@ def _landscape_caption(
 
 def landscapes(
     folder: pathlib.Path, records: dict[str, dict[str, Any]]) -> list[Drawn]:
-  """The loss around the weights of one run or of several.
+  """Draws the loss around the weights of one or more runs.
 
   Args:
-    folder: for the files.
-    records: contents of `landscape.json` by the run's name.
+    folder: of the files.
+    records: run name -> contents of `landscape.json`.
 
   Returns:
     The figures.
@@ -173,17 +172,17 @@ def _plane(
       plane['alphas'], plane['train']['robust_loss'], scale=others,
       title=f'Robust loss over a plane ({which})',
       caption='Over the first two random directions, on '
-      f'{records[name]["images"]["train"]} training images. The cross is the '
-      'model.')
+      f'{records[name]["images"]["train"]} training images. The cross marks '
+      'the model.')
 
 
 def attacks(
     folder: pathlib.Path, records: dict[str, dict[str, Any]]) -> Drawn:
-  """Accuracies with intervals of what was evaluated.
+  """Draws the accuracies of all evaluations with their intervals.
 
   Args:
-    folder: for the files.
-    records: contents of `evaluation.json` by the run's name.
+    folder: of the files.
+    records: run name -> contents of `evaluation.json`.
 
   Returns:
     The figure.
@@ -203,42 +202,44 @@ def attacks(
       folder, 'attacks', labels,
       {group: [rows.get(label) for label in labels]
        for group, rows in groups.items()},
-      title='Accuracy by attack', xlabel='accuracy in per cent',
-      xlim=(0, 100), caption='With 95 % Wilson intervals of the sampling of '
-      'test images; they say nothing of the spread between seeds.')
+      title='Accuracy by attack', xlabel='accuracy in percent',
+      xlim=(0, 100), caption='With 95 % Wilson intervals over the sampling of '
+      'test images. They do not cover the spread between seeds.')
 
 
-def layers(folder: pathlib.Path, look: probe.Look, gamma: float) -> list[Drawn]:
-  """The weight adversary's perturbation, layer by layer.
+def layers(
+    folder: pathlib.Path, probed: probe.Probe, gamma: float) -> list[Drawn]:
+  """Draws size and effect of the weight perturbation by layer.
 
   Args:
-    folder: for the files.
-    look: at the best checkpoint.
-    gamma: of the run.
+    folder: of the files.
+    probed: measurements of the best checkpoint.
+    gamma: of the run; 0 if it was trained without a weight adversary.
 
   Returns:
     The figures.
   """
   how = (
-      f'One step of the weight adversary (gamma {look.gamma:g}) at the best '
-      f'checkpoint, on {probe.BATCH} training images at most, computed for '
+      f'One step of the weight adversary (gamma {probed.gamma:g}) at the best '
+      f'checkpoint, on at most {probe.BATCH} training images, computed for '
       'this report with running statistics.')
   if not gamma:
-    how += ' The run itself was trained without it (gamma 0).'
-  names = [str(name) for name in look.layers]
-  total = float(look.rises.sum()) or 1.0
-  ratios = [(float(value),) * 3 for value in look.ratios]
-  shares = [(100 * float(value) / total,) * 3 for value in look.rises]
+    how += ' The run was trained without it (gamma 0).'
+  names = [str(name) for name in probed.layers]
+  total = float(probed.rises.sum()) or 1.0
+  ratios = [(float(value),) * 3 for value in probed.ratios]
+  shares = [(100 * float(value) / total,) * 3 for value in probed.rises]
   return [
       figures.dots(
           folder, 'perturbation', names, {'|v| / |w|': ratios},
           title='Size of the perturbation by layer', xlabel='|v| / |w|',
-          xlim=(0, 1.25 * look.gamma), caption=f'{how} By construction the '
-          'ratio is gamma in every layer with a gradient; biases and '
-          'normalisation layers are not perturbed.'),
+          xlim=(0, 1.25 * probed.gamma), caption=f'{how} By construction the '
+          'ratio is gamma in every layer with a nonzero gradient; biases and '
+          'normalization layers are not perturbed.'),
       figures.dots(
           folder, 'perturbation_effect', names, {'share': shares},
-          title='What the perturbation of each layer costs',
-          xlabel='share of the rise in loss, per cent', xlim=(0, None),
-          caption=f'{how} To first order the loss rises by '
-          f'{float(look.rises.sum()):.3g}; shown is the share of each layer.')]
+          title='Effect of the perturbation by layer',
+          xlabel='share of the rise in loss, percent', xlim=(0, None),
+          caption=f'{how} To first order, the loss rises by '
+          f'{float(probed.rises.sum()):.3g}; the figure shows the share of '
+          'each layer.')]

@@ -1,4 +1,4 @@
-"""The tables of reports: rows of cells, the first row the head."""
+"""The tables of reports: rows of cells; the first row is the header."""
 
 import json
 from typing import Any
@@ -8,49 +8,49 @@ from experiments.util import environment
 
 Rows = list[list[str]]
 
-#: The packages that compute what is judged.
-_JUDGING = ('awp_jax', 'jax', 'jaxlib')
+#: Packages whose versions affect the measured numbers.
+_PACKAGES = ('awp_jax', 'jax', 'jaxlib')
 
 
-def _per_cent(value: float) -> str:
+def _percent(value: float) -> str:
   return f'{100 * value:.2f}\N{NO-BREAK SPACE}%'
 
 
 def tiles(
     summary: dict[str, Any], evaluation: dict[str, Any]
 ) -> list[tuple[str, str, str]]:
-  """A run's key numbers: label, value, note."""
+  """A run's key numbers as (label, value, note)."""
   found = []
   if summary:
     best, last = summary['best'], summary['last']
     found += [
-        ('robust, best', _per_cent(best['robust_accuracy']),
+        ('robust, best', _percent(best['robust_accuracy']),
          f'epoch {best["epoch"]}, natural '
-         f'{_per_cent(best["natural_accuracy"])}'),
-        ('robust, last', _per_cent(last['robust_accuracy']),
+         f'{_percent(best["natural_accuracy"])}'),
+        ('robust, last', _percent(last['robust_accuracy']),
          f'epoch {last["epoch"]}, mean of last six '
-         f'{_per_cent(last["mean_of_last_6"])}'),
-        ('natural, last', _per_cent(last['natural_accuracy']), 'test images'),
+         f'{_percent(last["mean_of_last_6"])}'),
+        ('natural, last', _percent(last['natural_accuracy']), 'test images'),
         ('robust gap, last',
          f'{100 * summary["robust_generalisation_gap"]:.2f}',
-         'points, training less test')]
+         'points, training minus test')]
     if share := max(best.get('nonfinite', 0), last.get('nonfinite', 0)):
       found.append((
-          'not finite', _per_cent(share), 'of the test images have logits or '
-          'gradients that are not finite: robust accuracy is too high'))
+          'non-finite', _percent(share), 'of the test images have '
+          'non-finite logits or gradients, so robust accuracy is too high'))
   for kind, entry in evaluation.get('subjects', {}).items():
-    weakest = min(
+    lowest = min(
         entry['evaluations'].items(),
         key=lambda item: item[1]['robust']['accuracy'])
-    low, high = weakest[1]['robust']['interval_95']
+    low, high = lowest[1]['robust']['interval_95']
     found.append((
-        f'{weakest[0]}, {kind}', _per_cent(weakest[1]['robust']['accuracy']),
-        f'the strongest attack here; {100 * low:.1f} to {100 * high:.1f} %'))
+        f'{lowest[0]}, {kind}', _percent(lowest[1]['robust']['accuracy']),
+        f'lowest of all attacks; {100 * low:.1f} to {100 * high:.1f} %'))
   return found
 
 
 def attacks(records: dict[str, dict[str, Any]]) -> Rows:
-  """Accuracies with intervals, a row for each evaluation and checkpoint."""
+  """Accuracies with intervals, one row per checkpoint and evaluation."""
   rows = [['model', 'evaluation', 'accuracy', '95 % interval', 'seconds']]
   for name, values in records.items():
     for kind, entry in values.get('subjects', {}).items():
@@ -61,35 +61,35 @@ def attacks(records: dict[str, dict[str, Any]]) -> Rows:
       for label, result, seconds in lines:
         low, high = (100 * bound for bound in result['interval_95'])
         rows.append([
-            which, label, _per_cent(result['accuracy']),
+            which, label, _percent(result['accuracy']),
             f'{low:.2f} to {high:.2f}',
             '' if seconds is None else f'{seconds:.0f}'])
   return rows
 
 
-def judges(values: dict[str, Any]) -> str:
-  """Who judged what an evaluation or a landscape shows, in a sentence.
+def environments(values: dict[str, Any]) -> str:
+  """Precision, devices and versions of an evaluation or a landscape.
 
   Args:
     values: the contents of `evaluation.json` or `landscape.json`.
 
   Returns:
-    Precision, devices and versions; each combination of them once.
+    One sentence for each distinct combination.
   """
   found = {}
   for entry in values.get('subjects', {}).values():
     for part in (entry, *entry.get('evaluations', {}).values()):
-      for judge in part.get('judged_by', ()):
-        found[json.dumps(judge, sort_keys=True)] = judge
+      for one in part.get('judged_by', ()):
+        found[json.dumps(one, sort_keys=True)] = one
   return ' '.join(
-      f'Judged in {judge["precision"]} (matrix products in '
-      f'{judge["matmul_precision"]}) on {_counted(judge["devices"])}, with '
-      + ', '.join(f'{k} {judge["versions"][k]}' for k in _JUDGING) + '.'
-      for judge in found.values())
+      f'Evaluated in {one["precision"]} (matrix products in '
+      f'{one["matmul_precision"]}) on {_counted(one["devices"])}, with '
+      + ', '.join(f'{k} {one["versions"][k]}' for k in _PACKAGES) + '.'
+      for one in found.values())
 
 
 def warnings(evaluation: dict[str, Any]) -> list[str]:
-  """Reasons to doubt an evaluation, in words."""
+  """Warnings of an evaluation, one line each."""
   return [
       f'{kind}, {label}: {warning["message"]}'
       for kind, entry in evaluation.get('subjects', {}).items()
@@ -97,8 +97,15 @@ def warnings(evaluation: dict[str, Any]) -> list[str]:
       for warning in values['warnings']]
 
 
-def who_broke_what(evaluation: dict[str, Any]) -> list[tuple[str, Rows]]:
-  """A heading and a table each: inside lists of attacks, and between them."""
+def broken_images(evaluation: dict[str, Any]) -> list[tuple[str, Rows]]:
+  """Which attack broke how many images, within and between evaluations.
+
+  Args:
+    evaluation: the contents of `evaluation.json`.
+
+  Returns:
+    Headings and tables.
+  """
   tables = []
   for kind, entry in evaluation.get('subjects', {}).items():
     broken = {
@@ -106,25 +113,25 @@ def who_broke_what(evaluation: dict[str, Any]) -> list[tuple[str, Rows]]:
         for label, values in entry['evaluations'].items()}
     for label, values in entry['evaluations'].items():
       if len(values['attacks']) > 1:
-        rows = [['attack', 'broke', 'stand after it', 'seconds']]
+        rows = [['attack', 'broken', 'robust after', 'seconds']]
         rows += [
             [a['name'], str(len(a['broken'])),
-             _per_cent(a['robust_accuracy_after']), f'{a["seconds"]:.0f}']
+             _percent(a['robust_accuracy_after']), f'{a["seconds"]:.0f}']
             for a in values['attacks']]
-        tables.append((f'Who broke what in {label} ({kind})', rows))
+        tables.append((f'Images broken by {label} ({kind})', rows))
     if len(broken) > 1:
-      rows = [['broken by', *(f'not by {other}' for other in broken), 'in all']]
+      rows = [['broken by', *(f'not by {other}' for other in broken), 'total']]
       rows += [
           [label, *('' if other == label else str(len(mine - theirs))
                     for other, theirs in broken.items()), str(len(mine))]
           for label, mine in broken.items()]
-      tables.append((f'Images that one breaks and another does not ({kind})',
-                     rows))
+      tables.append((
+          f'Images broken by one evaluation, not by another ({kind})', rows))
   return tables
 
 
 def flatness(records: dict[str, dict[str, Any]]) -> Rows:
-  """Robust loss at the model and its mean rise around it."""
+  """Robust loss at the weights and its mean rise around them."""
   rows = [['model', 'images', 'robust loss', 'mean rise, random',
            'mean rise, adversarial']]
   for name, values in records.items():
@@ -141,7 +148,7 @@ def flatness(records: dict[str, dict[str, Any]]) -> Rows:
 
 
 def _number(value: float | None) -> str:
-  return 'not finite' if value is None else f'{value:.4f}'
+  return 'non-finite' if value is None else f'{value:.4f}'
 
 
 def _rise(values: dict[str, Any]) -> str:
@@ -151,7 +158,7 @@ def _rise(values: dict[str, Any]) -> str:
 
 
 def facts(run: run_lib.Run, summary: dict[str, Any]) -> Rows:
-  """Data, devices and versions of a run."""
+  """Data, devices, times and versions of a run."""
   dataset = run.dataset
   rows = [
       ['', ''],
@@ -167,7 +174,7 @@ def facts(run: run_lib.Run, summary: dict[str, Any]) -> Rows:
         ['versions', ', '.join(
             f'{k} {v}' for k, v in summary['versions'].items())]]
   else:
-    rows.append(['versions of this page', ', '.join(
+    rows.append(['versions (of this report)', ', '.join(
         f'{k} {v}' for k, v in environment.versions().items())])
   return rows
 

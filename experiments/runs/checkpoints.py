@@ -1,8 +1,8 @@
-"""The last and the best state of a run on disk: whole or not at all.
+"""Checkpoints of the last and the best state of a run, written atomically.
 
-The trainer saves and cleans up through `Checkpoints`. Everyone else reads
-through `Reader`, which changes nothing in the folder, so that a run can be
-evaluated while it trains.
+The trainer saves and cleans up through `Checkpoints`. All other code reads
+through `Reader`, which changes nothing in the folder, so a run can be evaluated
+while it trains.
 """
 
 from collections.abc import Callable
@@ -19,20 +19,20 @@ from experiments.util.errors import UserError
 #: Sub-folders of a workdir's `checkpoints/`.
 KINDS = ('best', 'last')
 
-#: A step without it was never complete, or is half removed.
+#: A step without this file is incomplete or partly removed.
 _COMPLETE = '_CHECKPOINT_METADATA'
 
 
 class CheckpointError(UserError):
-  """There is no checkpoint, or none that this run can go on from."""
+  """There is no checkpoint that this run can resume from."""
 
 
 class Checkpoints:
   """The newest checkpoint of one kind in a workdir, for its trainer.
 
-  Opening it removes what a killed trainer left behind. A newer checkpoint
-  replaces the older one only once it is complete, so that a process killed at
-  any moment leaves one to start from.
+  Opening it removes the incomplete checkpoints of a killed trainer. A new
+  checkpoint replaces the old one only once it is complete, so a process killed
+  at any moment leaves a valid one.
   """
 
   def __init__(self, workdir: pathlib.Path, kind: str) -> None:
@@ -46,24 +46,24 @@ class Checkpoints:
             ocp.training.preservation_policies.LatestN(n=1)))
 
   def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
-    """Writes a pytree of arrays and JSON-like notes, and waits until it stands.
+    """Writes a pytree of arrays and JSON-like notes, and waits for the disk.
 
     Args:
-      step: the number of steps behind this state.
+      step: number of completed steps.
       tree: any pytree of arrays.
-      notes: plain values that go with it.
+      notes: plain values stored with it.
     """
     latest = self._checkpointer.latest
     if latest is not None and latest.step == step:
       return
     try:
       self._checkpointer.save(step, tree, custom_metadata=notes)
-    except (OSError, ValueError) as error:  # what a full disk comes as
+    except (OSError, ValueError) as error:  # raised for a full disk
       self._failed = True
       raise CheckpointError(
           f'the checkpoint of step {step} could not be written to '
-          f'{self.folder}: {error}. When that is mended, the same command goes '
-          'on from the last complete one.') from error
+          f'{self.folder}: {error}. Once this is fixed, the same command '
+          'resumes from the last complete checkpoint.') from error
 
   def step(self) -> int | None:
     """The step of the checkpoint on disk, or None."""
@@ -74,13 +74,13 @@ class Checkpoints:
     """Reads the checkpoint.
 
     Args:
-      like: a pytree with the structure, shapes and dtypes to expect.
+      like: a pytree with the expected structure, shapes and dtypes.
 
     Returns:
-      The pytree, with host arrays placed as in `like`, and the notes.
+      The pytree, with arrays placed as in `like`, and the notes.
 
     Raises:
-      CheckpointError: if there is none, or it holds another model's arrays.
+      CheckpointError: if there is none, or its arrays are of another model.
     """
     latest = self._checkpointer.latest
     if latest is None:
@@ -91,18 +91,18 @@ class Checkpoints:
     return tree, dict(metadata.custom_metadata or {})
 
   def close(self) -> None:
-    """Lets go of the folder."""
-    if not self._failed:  # else it would raise the failure again
+    """Closes the checkpointer."""
+    if not self._failed:  # otherwise it would raise the failure again
       self._checkpointer.close()
 
 
 class Stored(NamedTuple):
-  """A checkpoint as it was read.
+  """A checkpoint that was read.
 
   Attributes:
-    step: the number of steps behind it.
+    step: number of completed steps.
     tree: nested dicts and lists of NumPy arrays.
-    notes: the plain values that were saved with it.
+    notes: the plain values stored with it.
   """
 
   step: int
@@ -111,13 +111,13 @@ class Stored(NamedTuple):
 
 
 class Reader:
-  """The newest complete checkpoint of one kind, while a trainer may save.
+  """Reads the newest complete checkpoint of one kind.
 
-  Nothing is written, removed or locked.
+  A trainer may save at the same time. Nothing is written, removed or locked.
   """
 
   def __init__(self, workdir: pathlib.Path, kind: str) -> None:
-    """Looks into `workdir/checkpoints/<kind>`, which need not exist."""
+    """Sets the folder `workdir/checkpoints/<kind>`, which need not exist."""
     self.folder = (workdir / 'checkpoints' / kind).resolve()
 
   def step(self) -> int | None:
@@ -127,11 +127,11 @@ class Reader:
         if step.name.isdecimal() and (step / _COMPLETE).exists()), default=None)
 
   def notes(self) -> dict[str, Any]:
-    """What was saved with the newest checkpoint; {} if there is none."""
+    """The notes of the newest checkpoint; {} if there is none."""
     return {} if self.step() is None else self._newest(_notes)
 
   def read(self) -> Stored:
-    """Reads the newest complete checkpoint, of whatever network.
+    """Reads the newest complete checkpoint, of any network.
 
     Raises:
       CheckpointError: if there is none, or it cannot be read.
@@ -139,10 +139,10 @@ class Reader:
     return self._newest(_read)
 
   def _newest(self, read: Callable[[pathlib.Path], Any]) -> Any:
-    """`read` of a checkpoint that is still the newest afterwards.
+    """Calls `read` until the checkpoint is still the newest afterwards.
 
-    The trainer removes one as soon as a newer one is complete: what was read
-    meanwhile may be half of it.
+    The trainer removes a checkpoint as soon as a newer one is complete, so a
+    concurrent read may be partial.
     """
     step = self.step()
     while step is not None:
@@ -166,7 +166,7 @@ def _notes(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _read(path: pathlib.Path) -> Stored:
-  # NumPy arrays: the devices that wrote them need not be here.
+  # As NumPy arrays: the devices that wrote them may not exist here.
   like = jax.tree.map(
       lambda leaf: np.empty(leaf.shape, leaf.dtype),
       ocp.metadata(path).metadata, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
@@ -174,14 +174,14 @@ def _read(path: pathlib.Path) -> Stored:
 
 
 def read_variables(workdir: pathlib.Path, kind: str) -> Stored:
-  """The weights that are judged: the moving average's, if there is one.
+  """Reads the weights to evaluate: the moving average, if there is one.
 
   Args:
-    workdir: of a run, which may be training.
+    workdir: folder of a run, which may be training.
     kind: 'best' or 'last'.
 
   Returns:
-    The checkpoint, whose tree is reduced to 'params' and 'batch_stats'.
+    The checkpoint, with its tree reduced to 'params' and 'batch_stats'.
 
   Raises:
     CheckpointError: if there is none, or it cannot be read.
@@ -205,7 +205,7 @@ def check_same(like: Any, stored: Any, folder: pathlib.Path) -> None:
 
 
 def _remove_parts(folder: pathlib.Path) -> None:
-  """Removes what a process killed while deleting an old checkpoint left."""
+  """Removes checkpoints that a killed process had not fully deleted."""
   for step in folder.glob('[0-9]*'):
     if step.name.isdecimal() and not (step / _COMPLETE).exists():
       shutil.rmtree(step)

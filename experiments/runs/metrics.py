@@ -1,38 +1,31 @@
 """The metrics of a run: `metrics.jsonl`, TensorBoard events, the summary."""
 
-from collections.abc import Iterable, Mapping, Sequence
-import importlib.metadata
+from collections.abc import Iterable, Sequence
 import json
 import numbers
 import os
 import pathlib
-import platform
 from typing import Any
-
-import jax
 
 import tensorboardX
 
-import awp_jax
 from experiments.util import atomic, environment
 
-
-#: Fields of a metrics line that two identical runs need not share.
+#: Fields of a metrics line that may differ between identical runs.
 TIMING_FIELDS = (
     'seconds_training', 'seconds_evaluating', 'images_per_second')
 
 
 class MetricsLog:
-  """`metrics.jsonl`, a line an epoch, and the same values for TensorBoard."""
+  """Writes one line per epoch to `metrics.jsonl`, and to TensorBoard."""
 
   def __init__(self, workdir: pathlib.Path, completed_epochs: int) -> None:
-    """Opens the log; lines behind `completed_epochs` are taken back.
+    """Opens the log and removes lines after `completed_epochs`.
 
     Args:
       workdir: the run's folder.
-      completed_epochs: how many epochs the state that the run goes on from has
-        behind it. A process killed between a line and its checkpoint leaves a
-        line too many.
+      completed_epochs: number of completed epochs of the restored state. A
+        process killed between a line and its checkpoint leaves an extra line.
     """
     self._path = workdir / 'metrics.jsonl'
     self.lines = [
@@ -47,7 +40,7 @@ class MetricsLog:
         self._path, ''.join(json.dumps(x) + '\n' for x in self.lines))
 
   def append(self, line: dict[str, Any]) -> None:
-    """Adds the line of an epoch, on disk before this returns."""
+    """Adds the line of an epoch; on disk before this returns."""
     self.lines.append(line)
     with self._path.open('a') as file:
       file.write(json.dumps(line) + '\n')
@@ -66,7 +59,7 @@ class MetricsLog:
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
   """The lines of `metrics.jsonl`; none if there is no such file.
 
-  A last line that a killed process left half-written is dropped.
+  A partial last line, left by a killed process, is dropped.
   """
   path = workdir / 'metrics.jsonl'
   if not path.exists():
@@ -81,7 +74,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def evaluated(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-  """The lines of those epochs that were evaluated."""
+  """The lines of the evaluated epochs."""
   return [line for line in lines if 'test_robust_accuracy' in line]
 
 
@@ -89,8 +82,8 @@ def best_line(
     lines: Sequence[dict[str, Any]], select_on: str) -> dict[str, Any] | None:
   """The first line with the highest robust accuracy on `select_on`.
 
-  Not one of an epoch that ended with the network under suspicion of collapse,
-  unless there is no other; then it is the last.
+  Epochs that ended with a suspected collapse are excluded. If there are no
+  others, returns the last evaluated line.
   """
   shown = evaluated(lines)
   candidates = [line for line in shown if not line.get('suspicious')]
@@ -104,9 +97,9 @@ def accuracies(
   """`best`, `last` and `robust_generalisation_gap`, as in `summarize`.
 
   Args:
-    lines: of `metrics.jsonl`, one of which at least was evaluated. The run need
-      not be finished: `last` is the last evaluation so far.
-    select_on: 'test' or 'validation', by which `best` was chosen.
+    lines: lines of `metrics.jsonl`, at least one of them evaluated. The run may
+      be unfinished: `last` is the last evaluation so far.
+    select_on: the split that selects `best`, 'test' or 'validation'.
 
   Returns:
     Fractions in [0, 1].
@@ -131,9 +124,9 @@ def accuracies(
 
 def stops_early(
     lines: Sequence[dict[str, Any]], select_on: str, patience: int) -> bool:
-  """Whether `patience` epochs have gone by since the best; never for 0.
+  """Whether `patience` epochs have passed since the best; False for 0.
 
-  An epoch that was not evaluated is no end of a run.
+  A run never stops at an epoch that was not evaluated.
   """
   best = best_line(lines, select_on)
   return bool(
@@ -147,14 +140,14 @@ def summarize(
   """The contents of `summary.json`; accuracies are fractions in [0, 1].
 
   Args:
-    lines: of `metrics.jsonl`; the last was evaluated.
-    select_on: 'test' or 'validation', by which `best` was chosen.
-    dataset: what `data.describe` returns.
+    lines: lines of `metrics.jsonl`; the last one was evaluated.
+    select_on: the split that selects `best`, 'test' or 'validation'.
+    dataset: from `datasets.describe`.
 
   Returns:
     `best` and `last`, `robust_generalisation_gap` (robust accuracy on training
-    images less that on test images, at the last epoch), speed, data, how the
-    accuracies were judged, devices and versions.
+    images minus that on test images, at the last epoch), speed, data, the
+    precision of the evaluation, devices and versions.
   """
   training = sum(line['seconds_training'] for line in lines)
   evaluating = sum(line['seconds_evaluating'] for line in lines)

@@ -1,9 +1,9 @@
-"""How a trained network is judged: in float32, and the record that says so.
+"""Evaluates trained networks in float32, and records the precision.
 
 Robust accuracy depends on rounding. In bfloat16 the largest logits of many
-images tie, and 'float32' matrix products mean TensorFloat-32 on recent GPUs and
-bfloat16 passes on TPUs unless JAX is told otherwise. Whatever a network was
-trained in, every number about it is computed by `logits`: float32 throughout.
+images tie. By default JAX computes 'float32' matrix products in TensorFloat-32
+on recent GPUs and by bfloat16 passes on TPUs. Every evaluation therefore uses
+`logits`, which is float32 throughout, whatever the training precision.
 """
 
 from collections.abc import Mapping
@@ -15,21 +15,20 @@ import jax.numpy as jnp
 
 from awp_jax.types import Array
 from experiments.util import environment
-from experiments.runs import metrics
 
-#: What networks are judged in, for `jax.default_matmul_precision` too.
+#: Precision of evaluations, also for `jax.default_matmul_precision`.
 PRECISION = 'float32'
 
 
 def network(model: nn.Module) -> nn.Module:
-  """The network with float32 in place of the type that it was trained in.
+  """The network with float32 computations and parameters.
 
   Args:
-    model: a network whose fields `dtype` and `param_dtype`, where it has them,
-      set the types of its computations and parameters.
+    model: a network whose fields `dtype` and `param_dtype`, if present, set the
+      types of its computations and parameters.
 
   Returns:
-    An equal network but for these fields; equal networks give equal ones.
+    A copy that differs in these fields only; equal networks have equal copies.
   """
   fields: dict[str, Any] = {
       name: jnp.float32 for name in ('dtype', 'param_dtype')
@@ -38,21 +37,21 @@ def network(model: nn.Module) -> nn.Module:
 
 
 def variables(stored: Mapping[str, Any]) -> dict[str, Any]:
-  """The variables of a checkpoint in float32; integers stay as they are."""
+  """The variables of a checkpoint in float32; integers are unchanged."""
   return jax.tree.map(
       lambda leaf: leaf.astype(jnp.float32)
       if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, dict(stored))
 
 
 def logits(model: nn.Module, variables: Any, images: Array) -> Array:
-  """Logits by running statistics, with float32 matrix products.
+  """Logits with running statistics and float32 matrix products.
 
-  The precision is set inside, where the network is traced: threads and compiled
-  functions of the caller do not inherit the setting of a thread around them.
+  The precision is set here, where the network is traced. The setting is local
+  to a thread, so other threads would not inherit it from the caller.
 
   Args:
-    model: of `network`.
-    variables: of `variables`.
+    model: from `network`.
+    variables: from `variables`.
     images: [B, ...], in [0, 1].
 
   Returns:
@@ -64,6 +63,6 @@ def logits(model: nn.Module, variables: Any, images: Array) -> Array:
 
 
 def judged_by() -> dict[str, Any]:
-  """Precision, devices and versions of this process, for a record."""
+  """Precision, devices and versions of this process, for records."""
   return {'precision': PRECISION, 'matmul_precision': PRECISION,
           'devices': environment.devices(), 'versions': environment.versions()}

@@ -1,4 +1,4 @@
-"""The models of a run that are judged: its checkpoints, or a PyTorch file."""
+"""Restores the models of a run for evaluation, or a PyTorch file."""
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from awp_jax.models import torch_exchange
-from experiments.runs import checkpoints, precision, run as run_lib
+from experiments.runs import checkpoints, precision
+from experiments.runs import run as run_lib
 from experiments.util import digests
 from experiments.util.errors import UserError, user_errors
 
@@ -20,8 +21,8 @@ class RestoredModel(NamedTuple):
 
   Attributes:
     name: 'best', 'last', or 'torch-' and the stem of a PyTorch file.
-    origin: which checkpoint it is, as plain values.
-    facts: what its logits depend on, as plain values.
+    origin: identifies the checkpoint, as plain values.
+    facts: everything that its logits depend on, as plain values.
     logits_fn: images [B, ...] -> logits [B, C].
   """
 
@@ -34,21 +35,21 @@ class RestoredModel(NamedTuple):
 def restore_models(
     run: run_lib.Run, kinds: Sequence[str] = checkpoints.KINDS
 ) -> Iterator[RestoredModel]:
-  """The models to evaluate, each loaded when its turn comes.
+  """Loads the models to evaluate, one at a time.
 
   Args:
-    run: of `runs.reopen`.
-    kinds: of its checkpoints; the config may name a PyTorch file instead.
+    run: from `run.reopen`.
+    kinds: kinds of its checkpoints; ignored if the config names a PyTorch file.
 
   Yields:
     The models.
 
   Raises:
-    UserError: if a checkpoint is not there, or cannot be read.
+    UserError: if a checkpoint is missing or unreadable.
   """
   settings = run.config.evaluation
   if settings.torch_checkpoint:
-    yield _torch_subject(run, pathlib.Path(settings.torch_checkpoint))
+    yield _torch_model(run, pathlib.Path(settings.torch_checkpoint))
     return
   network = precision.network(run.model)
   for kind, step, variables in load_variables(run, kinds):
@@ -61,13 +62,17 @@ def restore_models(
 def load_variables(
     run: run_lib.Run, kinds: Sequence[str] = checkpoints.KINDS
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
-  """The kind, the step and the judged variables of a run's checkpoints.
+  """Loads the variables to evaluate from a run's checkpoints.
+
+  Args:
+    run: from `run.reopen`.
+    kinds: kinds of its checkpoints.
 
   Yields:
-    Those of each kind, in float32; the moving average's, if there is one.
+    Kind, step and variables in float32; of the moving average, if there is one.
 
   Raises:
-    UserError: if a checkpoint is not there, or cannot be read.
+    UserError: if a checkpoint is missing or unreadable.
   """
   image = jax.ShapeDtypeStruct(
       (1, *run.dataset.x_train.shape[1:]), jnp.float32)
@@ -81,7 +86,7 @@ def load_variables(
 
 
 def network_facts(run: run_lib.Run) -> dict[str, Any]:
-  """What a network computes from its weights, as plain values."""
+  """What a network's logits depend on besides its weights, as plain values."""
   model = {
       name: value for name, value in run.config.model.items()
       if name not in ('dtype', 'param_dtype')}
@@ -90,7 +95,7 @@ def network_facts(run: run_lib.Run) -> dict[str, Any]:
 
 
 @user_errors()
-def _torch_subject(run: run_lib.Run, path: pathlib.Path) -> RestoredModel:
+def _torch_model(run: run_lib.Run, path: pathlib.Path) -> RestoredModel:
   state_dict = torch_exchange.read_state_dict(path)
   mean, std = torch_exchange.normalization(state_dict) or (
       tuple(run.dataset.mean), tuple(run.dataset.std))

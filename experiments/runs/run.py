@@ -1,4 +1,4 @@
-"""A run: its config, folder, data and network, checked before it starts."""
+"""A run: its config, folder, data and network, checked before training."""
 
 import functools
 import pathlib
@@ -13,10 +13,9 @@ import ml_collections
 import numpy as np
 
 import awp_jax
-from experiments.config import optimizers
+from experiments.config import build, optimizers
 from experiments.data import batches, datasets, extra_images
 from experiments.runs import checkpoints, warm_start, workdirs
-from experiments.config import build
 from experiments.util.errors import UserError
 
 
@@ -30,8 +29,8 @@ class Run(NamedTuple):
     dataset: images and labels, without the validation images.
     validation: images and labels held out from training; empty if none are.
     model: the network.
-    num_devices: over which each batch is spread.
-    extra: images and labels that are mixed into batches; None without.
+    num_devices: number of devices that each batch is sharded over.
+    extra: extra images and labels mixed into the batches, or None.
   """
 
   config: ml_collections.ConfigDict
@@ -52,9 +51,10 @@ class Run(NamedTuple):
   def batch_sizes(self) -> list[int]:
     """The size of each batch of an epoch.
 
-    The last is what is left over, less what the devices do not divide: fewer
-    than `num_devices` images, others in every epoch. With extra images all are
-    full: an epoch is as many images as there are labelled ones.
+    The last batch has the remaining images, rounded down to a multiple of
+    `num_devices`; the images dropped differ in every epoch. With extra images
+    all batches are full, and an epoch has as many batches as the data set
+    alone would fill.
     """
     if self.extra is not None:
       return [self.config.batch_size] * -(
@@ -64,8 +64,14 @@ class Run(NamedTuple):
     return [self.config.batch_size] * full + ([rest] if rest else [])
 
   @property
+  def warmup_steps(self) -> int:
+    """Number of steps before the weight perturbation starts."""
+    awp = self.config.awp
+    return awp.warmup_steps or awp.warmup_epochs * self.steps_per_epoch
+
+  @property
   def order(self) -> dict[str, int]:
-    """What the run's order of images depends on beside the config."""
+    """What determines the order of images, besides the config."""
     facts = {
         'steps_per_epoch': self.steps_per_epoch,
         'last_batch': self.batch_sizes[-1],
@@ -87,14 +93,14 @@ def prepare(
   """Checks the config, the folder and the data.
 
   Args:
-    config: with the fields of `experiments/configs/base.py`.
-    workdir: the run's folder; made if it is not there.
+    config: a config with the fields of `experiments/configs/base.py`.
+    workdir: the run's folder; created if absent.
 
   Returns:
     The run.
 
   Raises:
-    UserError: for what cannot work, with the value and what is allowed.
+    UserError: for an invalid value, with the allowed ones.
   """
   built = build.build(config)
   num_devices = jax.device_count()
@@ -123,20 +129,20 @@ def prepare(
 
 def reopen(
     config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Run:
-  """The run in a folder, to be read while it may still be training.
+  """Opens a run for reading; it may still be training.
 
-  Nothing in the folder is made, changed, removed or locked, and nothing that
-  only training needs is asked for.
+  Nothing in the folder is created, changed, removed or locked. Files that only
+  training needs are not required.
 
   Args:
-    config: of `workdirs.reader_config`.
+    config: from `workdirs.reader_config`.
     workdir: the run's folder.
 
   Returns:
     The run.
 
   Raises:
-    UserError: for what cannot work, or if the training images are not those
+    UserError: for an invalid value, or if the training images differ from those
       that the run was trained on.
   """
   built = build.build(config)
@@ -157,7 +163,7 @@ def reopen(
 def _load_data(
     config: ml_collections.ConfigDict
 ) -> tuple[datasets.Dataset, tuple[np.ndarray, np.ndarray]]:
-  """The data set without its validation images, and these."""
+  """The data set without the validation images, and the validation images."""
   dataset = datasets.load(
       config.dataset, data_dir=config.data_dir or None,
       npz_path=config.npz_path or None, num_train=config.num_train or None,
@@ -176,11 +182,11 @@ def _check_fraction(config: ml_collections.ConfigDict) -> None:
   if rows.all() or not rows.any():
     raise UserError(
         f'extra.fraction={config.extra.fraction!r} of a batch of '
-        f'{config.batch_size} leaves no image of the other kind.')
+        f'{config.batch_size} leaves no images of the other kind.')
 
 
 def keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The PRNG keys of a run by their purpose, from its seed alone."""
+  """The PRNG keys of a run by purpose, derived from its seed."""
   names = ('init', 'order', 'augment', 'step', 'eval')
   return dict(zip(
       names, jax.random.split(jax.random.key(config.seed), len(names)),
@@ -195,7 +201,7 @@ def initial_state(run: Run) -> awp_jax.TrainState:
   params, batch_stats = variables['params'], variables.get('batch_stats', {})
   average = None
   if run.config.ema_decay:
-    # Copies: a step consumes the buffers of the state that it is given.
+    # Copies, because a step donates the buffers of its state.
     average = awp_jax.Average(
         *jax.tree.map(jnp.copy, (params, batch_stats)))
   return awp_jax.TrainState.create(
@@ -206,10 +212,16 @@ def initial_state(run: Run) -> awp_jax.TrainState:
 
 
 def first_state(run: Run) -> tuple[awp_jax.TrainState, str]:
-  """`initial_state`, or what `init_from` names, and what to say about it.
+  """The state before the first step, with the weights of `init_from`, if any.
+
+  Args:
+    run: the run.
+
+  Returns:
+    The state, and a message on the source of the weights; '' if random.
 
   Raises:
-    UserError: if that is another network.
+    UserError: if `init_from` holds another network.
   """
   source = run.config.init_from
   if not source:
@@ -221,9 +233,9 @@ def first_state(run: Run) -> tuple[awp_jax.TrainState, str]:
   if average is not None:
     average = awp_jax.Average(*jax.tree.map(
         jnp.copy, (found['params'], found['batch_stats'])))
-  said = f'the weights start from {source}'
+  message = f'weights are initialized from {source}'
   if kept:
-    said += f'; the classifier ({", ".join(kept)}) starts at random'
+    message += f'; the classifier ({", ".join(kept)}) is initialized randomly'
   return state.replace(
       params=found['params'], batch_stats=found['batch_stats'],
-      average=average), said
+      average=average), message

@@ -1,8 +1,8 @@
-"""Where weights start, other than at random: `config.init_from`.
+"""Initializes weights from a checkpoint: `config.init_from`.
 
-A PyTorch file of one of our networks, or the folder of a run, whose best
-checkpoint is taken (its moving average, where it has one). A classifier of
-another number of classes is left behind: the new one starts at random.
+The source is a PyTorch file of one of our networks, or the folder of a run, of
+which the best checkpoint is used (its moving average, if it has one). A
+classifier with another number of classes is initialized randomly instead.
 """
 
 import pathlib
@@ -15,37 +15,37 @@ from awp_jax.models import torch_exchange
 from experiments.runs import checkpoints
 from experiments.util.errors import user_errors
 
-#: The modules whose shape depends on the number of classes.
+#: Modules whose shape depends on the number of classes.
 CLASSIFIERS = ('fc', 'linear')
 
 
 @user_errors()
 def check(path: str) -> None:
-  """Raises ValueError unless there is something to start from."""
+  """Raises ValueError unless `path` is a file or the workdir of a run."""
   place = pathlib.Path(path).expanduser()
   if place.is_dir():
     if not (place / 'checkpoints' / 'best').is_dir():
       raise ValueError(
-          f'init_from={path!r} is a folder without checkpoints/best: it is no '
-          'workdir of a run.')
+          f'init_from={path!r} is a folder without checkpoints/best: it is not '
+          'the workdir of a run.')
   elif not place.is_file():
     raise ValueError(
-        f'init_from={path!r}: there is no such file or folder.')
+        f'init_from={path!r}: no such file or folder.')
 
 
 @user_errors()
 def read(path: str) -> dict[str, Any]:
-  """The 'params' and 'batch_stats' of a PyTorch file or of a workdir.
+  """Reads 'params' and 'batch_stats' from a PyTorch file or a workdir.
 
   Raises:
-    ValueError: if it cannot be read, or is of no network that we know.
+    ValueError: if it is unreadable, or of an unsupported network.
   """
   check(path)
   place = pathlib.Path(path).expanduser()
   if place.is_dir():
     return checkpoints.read_variables(place, 'best').tree
   state_dict = torch_exchange.read_state_dict(place)
-  # What normalises pixels is the run's own business, not the file's.
+  # The run's config sets the normalization of pixels, not the file.
   model = torch_exchange.model_from_torch(
       state_dict, mean=(0.0,), std=(1.0,))
   return dict(torch_exchange.from_torch(state_dict, model))
@@ -60,16 +60,15 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 @user_errors()
 def graft(variables: Any, found: Any, source: str) -> tuple[Any, list[str]]:
-  """`found` in the place of `variables`, but for a classifier that differs.
+  """Replaces `variables` by `found`, except a classifier of another shape.
 
   Args:
-    variables: what the network starts from at random, a pytree.
-    found: another network's, with the same names.
-    source: where it is from, for errors.
+    variables: randomly initialized variables, a pytree.
+    found: variables of another network, with the same names.
+    source: where they were read from, for errors.
 
   Returns:
-    The pytree, in the types of `variables`, and the paths that were left as
-    they are.
+    The pytree, with the dtypes of `variables`, and the paths not replaced.
 
   Raises:
     ValueError: if the networks differ in more than the classifier.

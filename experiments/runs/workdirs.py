@@ -1,4 +1,4 @@
-"""A run's folder: made, recognised, or refused."""
+"""Opens, claims and locks the folder of a run, and reads its config."""
 
 from collections.abc import Iterator
 import contextlib
@@ -12,23 +12,25 @@ from typing import Any
 import ml_collections
 
 from experiments.config import build
-from experiments.util import atomic
 from experiments.configs import base
+from experiments.util import atomic
 from experiments.util.errors import UserError
 
-#: Fields that may differ when a run is taken up again: they change where data
-#: lies and how often something is said or saved, never a number.
+#: Fields of older versions -> their present names.
+RENAMED = {'model.normalise': 'model.normalize'}
+
+#: Fields that may differ when a run is resumed. They set where data is and how
+#: often to log or save, and change no result.
 FREE_FIELDS = ('data_dir', 'log_every_steps', 'checkpoint_every_steps')
 
-#: The same for whole groups: what they are about comes after the run.
+#: Groups of fields that may differ: they apply after training.
 FREE_GROUPS = ('evaluation.', 'landscape.')
 
-#: Fields that may differ when a run is read: where its images lie now. That
-#: they are the same images is checked.
+#: Fields that may differ when a run is read. The images may have moved; a
+#: checksum verifies that they are the same.
 READER_FIELDS = (*FREE_FIELDS, 'npz_path')
 
-
-#: What a trainer locks. A hidden file: it says nothing to a reader.
+#: The file that a trainer locks.
 LOCK = '.lock'
 
 
@@ -37,24 +39,24 @@ class WorkdirBusy(UserError):
 
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The fields as JSON gives them back."""
+  """The fields after a round trip through JSON."""
   return json.loads(json.dumps(build.flatten(config)))
 
 
 def open_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
 ) -> pathlib.Path:
-  """Makes the folder, or takes up the one of the same config.
+  """Creates the folder, or opens the one of a run with the same config.
 
   Args:
     workdir: the folder.
-    config: of the run.
+    config: the config of the run.
 
   Returns:
-    The folder. `claim` makes it this config's.
+    The folder. `claim` then writes the config to it.
 
   Raises:
-    UserError: if it cannot be written to, or holds another config's run.
+    UserError: if it is not writable, or holds a run with another config.
   """
   folder = pathlib.Path(workdir).expanduser()
   try:
@@ -80,14 +82,14 @@ def open_workdir(
 
 
 def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-  """Writes `config.json`, or checks the one that is there.
+  """Writes `config.json`, or checks the existing one.
 
-  Not before all else is known to work: a mistyped `npz_path` shall not keep the
-  corrected one out.
+  Called last, after all other checks: a config with a mistyped `npz_path` must
+  not block the corrected one.
 
   Args:
-    folder: of `open_workdir`.
-    config: of the run.
+    folder: from `open_workdir`.
+    config: the config of the run.
 
   Raises:
     UserError: if another process has just claimed the folder for another
@@ -100,13 +102,13 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def stored_fields(workdir: pathlib.Path) -> dict[str, Any]:
-  """The fields of a run's config, absent ones with their defaults.
+  """The fields of a run's config, with defaults for absent ones.
 
   Args:
     workdir: a folder that holds a run, of this version or an older one.
 
   Returns:
-    Values by dotted names, as JSON gives them back.
+    JSON values by dotted name.
 
   Raises:
     UserError: if there is no run in the folder.
@@ -117,26 +119,28 @@ def stored_fields(workdir: pathlib.Path) -> dict[str, Any]:
         f'{str(workdir)!r} holds no config.json of a run: train there first.')
   try:
     stored = dict(json.loads(path.read_text()))
-    # The seed chose the images as well before they had one of their own.
-    own = {'data_seed': stored['seed']} if 'seed' in stored else {}
-    return with_defaults(own | stored)
+    # Before `data_seed` existed, `seed` also selected the images.
+    implied = {'data_seed': stored['seed']} if 'seed' in stored else {}
+    return with_defaults(implied | stored)
   except (OSError, ValueError, TypeError) as error:
     raise UserError(f'{path} is not the config of a run: {error}.') from None
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
-  """Adds the defaults of fields that an older version did not have.
+  """Brings the config of an older version up to date.
 
   Args:
-    stored: the fields of a run's config by their dotted names.
+    stored: the fields of a run's config by dotted name.
 
   Returns:
-    The same with the fields of `configs/base.py` that it lacks.
+    The fields with those in `RENAMED` under their present names, and with the
+    defaults of `configs/base.py` for absent ones.
 
   Raises:
-    UserError: if it has no field of a config at all.
+    UserError: if it has no field of a config.
   """
   defaults = _plain(base.get_config())
+  stored = {RENAMED.get(name, name): value for name, value in stored.items()}
   if not stored.keys() & defaults.keys():
     raise UserError('it has no field of a config')
   return defaults | stored
@@ -149,8 +153,8 @@ def stored_config(
 
   Args:
     workdir: a folder that holds a run, of this version or an older one. Fields
-      of training that no longer exist are left out.
-    like: gives the fields that may differ, if they are not to be the run's own.
+      that no longer exist are dropped.
+    like: supplies the fields that may differ; None keeps the stored ones.
 
   Returns:
     The config.
@@ -179,19 +183,19 @@ def stored_config(
 def reader_config(
     workdir: pathlib.Path, config: ml_collections.ConfigDict,
     overrides: dict[str, Any] | None) -> ml_collections.ConfigDict:
-  """The config to evaluate a run with: its own, and what may differ.
+  """The config to evaluate a run with.
 
   Args:
-    workdir: of the run. Where it holds none, `config` is returned.
-    config: of the command line.
-    overrides: the fields that the command line sets, if it names no file; None
-      if `config` comes from a file that the user has named.
+    workdir: the run's folder. If it holds no run, `config` is returned.
+    config: the config of the command line.
+    overrides: the fields set on the command line, if it names no config file;
+      None if `config` comes from a file named by the user.
 
   Returns:
-    The config.
+    The stored config with the fields that may differ replaced.
 
   Raises:
-    UserError: if a field that is the run's own has another value.
+    UserError: if any other field has another value.
   """
   if not (workdir / 'config.json').exists():
     return config
@@ -205,22 +209,22 @@ def reader_config(
   if differing:
     named = '--config' if overrides is None else 'these fields'
     raise UserError(
-        f'the workdir {str(workdir)!r} holds the run of another config; it '
-        f'differs in {", ".join(differing)}. Leave {named} out: the config of '
-        f'the run is read from the folder. {", ".join(READER_FIELDS)} and '
-        f'those that begin with {" or ".join(FREE_GROUPS)} may differ.')
+        f'the workdir {str(workdir)!r} holds a run with another config; it '
+        f'differs in {", ".join(differing)}. Omit {named}: the config of the '
+        f'run is read from the folder. {", ".join(READER_FIELDS)} and fields '
+        f'that begin with {" or ".join(FREE_GROUPS)} may differ.')
   return config
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
-  """Keeps other trainers out of a run's folder; readers need no lock.
+  """Locks a run's folder against other trainers; readers need no lock.
 
-  The lock is on a file of its own, which is never replaced, and ends with the
-  process, however that ends.
+  The lock is on a separate file, which is never replaced. The operating system
+  releases it when the process ends.
 
   Args:
-    workdir: of `claim`.
+    workdir: the run's folder.
 
   Yields:
     Nothing.
@@ -230,7 +234,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
   """
   with contextlib.ExitStack() as stack:
     try:
-      # Network file systems lock only what is open for writing.
+      # Network file systems only lock files opened for writing.
       file = stack.enter_context((workdir / LOCK).open('a'))
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -249,7 +253,7 @@ def _is_free(name: str) -> bool:
 def _differences(
     stored: dict[str, Any], wanted: dict[str, Any],
     free: tuple[str, ...] = FREE_FIELDS) -> list[str]:
-  """Fields of different values, and both values, in words."""
+  """Descriptions of the fields whose values differ."""
   return [
       f'{name} ({stored.get(name, "absent")!r} there, '
       f'{wanted.get(name, "absent")!r} now)'
@@ -262,5 +266,5 @@ def _check_same(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
   differing = _differences(stored_fields(folder), wanted)
   if differing:
     raise UserError(
-        f'the workdir {str(folder)!r} holds the run of another config; it '
+        f'the workdir {str(folder)!r} holds a run with another config; it '
         f'differs in {", ".join(differing)}. Choose another --workdir.')

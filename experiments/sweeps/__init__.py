@@ -1,1 +1,1 @@
-"""Many configs and seeds: jobs, the processes that run them, their records."""
+"""Sweeps over configs and seeds: jobs, their processes, their results."""

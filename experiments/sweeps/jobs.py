@@ -1,7 +1,8 @@
-"""The names of a table's runs, and the lists that it is asked for.
+"""The jobs of a sweep: names of runs, and parsing of --configs and --seeds.
 
-A run is known by its folder's name: the stem of its config, the config's
-argument behind a plus, and the seed, as in `cifar10_awp+L2-seed0`.
+A run's name is that of its folder: the stem of the config's file, a plus and
+the config's argument if there is one, and the seed, as in
+`cifar10_awp+L2-seed0`.
 """
 
 import pathlib
@@ -20,8 +21,8 @@ class Job(NamedTuple):
   """A config and a seed.
 
   Attributes:
-    config: the path of the config's file, maybe with an argument behind a
-      colon, as `main.py --config` takes it.
+    config: the path of the config's file, optionally with a colon and an
+      argument, as for `main.py --config`.
     seed: of the run.
   """
 
@@ -30,26 +31,26 @@ class Job(NamedTuple):
 
   @property
   def name(self) -> str:
-    """Of the run's folder."""
+    """The name of the run's folder."""
     return f'{label_of(self.config).replace(":", "+")}-seed{self.seed}'
 
 
 def label_of(config: str) -> str:
-  """`cifar10_awp:L2` for `some/folder/cifar10_awp.py:L2`.
+  """Returns `cifar10_awp:L2` for `some/folder/cifar10_awp.py:L2`.
 
   Raises:
-    UserError: for what is no path of a config.
+    UserError: if it is not the path of a config.
   """
   match = _CONFIG.fullmatch(config)
   if match is None:
     raise UserError(
-        f'{config!r} is no config: it must be the path of a .py file, with an '
-        "argument behind a colon if it takes one, and no '+' in either.")
+        f'{config!r} is not a config: it must be the path of a .py file, '
+        "optionally followed by a colon and an argument, without a '+'.")
   return ':'.join(filter(None, match.groups()))
 
 
 def parse_name(name: str) -> tuple[str, int] | None:
-  """(label, seed) of a folder's name; None if it is none of a sweep."""
+  """(label, seed) of a folder's name, or None if it is not a run's name."""
   match = _NAME.fullmatch(name)
   if match is None:
     return None
@@ -57,16 +58,17 @@ def parse_name(name: str) -> tuple[str, int] | None:
 
 
 def parse_configs(text: str) -> list[str]:
-  """Splits a list of configs at its commas, but not within an argument.
+  """Splits a list of configs at the commas between them.
 
   Args:
-    text: such as 'a.py,b.py:L2,WRN-34-10,c.py', which is three configs.
+    text: such as 'a.py,b.py:L2,WRN-34-10,c.py', which has three configs; the
+      second has an argument with a comma.
 
   Returns:
     The configs; each file exists.
 
   Raises:
-    UserError: for what is no config, and for two of the same name.
+    UserError: for an invalid config, and for two of the same name.
   """
   configs: list[str] = []
   for part in text.split(','):
@@ -79,15 +81,15 @@ def parse_configs(text: str) -> list[str]:
     if not pathlib.Path(config.partition(':')[0]).is_file():
       raise UserError(f'--configs: there is no file {config!r}.')
     if labels.count(label) > 1:
-      raise UserError(f'--configs names {label!r} more than once.')
+      raise UserError(f'--configs contains {label!r} more than once.')
   return configs
 
 
 def parse_seeds(text: str) -> list[int]:
-  """Whole numbers, each once, from a list like '0,1,2'."""
+  """Distinct whole numbers from a list like '0,1,2'."""
   parts = text.split(',')
   if not all(re.fullmatch('0|[1-9][0-9]*', part) for part in parts) or (
       len(set(parts)) < len(parts)):
     raise UserError(
-        f"--seeds must be different whole numbers like '0,1,2', got {text!r}.")
+        f"--seeds must be distinct whole numbers like '0,1,2', got {text!r}.")
   return [int(part) for part in parts]

@@ -1,10 +1,10 @@
-"""Numbers of the paper's authors, by config, to stand beside one's own.
+"""Published accuracies by config, in percent.
 
-Per cent. The accuracies of PreActResNet-18 are computed from the published
-training logs of the AWP repository: seed 0, PGD-20 on all test images after
-every epoch; `last` is the mean of the last six epochs, which is how the paper's
-column comes out. AutoAttack's are those published for the released checkpoints,
-with the natural accuracy of the same checkpoint.
+Those of PreActResNet-18 are computed from the training logs in the authors'
+repository: seed 0, PGD-20 on all test images after every epoch. `last` is the
+mean of the last six epochs, which reproduces the paper's column. AutoAttack
+accuracies are those published for the released checkpoints, with the natural
+accuracy of the same checkpoint.
 
   >>> find('cifar10_awp')['best']
   55.39
@@ -27,9 +27,8 @@ def _checkpoint(natural: float, autoattack: float) -> dict[str, Any]:
   return {'natural': natural, 'autoattack': autoattack, 'source': _AA}
 
 
-#: Stem of a config, and its argument behind a colon -> 'best', 'last',
-#: 'natural' (at the best epoch) and 'autoattack', those that are known, and
-#: 'source'.
+#: Label of a config -> 'source', and those known of 'best', 'last', 'natural'
+#: (at the best epoch) and 'autoattack'.
 PUBLISHED: dict[str, dict[str, Any]] = {
     'cifar10_at': _log(52.79, 44.44, 81.70),
     'cifar10_awp': _log(55.39, 54.73, 81.18),
@@ -48,7 +47,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         'source': _LOG_AND_AA},
     'cifar10_trades_awp:WRN-34-10': _checkpoint(85.36, 56.17),
     'cifar10_mart_awp:WRN-34-10': _checkpoint(84.43, 54.23),
-    # Both are WRN-28-10, whether the config says so by default or by argument.
+    # WRN-28-10 is the default of these configs.
     'cifar10_pretrained_awp': _checkpoint(88.33, 57.39),
     'cifar10_pretrained_awp:WRN-28-10': _checkpoint(88.33, 57.39),
     'cifar10_rst_awp': _checkpoint(88.25, 60.04),
@@ -57,19 +56,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def find(label: str) -> dict[str, Any] | None:
-  """What was published for a config.
+  """Looks up the published accuracies of a config.
 
   Args:
-    label: the stem of the config's file, and its argument behind a colon; the
-      order of the argument's parts does not matter.
+    label: the stem of the config's file, or the stem, a colon and the argument.
+      The order of the argument's parts does not matter.
 
   Returns:
-    An entry of `PUBLISHED`, or None.
+    An entry of `PUBLISHED`, or None if nothing was published.
   """
   stem, _, argument = label.partition(':')
-  wanted = stem, sorted(filter(None, argument.split(',')))
+  key = stem, sorted(filter(None, argument.split(',')))
   for known, entry in PUBLISHED.items():
     stem, _, argument = known.partition(':')
-    if wanted == (stem, sorted(filter(None, argument.split(',')))):
+    if key == (stem, sorted(filter(None, argument.split(',')))):
       return entry
   return None

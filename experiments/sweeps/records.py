@@ -1,4 +1,4 @@
-"""The runs of a sweep as a table sees them: read, measured, grouped."""
+"""Reads the runs of a sweep and groups them for the table."""
 
 from collections.abc import Sequence
 import importlib
@@ -19,17 +19,17 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
 
 class Record(NamedTuple):
-  """A run as the table sees it.
+  """One run of the table.
 
   Attributes:
     name: of its folder.
     label: of its config.
     seed: of the run.
-    state: how far it is.
-    config: its fields; empty if it never started.
+    state: its state.
+    config: its fields by dotted name; empty if it never started.
     lines: of its `metrics.jsonl`.
-    measured: by the keys of `measure`; empty before the first evaluation.
-    left_out: why an evaluation of the run is not in the table, or ''.
+    measured: from `measure`; empty before the first evaluation.
+    left_out: why its AutoAttack result is not in the table, or ''.
   """
 
   name: str
@@ -43,21 +43,21 @@ class Record(NamedTuple):
 
 
 def read(workdir: pathlib.Path, name: str) -> Record:
-  """Reads what there is of a run.
+  """Reads a run, which may be unfinished.
 
   Args:
     workdir: of the table.
     name: of the run's folder in it.
 
   Returns:
-    A `Record`.
+    The record.
 
   Raises:
-    UserError: if the name is none of a run.
+    UserError: if the name is not that of a run.
   """
   parsed = jobs.parse_name(name)
   if parsed is None:
-    raise UserError(f'{name!r} is not the name of a run like "x_at-seed0".')
+    raise UserError(f'{name!r} is not the name of a run, such as "x_at-seed0".')
   config = runner.read_config(workdir / name)
   if config:
     config = workdirs.with_defaults(config)
@@ -71,17 +71,17 @@ def read(workdir: pathlib.Path, name: str) -> Record:
 def measure(
     lines: Sequence[dict[str, Any]], config: dict[str, Any],
     folder: pathlib.Path) -> dict[str, float]:
-  """The values of a table that a run has so far.
+  """Computes the table's values of a run, which may be unfinished.
 
   Args:
     lines: of its `metrics.jsonl`.
-    config: its fields by their dotted names.
-    folder: its folder, which may hold an `evaluation.json` as well.
+    config: its fields by dotted name.
+    folder: its folder, which may contain an `evaluation.json`.
 
   Returns:
     'best', 'last' (the mean of the last six evaluations), 'natural' (at the
-    best), 'gap', 'autoattack' (if it was evaluated) in per cent;
-    'seconds_per_step' and 'seconds_per_epoch' of training. Nothing before the
+    best epoch), 'gap' and, if evaluated, 'autoattack', in percent;
+    'seconds_per_step' and 'seconds_per_epoch' of training. Empty before the
     first evaluation.
   """
   if not metrics.evaluated(lines):
@@ -109,8 +109,8 @@ def read_autoattack(folder: pathlib.Path) -> tuple[float | None, str]:
     folder: of a run.
 
   Returns:
-    Per cent on all test images, or None; and why an evaluation that is there
-    does not count, or ''.
+    Percent on all test images, or None; and the reason why an existing
+    evaluation does not count, or ''.
   """
   path = folder / 'evaluation.json'
   if not path.exists():
@@ -123,41 +123,42 @@ def read_autoattack(folder: pathlib.Path) -> tuple[float | None, str]:
   step = checkpoints.Reader(folder, 'best').step()
   if step is not None and subject['origin']['step'] != step:
     return None, (
-        f'its AutoAttack is of step {subject["origin"]["step"]}, the best '
-        f'checkpoint is now of step {step}')
+        f'AutoAttack evaluated step {subject["origin"]["step"]}, but the best '
+        f'checkpoint is now step {step}')
   count, whole = evaluation['num_examples'], evaluation['dataset']['num_test']
   if count != whole:
-    return None, f'its AutoAttack is on {count} of {whole} test images'
+    return None, f'AutoAttack evaluated only {count} of {whole} test images'
   return 100 * entry['robust']['accuracy'], ''
 
 
 def changed(label: str, config: dict[str, Any]) -> dict[str, Any]:
-  """Fields in which a run differs from the config of that name as it is now.
+  """Fields in which a run differs from the current config of that name.
 
   Args:
-    label: of a config in `experiments/configs`; of any other nothing is known.
+    label: of a config in `experiments/configs`; for any other, the result is
+      empty.
     config: the run's fields.
 
   Returns:
-    The run's values of these fields, without the seed and what no number
-    depends on.
+    The run's values of these fields, except the seed and fields that do not
+    affect results.
   """
   stem, _, argument = label.partition(':')
   if not (CONFIGS / f'{stem}.py').is_file():
     return {}
   module = importlib.import_module(f'experiments.configs.{stem}')
   try:
-    wanted = module.get_config(*filter(None, [argument]))
-  except (TypeError, ValueError):  # it knows no such argument
+    current = module.get_config(*filter(None, [argument]))
+  except (TypeError, ValueError):  # no such argument
     return {}
-  fields = json.loads(json.dumps(build.flatten(wanted)))
+  fields = json.loads(json.dumps(build.flatten(current)))
   return {
-      name: value for name, value in _numbers_only(config).items()
+      name: value for name, value in _result_fields(config).items()
       if name in fields and value != fields[name]}
 
 
-def _numbers_only(config: dict[str, Any]) -> dict[str, Any]:
-  """The fields that numbers depend on, less the seed."""
+def _result_fields(config: dict[str, Any]) -> dict[str, Any]:
+  """The fields that affect results, without the seed."""
   return {
       name: value for name, value in config.items()
       if name not in ('seed', *workdirs.FREE_FIELDS)
@@ -165,12 +166,12 @@ def _numbers_only(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def group(records: Sequence[Record]) -> dict[str, list[Record]]:
-  """Finished runs of a config together, every other run for itself."""
+  """Groups finished runs by config; every other run is its own group."""
   finished = [record for record in records if record.state.kind == 'finished']
   by_name = {record.name: record for record in records}
   groups = comparison.group_by_config([
       {'name': record.label, 'record': record.name,
-       'config': {'': record.label, **_numbers_only(record.config)}}
+       'config': {'': record.label, **_result_fields(record.config)}}
       for record in finished])
   merged = {
       name: [by_name[run['record']] for run in runs]
@@ -181,7 +182,7 @@ def group(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def mean_lines(runs: Sequence[Record]) -> list[dict[str, Any]]:
-  """The evaluated epochs that all runs have, each value averaged over them."""
+  """Averages the metrics over runs, for epochs evaluated in all of them."""
   by_epoch = [
       {line['epoch']: line for line in metrics.evaluated(run.lines)}
       for run in runs]

@@ -1,9 +1,8 @@
-"""Runs configs and seeds one after another, each in a process of its own.
+"""Runs the jobs of a sweep one after another, each in a separate process.
 
-Beside a run's folder `cifar10_awp+L2-seed0` lies `cifar10_awp+L2-seed0.stderr`:
-what the process had to complain of, and its exit code if it failed. The process
-keeps that file locked while it lives, so that two sweeps never work on the same
-run.
+The stderr of the run in `cifar10_awp+L2-seed0/`, and its exit code if it
+failed, go to `cifar10_awp+L2-seed0.stderr` next to that folder. The process
+holds a lock on this file while it runs, so two sweeps never run the same job.
 """
 
 import ast
@@ -27,12 +26,12 @@ _EXIT = re.compile(r'exit code (-?[0-9]+)')
 
 
 class State(NamedTuple):
-  """How far a run is.
+  """The state of a run.
 
   Attributes:
     kind: 'finished', 'running', 'failed', 'stopped' or 'not started'.
-    epochs: that are behind it.
-    error: what it failed of, in one line; else empty.
+    epochs: number of finished epochs.
+    error: why it failed, in one line; else empty.
   """
 
   kind: str
@@ -43,10 +42,10 @@ class State(NamedTuple):
 def check_overrides(
     jobs: Sequence[Job], workdir: pathlib.Path, overrides: Sequence[str]
 ) -> None:
-  """Raises UserError for a run that is there already with other values.
+  """Raises UserError if a run already exists with other values.
 
-  A run that is not finished refuses them itself; a finished one would stand for
-  what it is not.
+  An unfinished run would reject them itself. A finished one is not started, so
+  the table would show it as if it had the new values.
   """
   for job in jobs:
     stored = read_config(workdir / job.name)
@@ -61,7 +60,7 @@ def check_overrides(
 
 
 def _is_same(stored: Any, text: str) -> bool:
-  """Whether a flag's text stands for a value as JSON has it."""
+  """Whether a flag's text denotes a value read from JSON."""
   if str(stored).lower() == text.lower():
     return True
   try:
@@ -72,10 +71,10 @@ def _is_same(stored: Any, text: str) -> bool:
 
 
 class _Stop:
-  """Hands every signal to end on to the run under way, as a SIGTERM.
+  """Forwards SIGTERM, SIGINT and SIGHUP to the current run, as SIGTERM.
 
-  The run is in a session of its own, so that a Ctrl-C reaches it once, through
-  here: at the first it saves and leaves, at the second it just leaves.
+  The run has its own session, so a Ctrl-C reaches it only once, through this
+  class. At the first signal it saves and exits, at the second it exits.
   """
 
   def __init__(self) -> None:
@@ -85,7 +84,7 @@ class _Stop:
 
   def __enter__(self) -> '_Stop':
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-      if signal.getsignal(number) != signal.SIG_IGN:  # nohup stays in force
+      if signal.getsignal(number) != signal.SIG_IGN:  # respects nohup
         self._old[number] = signal.signal(number, self._handle)
     return self
 
@@ -96,9 +95,9 @@ class _Stop:
       self.process.terminate()
 
   def wait(self, process: subprocess.Popen) -> int:
-    """The exit code of a process that was just started."""
+    """Waits for a new process and returns its exit code."""
     self.process = process
-    if self.name:  # the signal came before there was anyone to tell
+    if self.name:  # the signal came before the process started
       process.terminate()
     code = process.wait()
     self.process = None
@@ -110,12 +109,12 @@ class _Stop:
 
 
 def _locked(file: IO[str], kind: int) -> bool:
-  """Locks a file; False if another process holds it."""
+  """Locks a file; returns False if another process holds the lock."""
   try:
     fcntl.flock(file, kind | fcntl.LOCK_NB)
   except BlockingIOError:
     return False
-  except OSError:  # a file system without locks
+  except OSError:  # the file system has no locks
     pass
   return True
 
@@ -123,19 +122,19 @@ def _locked(file: IO[str], kind: int) -> bool:
 def _run_one(
     job: Job, workdir: pathlib.Path, overrides: Sequence[str],
     main: pathlib.Path, stop: _Stop) -> None:
-  """Runs a job to its end unless it is there already, or someone else's."""
+  """Runs a job unless it is finished or another process runs it."""
   folder = workdir / job.name
   with (workdir / f'{job.name}.stderr').open('a') as stderr:
     if not _locked(stderr, fcntl.LOCK_EX):
-      print(f'{job.name}: another process is at it', flush=True)
+      print(f'{job.name}: running in another process', flush=True)
       return
     if (folder / 'summary.json').exists():
-      print(f'{job.name}: finished before', flush=True)
+      print(f'{job.name}: already finished', flush=True)
       return
     print(f'{job.name}: starting', flush=True)
     stderr.truncate(0)
-    # With its stderr the child inherits the lock, and keeps it should this
-    # process be killed.
+    # The child inherits the lock with its stderr, and keeps it if this process
+    # is killed.
     code = stop.wait(subprocess.Popen(
         [sys.executable, str(main), f'--config={job.config}',
          f'--workdir={folder}', f'--config.seed={job.seed}', *overrides],
@@ -151,21 +150,21 @@ def run_jobs(
     jobs: Sequence[Job], workdir: pathlib.Path, overrides: Sequence[str] = (),
     main: pathlib.Path = MAIN, after_each: Callable[[], object] | None = None
 ) -> str | None:
-  """Runs what is not finished; one that fails does not keep the others.
+  """Runs all unfinished jobs; continues after failures.
 
   Args:
-    jobs: in their order.
-    workdir: where their folders are; made if it is not there.
-    overrides: more arguments of every run, such as '--config.epochs=2'.
+    jobs: to run, in this order.
+    workdir: parent of their folders; created if missing.
+    overrides: further arguments of every run, such as '--config.epochs=2'.
     main: the script to run.
-    after_each: called when a run has ended.
+    after_each: called after each job.
 
   Returns:
-    The name of the signal that ended this early, or None. The same call goes on
-    from there.
+    The name of the signal that stopped the sweep, or None. The same call
+    resumes it.
 
   Raises:
-    UserError: if a run is there already with other values than `overrides`.
+    UserError: if a run already exists with other values than `overrides`.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   check_overrides(jobs, workdir, overrides)
@@ -179,7 +178,7 @@ def run_jobs(
 
 
 def state_of(workdir: pathlib.Path, name: str) -> State:
-  """How far the run of that name is."""
+  """The state of the run of that name."""
   folder, path = workdir / name, workdir / f'{name}.stderr'
   lines = metrics.read_metrics(folder)
   epochs = lines[-1]['epoch'] if lines else 0
@@ -190,25 +189,26 @@ def state_of(workdir: pathlib.Path, name: str) -> State:
   with path.open(errors='replace') as file:
     if not _locked(file, fcntl.LOCK_SH):
       return State('running', epochs)
-    said = [line.strip() for line in file if line.strip()]
-  match = _EXIT.fullmatch(said[-1]) if said else None
+    output = [line.strip() for line in file if line.strip()]
+  match = _EXIT.fullmatch(output[-1]) if output else None
   if match is None:
     return State('stopped', epochs)
-  return State('failed', epochs, f'failed: {_reason(said[:-1], int(match[1]))}')
+  reason = _reason(output[:-1], int(match[1]))
+  return State('failed', epochs, f'failed: {reason}')
 
 
-def _reason(said: list[str], code: int) -> str:
-  """The last error of a process, else its last line, else its exit code."""
-  errors = [line for line in said if line.startswith('error:')]
-  if errors or (said and code > 0):
-    return (errors or said)[-1]
+def _reason(output: list[str], code: int) -> str:
+  """The last error in a stderr, else its last line, else the exit code."""
+  errors = [line for line in output if line.startswith('error:')]
+  if errors or (output and code > 0):
+    return (errors or output)[-1]
   if code < 0:
     return f'killed by {signal.Signals(-code).name}'
-  return f'exit code {code}, without a word'
+  return f'exit code {code}, no output'
 
 
 def find_runs(workdir: pathlib.Path) -> list[str]:
-  """Names of all runs that a folder holds or has held, in order."""
+  """Names of all runs that were started in a folder, sorted."""
   if not workdir.is_dir():
     return []
   names = {
@@ -218,7 +218,7 @@ def find_runs(workdir: pathlib.Path) -> list[str]:
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
-  """The fields of a run's config by their dotted names; none if it has none."""
+  """The fields of a run's config by dotted name; empty if there is none."""
   path = folder / 'config.json'
   try:
     return json.loads(path.read_text())

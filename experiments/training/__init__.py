@@ -1,5 +1,6 @@
 """The training loop and its compiled step.
 
-`loop` holds the state between steps, `step` builds the compiled functions,
-`collapse` stops a network that stops learning.
+`loop` orchestrates. `compiled` caches the programs defined in `step`, `saving`
+writes and restores checkpoints, `guard` stops failed runs, which `collapse`
+detects, `epochs` and `progress` write the output.
 """

@@ -1,16 +1,16 @@
-"""Notices that a network has collapsed: it says the same whatever it sees.
+"""Detects a collapsed network, whose output is the same for every input.
 
-Weight perturbation can do that to a run: the loss settles at that of a constant
-answer and stays there. With p the shares of the classes among the training
-labels, constant answers reach
+Strong weight perturbation can cause a collapse: the loss settles at that of a
+constant output. With class shares p among the training labels, constant outputs
+reach
 
-  accuracy  max_k p_k         (1 / C where classes are balanced),
+  accuracy  max_k p_k         (1 / C for balanced classes),
   loss      between H(p) = -sum_k p_k log p_k and log C.
 
-A look compares the means since the last look with these, and with the lowest
-loss so far: one that is twice as large, and worse than a constant answer's, is
-the jump into a collapse. A stretch of looks without a better one is a collapse.
-A gradient of exactly zero is one at once.
+Each check compares the means since the previous check with these values and
+with the lowest loss so far. A loss twice that large, and above that of constant
+outputs, marks the onset of a collapse. A run has collapsed if no check passes
+for `guard.stretch_steps`, or if the gradient is exactly zero.
 """
 
 import json
@@ -23,29 +23,29 @@ import numpy as np
 
 from experiments.util import atomic
 
-#: How far the loss may be from that of a constant answer, relative to it.
+#: Relative tolerance around the loss of constant outputs.
 _NEAR = 0.01
 
-#: How many times the lowest loss so far a loss may be, above that of chance.
+#: Largest loss above chance, as a multiple of the lowest loss so far.
 _JUMP = 2.0
 
-#: Standard deviations of chance that an accuracy must be better by.
+#: Standard deviations by which an accuracy must exceed chance.
 _SIGMAS = 3.0
 
 
 class Diverged(RuntimeError):
-  """Training has produced numbers that are not finite."""
+  """Training produced non-finite values."""
 
 
 class Collapsed(Diverged):
-  """The network gives a constant answer."""
+  """The output of the network does not depend on its input."""
 
 
 class Chance(NamedTuple):
-  """What constant answers reach.
+  """The performance of constant outputs.
 
   Attributes:
-    accuracy: the share of the most frequent class.
+    accuracy: share of the most frequent class.
     lowest_loss: H(p), in nats.
     highest_loss: log C.
   """
@@ -56,7 +56,7 @@ class Chance(NamedTuple):
 
 
 def chance(labels: np.ndarray, num_classes: int) -> Chance:
-  """The `Chance` of training labels [N] in [0, num_classes)."""
+  """`Chance` for training labels [N] in [0, num_classes)."""
   shares = np.bincount(labels, minlength=num_classes) / len(labels)
   present = shares[shares > 0]
   return Chance(
@@ -64,14 +64,14 @@ def chance(labels: np.ndarray, num_classes: int) -> Chance:
       math.log(num_classes))
 
 
-class Look(NamedTuple):
-  """Means over the images since the last look.
+class Window(NamedTuple):
+  """Means over the images since the previous check.
 
   Attributes:
-    loss: the train loss.
+    loss: training loss.
     accuracy: robust accuracy on the batches, in [0, 1].
-    gradient_norm: of the whole gradient.
-    images: how many.
+    gradient_norm: norm of the whole gradient.
+    images: number of images.
   """
 
   loss: float
@@ -80,58 +80,59 @@ class Look(NamedTuple):
   images: float
 
 
-def fault(look: Look, level: Chance, lowest_loss: float = math.inf) -> str:
-  """What is no better than a constant answer, in words; '' if all is well.
+def fault(
+    window: Window, level: Chance, lowest_loss: float = math.inf) -> str:
+  """Describes a metric that is no better than that of constant outputs.
 
-  An accuracy below chance by more than its spread is no fault by itself: an
-  attack does that to a network which tells classes apart. Nor is a loss above
-  that of chance: MART's is a sum of several terms.
+  An accuracy below chance by more than its spread is not a fault by itself: an
+  attack can cause it in a network that separates classes. Neither is a loss
+  above that of chance, because MART's loss is a sum of several terms.
 
   Args:
-    look: what to judge.
-    level: what constant answers reach.
-    lowest_loss: of the looks before.
+    window: the metrics to check.
+    level: the performance of constant outputs.
+    lowest_loss: lowest loss of earlier checks.
 
   Returns:
-    The fault.
+    The description, or '' without a fault.
   """
-  if look.gradient_norm == 0:
+  if window.gradient_norm == 0:
     return 'the gradient is zero'
   spread = _SIGMAS * math.sqrt(
-      level.accuracy * (1 - level.accuracy) / max(look.images, 1))
+      level.accuracy * (1 - level.accuracy) / max(window.images, 1))
   lowest, highest = (
       (1 - _NEAR) * level.lowest_loss, (1 + _NEAR) * level.highest_loss)
-  if look.loss > max(highest, _JUMP * lowest_loss):
+  if window.loss > max(highest, _JUMP * lowest_loss):
     return (
-        f'the loss {look.loss:.4f} is worse than that of a constant answer, '
+        f'the loss {window.loss:.4f} is worse than that of a constant output, '
         f'and was {lowest_loss:.4f} before')
-  if look.accuracy > level.accuracy + spread or look.loss < lowest:
+  if window.accuracy > level.accuracy + spread or window.loss < lowest:
     return ''
-  if look.loss <= highest:
+  if window.loss <= highest:
     return (
-        f'the loss {look.loss:.4f} is that of a constant answer '
+        f'the loss {window.loss:.4f} is that of a constant output '
         f'({level.lowest_loss:.4f} to {level.highest_loss:.4f})')
-  if look.accuracy >= level.accuracy - spread:
+  if window.accuracy >= level.accuracy - spread:
     return (
-        f'robust accuracy {100 * look.accuracy:.2f} % is that of a constant '
-        f'answer ({100 * level.accuracy:.2f} %)')
+        f'robust accuracy {100 * window.accuracy:.2f} % is that of a constant '
+        f'output ({100 * level.accuracy:.2f} %)')
   return ''
 
 
-class Watch:
-  """Counts how long looks have been no better than chance."""
+class Detector:
+  """Counts for how many steps the metrics have been no better than chance."""
 
   def __init__(
       self, settings: ml_collections.ConfigDict, level: Chance, first_step: int,
       lowest_loss: float = math.inf) -> None:
-    """Starts with all well.
+    """Starts without suspicion.
 
     Args:
       settings: `config.guard`.
-      level: what constant answers reach.
-      first_step: looks up to this step are always well: the start of training
-        and the warm-up of AWP.
-      lowest_loss: seen before, in a run that goes on.
+      level: the performance of constant outputs.
+      first_step: faults up to this step are ignored: the start of training and
+        the warm-up of AWP.
+      lowest_loss: lowest loss so far, if the run is resumed.
     """
     self._settings, self._level, self._first = settings, level, first_step
     self._lowest_loss = lowest_loss
@@ -139,28 +140,29 @@ class Watch:
     self._last_step = first_step
 
   @property
-  def is_well(self) -> bool:
-    """Whether the last look was better than chance, or too early to judge."""
-    return self._since is None
+  def is_suspicious(self) -> bool:
+    """Whether the last check found a fault after `first_step`."""
+    return self._since is not None
 
   def suspect(self, step: int) -> None:
-    """Puts the network under suspicion since `step`."""
+    """Marks the network as suspicious since `step`."""
     self._since = step
 
-  def see(self, step: int, look: Look) -> None:
-    """Takes note of a look.
+  def update(self, step: int, window: Window) -> None:
+    """Checks the metrics since the previous update.
 
     Args:
-      step: steps done.
-      look: means since the last look.
+      step: number of completed steps.
+      window: means since the previous update.
 
     Raises:
-      Collapsed: at a gradient of zero, or at the end of a stretch.
+      Collapsed: if the gradient is zero, or the metrics have been no better
+        than chance for `stretch_steps`.
     """
-    found = fault(look, self._level, self._lowest_loss)
+    found = fault(window, self._level, self._lowest_loss)
     if not found:
-      self._lowest_loss = min(self._lowest_loss, look.loss)
-    if look.gradient_norm == 0:
+      self._lowest_loss = min(self._lowest_loss, window.loss)
+    if window.gradient_norm == 0:
       raise Collapsed(f'the network has collapsed by step {step}: {found}.')
     if step <= self._first or not found:
       self._since = None
@@ -175,10 +177,10 @@ class Watch:
 
 
 class Record:
-  """`guard.json`: the factor in force and what was done, across restarts."""
+  """`guard.json`: the perturbation factor and its changes, across restarts."""
 
   def __init__(self, workdir: pathlib.Path) -> None:
-    """Reads the file if there is one.
+    """Reads the file if it exists.
 
     Args:
       workdir: the run's folder.
@@ -191,13 +193,13 @@ class Record:
       self.factor, self.shrinks = stored['factor'], stored['shrinks']
 
   def shrink(self, factor: float, step: int, back_to: int, why: str) -> None:
-    """Notes a smaller perturbation, on disk before this returns.
+    """Records a smaller perturbation; on disk before this returns.
 
     Args:
-      factor: by which the present one is multiplied.
-      step: at which the present one failed.
-      back_to: the step of the state that the run goes on from.
-      why: what had gone wrong.
+      factor: multiplies the current factor.
+      step: the step of the failure.
+      back_to: the step that the run returns to.
+      why: the error message.
     """
     self.factor *= factor
     self.shrinks.append({

@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a bar in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -7,10 +7,10 @@ import tqdm
 
 
 class Progress:
-  """Shows steps done, images per second and the time left.
+  """Shows completed steps, images per second and the time left.
 
-  In a terminal a bar moves; where the output goes to a file there is a line a
-  report, so that logs stay readable.
+  A terminal gets a progress bar. Other outputs get one line per report, so that
+  logs stay readable.
   """
 
   def __init__(
@@ -18,9 +18,9 @@ class Progress:
     """Starts the clock.
 
     Args:
-      total_steps: of the whole run.
-      first_step: the step that this process begins with.
-      batch_size: images in a step.
+      total_steps: number of steps of the whole run.
+      first_step: the step that this process starts at.
+      batch_size: images per step.
     """
     self._total, self._first, self._batch = total_steps, first_step, batch_size
     self._started = time.perf_counter()
@@ -31,12 +31,12 @@ class Progress:
           dynamic_ncols=True, smoothing=0.1)
 
   def report(self, step: int, images_per_second: float, text: str) -> None:
-    """Shows that `step` steps are done.
+    """Reports that `step` steps are done.
 
     Args:
-      step: steps done since the run began.
-      images_per_second: the present speed of training.
-      text: what else there is to say, short.
+      step: number of completed steps since the start of the run.
+      images_per_second: the current training speed.
+      text: further metrics, short.
     """
     if self._bar is not None:
       self._bar.set_postfix_str(f'{images_per_second:.0f} images/s, {text}')
@@ -54,7 +54,7 @@ class Progress:
       print(line, flush=True)
 
   def close(self) -> None:
-    """Leaves the bar as it is."""
+    """Closes the bar and keeps its last state on the screen."""
     if self._bar is not None:
       self._bar.close()
 

@@ -5,14 +5,16 @@ from typing import Any
 
 
 class StopRequest:
-  """Within it, a first SIGTERM or SIGINT is noted; a second acts as usual.
+  """Context that records the first SIGTERM or SIGINT.
+
+  A second signal has its usual effect.
 
   Attributes:
-    name: of the signal that came, or None.
+    name: name of the recorded signal, or None.
   """
 
   def __init__(self) -> None:
-    """Changes nothing yet."""
+    """Installs no handler; entering the context does."""
     self.name: str | None = None
     self._old: dict[Any, Any] = {}
 

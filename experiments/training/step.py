@@ -1,4 +1,4 @@
-"""The compiled pieces of a run: the training step, and evaluation by PGD."""
+"""The compiled functions of a run: the training step and evaluation by PGD."""
 
 from collections.abc import Callable
 import dataclasses
@@ -32,7 +32,7 @@ def zero_sums() -> Sums:
 
 
 def to_tree(state: awp_jax.TrainState, sums: Sums) -> dict[str, Any]:
-  """What a checkpoint holds, as a tree of arrays."""
+  """The contents of a checkpoint, as a tree of arrays."""
   tree = {
       'step': jnp.asarray(state.step, jnp.int32), 'params': state.params,
       'batch_stats': state.batch_stats, 'opt_state': state.opt_state,
@@ -47,7 +47,7 @@ def to_tree(state: awp_jax.TrainState, sums: Sums) -> dict[str, Any]:
 def from_tree(
     state: awp_jax.TrainState, tree: dict[str, Any]
 ) -> tuple[awp_jax.TrainState, Sums]:
-  """The state and sums of a checkpoint; `state` gives model and optimizer."""
+  """State and sums of a checkpoint; `state` supplies model and optimizer."""
   average = tree.get('average')
   return state.replace(
       step=tree['step'], params=tree['params'],
@@ -58,7 +58,7 @@ def from_tree(
 
 
 def evaluated(state: awp_jax.TrainState) -> awp_jax.TrainState:
-  """The state whose weights are judged: the average's, where there is one."""
+  """The state to evaluate: with the averaged weights, if there are any."""
   if state.average is None:
     return state
   return state.replace(
@@ -66,13 +66,18 @@ def evaluated(state: awp_jax.TrainState) -> awp_jax.TrainState:
 
 
 def on_all_devices() -> jax.sharding.NamedSharding:
-  """The sharding of an array of which every device has a copy."""
+  """The sharding of an array that is replicated on all devices."""
   mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
   return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def replicate(tree: Any) -> Any:
+  """Copies a pytree of arrays to all devices."""
+  return jax.device_put(tree, on_all_devices())
+
+
 class TrainingData(NamedTuple):
-  """What lies on every device during training.
+  """The training images, of which every device has a copy.
 
   Attributes:
     images: [N, H, W, C].
@@ -97,7 +102,7 @@ def training_data(run: run_lib.Run) -> TrainingData:
 
 
 def order_number(run: run_lib.Run, step: int) -> int:
-  """Which permutation of the training images a step takes its batch from."""
+  """The number of the permutation that a step takes its batch from."""
   if run.extra is None:
     return step // run.steps_per_epoch
   config = run.config
@@ -121,11 +126,11 @@ def global_batch(
 
   Args:
     run: the run.
-    data: of `training_data`.
-    order: the permutation [N] of `order_number(run, step)`.
-    keys: of `runs.keys`.
+    data: from `training_data`.
+    order: the permutation [N] with the number `order_number(run, step)`.
+    keys: from `run.keys`.
     step: counted from 0.
-    size: of this batch.
+    size: number of images in this batch.
 
   Returns:
     Images [size, H, W, C] and labels: integers [size], or probabilities
@@ -167,17 +172,17 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
 
   Args:
     run: the run.
-    size: the images of the batch over all devices.
-    factor: of the config's weight perturbation; 0 before the end of warm-up
-      and in steps that the method leaves out.
+    size: number of images per batch, over all devices.
+    factor: multiplies the size of the config's weight perturbation; 0 during
+      warm-up and in steps that the method skips.
 
   Returns:
-    A pmapped function that returns the next state and sums, both un-stacked; it
-    consumes those that it is given.
+    A pmapped function that returns the next state and sums, not stacked. It
+    donates the state and sums passed to it.
   """
   config = run.config
-  # The host knows the step: two compiled ones are cheaper than a branch in
-  # one, within which the CPU's convolutions run slowly.
+  # Two programs, chosen on the host, instead of a branch in one: convolutions
+  # inside a branch are slow on CPUs.
   perturbation = awp_jax.methods.scaled(
       dataclasses.replace(run.setup.perturbation, start=0, every=1), factor)
 
@@ -214,7 +219,7 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
 def make_eval_fn(run: run_lib.Run) -> Callable[..., Any]:
   """The pmapped evaluation: (state, images, labels, valid, key) -> sums.
 
-  The network is judged in float32, whatever it is trained in.
+  Networks are evaluated in float32, whatever their training precision.
   """
   network = precision.network(run.model)
 
@@ -241,7 +246,7 @@ def evaluate_split(
 
   Args:
     run: the run.
-    eval_fn: of `make_eval_fn`.
+    eval_fn: from `make_eval_fn`.
     state: the model.
     images: [N, H, W, C].
     labels: [N].
@@ -249,8 +254,7 @@ def evaluate_split(
 
   Returns:
     Means by name; accuracies in [0, 1]. 'nonfinite' is the share of examples
-    with logits or gradients that are not finite: unless it is 0 the attack was
-    weaker than it should be.
+    with non-finite logits or gradients, on which the attack was weaker.
   """
   size = run.config.eval.batch_size
   spread = (run.num_devices, size // run.num_devices)
@@ -277,11 +281,12 @@ def evaluate_split(
 def evaluate(
     run: run_lib.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState
 ) -> dict[str, float]:
-  """`evaluate_split` on each split, whose name goes before the metric's."""
-  wanted = min(run.config.eval.num_train, len(run.dataset.x_train))
-  shown = np.linspace(0, len(run.dataset.x_train) - 1, wanted).astype(int)
+  """`evaluate_split` on each split; names are prefixed with the split's."""
+  num_train = min(run.config.eval.num_train, len(run.dataset.x_train))
+  chosen = np.linspace(
+      0, len(run.dataset.x_train) - 1, num_train).astype(int)
   splits = {
-      'train': (run.dataset.x_train[shown], run.dataset.y_train[shown]),
+      'train': (run.dataset.x_train[chosen], run.dataset.y_train[chosen]),
       'test': (run.dataset.x_test, run.dataset.y_test)}
   if len(run.validation[0]):
     splits['validation'] = run.validation

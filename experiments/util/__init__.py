@@ -1,4 +1,4 @@
-"""Helpers that every other package may use: atomic files, errors, console.
+"""Shared helpers: atomic files, errors, console, digests, environment.
 
 Nothing here depends on configs, data or training.
 """

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whoever else writes them."""
+"""Writes files atomically, also with concurrent writers."""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,15 +13,15 @@ _SUFFIX = '.tmp'
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
-  """Opens a file that takes the place of `path` when the block ends.
+  """Opens a file that replaces `path` when the block ends.
 
-  The content goes into a hidden file beside `path` under a name of its own, so
-  that concurrent writers do not collide: the last one to finish wins. After an
-  exception `path` is as it was and nothing is left behind; a killed process
-  leaves its hidden file.
+  The content is written to a hidden file next to `path`. Its name is unique, so
+  concurrent writers do not collide: the last one to finish wins. After an
+  exception `path` is unchanged and the hidden file is removed; a killed process
+  leaves it.
 
   Args:
-    path: of the file to write.
+    path: the file to write.
 
   Yields:
     A binary file to write to.
@@ -42,20 +42,20 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes UTF-8 text whole or not at all."""
+  """Writes UTF-8 text atomically."""
   with replacing(path) as file:
     file.write(text.encode())
 
 
 def create_text(path: pathlib.Path, text: str) -> bool:
-  """Writes UTF-8 text whole unless the file exists.
+  """Writes UTF-8 text atomically unless the file exists.
 
   Args:
-    path: of the file.
+    path: the file to create.
     text: its content.
 
   Returns:
-    Whether this call made the file; of concurrent callers one gets True.
+    Whether this call created the file; True for one of concurrent callers.
   """
   temporary = path.with_name(
       f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}')
@@ -73,10 +73,10 @@ def create_text(path: pathlib.Path, text: str) -> bool:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-  """Writes JSON at once or not at all."""
+  """Writes JSON atomically."""
   write_text(path, json.dumps(values, indent=2) + '\n')
 
 
 def is_leftover(path: pathlib.Path) -> bool:
-  """Whether a file is what a process killed inside `replacing` leaves."""
+  """Whether a file was left by a process killed inside `replacing`."""
   return path.name.startswith('.') and path.name.endswith(_SUFFIX)

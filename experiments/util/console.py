@@ -1,4 +1,4 @@
-"""What commands share: arguments, one-line errors, text tables."""
+"""Argument parsing, one-line errors and text tables of the commands."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,26 +7,26 @@ from typing import NoReturn
 
 
 def complain(error: object) -> None:
-  """Prints one line on stderr, whatever the error's text looks like."""
+  """Prints an error to stderr, on one line."""
   print('error:', ' '.join(str(error).split()), file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
-  """Leaves with one line and exit code 2 for a wrong argument."""
+  """Exits with a one-line error and code 2 for an invalid argument."""
 
   def __init__(self, description: str) -> None:
-    """Takes the first line of a module's docstring."""
+    """Sets the description to the first line of a module's docstring."""
     super().__init__(
         description=description.split('\n')[0], allow_abbrev=False)
 
   def error(self, message: str) -> NoReturn:
-    """Leaves."""
+    """Prints the message and exits with code 2."""
     complain(message)
     sys.exit(2)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-  """Text columns: the first row is the head, the first column left-aligned."""
+  """Formats text columns: a header row, the first column left-aligned."""
   widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
   lines = []
   for number, row in enumerate(rows):

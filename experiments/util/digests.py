@@ -1,4 +1,4 @@
-"""What stored results belong to: contents, whatever folder they lie in."""
+"""Digests that identify stored results by content, not by path."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def of_arrays(tree: Any) -> str:
-  """A digest of the names, shapes, types and contents of a tree's arrays."""
+  """A digest of the names, shapes, dtypes and values of a pytree of arrays."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     array = np.ascontiguousarray(leaf)
@@ -20,6 +20,6 @@ def of_arrays(tree: Any) -> str:
 
 
 def of_values(values: dict[str, Any]) -> str:
-  """A digest of plain values, for the name of a file."""
+  """A digest of plain values, for file names."""
   text = json.dumps(values, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:12]

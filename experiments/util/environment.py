@@ -1,4 +1,4 @@
-"""The software and hardware that numbers depend on."""
+"""The software and hardware that results depend on."""
 
 import importlib.metadata
 import platform
@@ -13,14 +13,14 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that numbers depend on."""
+  """Versions of Python and of the packages that results depend on."""
   found = {'python': platform.python_version()}
   for name in PACKAGES:
     found[name] = importlib.metadata.version(name)
-  # Not of its metadata: it may be used without being installed.
+  # Not from the metadata: the package may be used without installation.
   return found | {'awp_jax': awp_jax.__version__}
 
 
 def devices() -> list[str]:
-  """The kinds of the devices of this run, one entry a device."""
+  """The kind of each device of this process."""
   return [device.device_kind for device in jax.devices()]

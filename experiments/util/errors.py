@@ -1,6 +1,6 @@
-"""Errors that the user can mend; the commands show them in one line.
+"""Errors that the user can fix; the commands print them on one line.
 
-Any other exception is a bug, of this code or of a user's network, and keeps its
+Any other exception is a bug, in this code or in a user's network, and keeps its
 traceback.
 
   >>> with user_errors():
@@ -20,10 +20,10 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def user_errors() -> Iterator[None]:
-  """Raises a `UserError` in place of any ValueError; also a decorator.
+  """Converts any ValueError to a `UserError`; also a decorator.
 
-  For code that only checks what the user gave. Code that runs a network does
-  not belong within: its ValueErrors are bugs.
+  For code that only checks user input. Do not use it around code that runs a
+  network, where a ValueError is a bug.
   """
   try:
     yield

@@ -1,5 +1,6 @@
 """Weight perturbation against closed forms and an independent oracle."""
 
+import chex
 import equinox as eqx
 from flax import linen as nn
 from flax import nnx
@@ -13,33 +14,13 @@ import pytest
 import awp_jax
 from awp_jax import awp
 from awp_jax.perturbation import engine, leaves, methods
-
-PARAMS = {
-    'dense': {'kernel': np.linspace(-1, 1, 12).reshape(4, 3),
-              'bias': np.array([0.1, -0.2, 0.3])},
-    'out': {'kernel': np.linspace(1, -2, 6).reshape(3, 2)}}
-X = np.linspace(-1, 2, 20).reshape(5, 4)
-Y = np.array([0, 1, 1, 0, 1])
-
-
-def params_as(dtype):
-  return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), PARAMS)
-
-
-def loss_fn(params, x=X, y=Y):
-  x = jnp.asarray(x, params['dense']['kernel'].dtype)
-  hidden = jnp.tanh(x @ params['dense']['kernel'] + params['dense']['bias'])
-  return jnp.mean(awp_jax.cross_entropy(hidden @ params['out']['kernel'], y))
+from tests.helpers.perturbation_problem import PARAMS, X, params_as
+from tests.helpers.perturbation_problem import mean_fn as loss_fn
 
 
 def norms(tree):
   return jax.tree.map(
       lambda leaf: np.linalg.norm(np.asarray(leaf, np.float64)), tree)
-
-
-def assert_trees_close(a, b, **tolerances):
-  jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, **tolerances), a, b)
 
 
 def numpy_awp(gradient_fn, params, gamma, num_steps):
@@ -67,7 +48,7 @@ def test_perturbation_equals_numpy(num_steps, x64):
       num_steps)
   got = awp.awp_perturbation(
       loss_fn, gamma=0.3, num_steps=num_steps)(params_as(np.float64))
-  assert_trees_close(got, wanted, rtol=1e-12, atol=1e-14)
+  chex.assert_trees_all_close(got, wanted, rtol=1e-12, atol=1e-14)
 
 
 def moved(method, perturbation, gradients, params):
@@ -147,25 +128,8 @@ def test_equals_optax_sam_with_a_trust_ratio_adversary(x64):
     out = awp_jax.awp_step(
         loss_fn, tx, ours, our_state, gamma=gamma, update_at='natural')
     ours, our_state = out.params, out.opt_state
-  assert_trees_close(ours, theirs, rtol=0, atol=1e-12)
+  chex.assert_trees_all_close(ours, theirs, rtol=0, atol=1e-12)
   assert np.abs(ours['out']['kernel'] - params['out']['kernel']).max() > 1e-2
-
-
-def test_decay_acts_at_the_perturbed_weights_by_default(x64):
-  params, decay = params_as(np.float64), 0.1
-  tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(1.0))
-  out = awp_jax.awp_step(loss_fn, tx, params, tx.init(params), gamma=0.3)
-  shown = jax.tree.map(np.add, params, out.perturbation)
-  wanted = jax.tree.map(
-      lambda w, s, g: w - (g + decay * s), params, shown,
-      jax.grad(loss_fn)(shown))
-  assert_trees_close(out.params, wanted, rtol=1e-12)
-  clean = awp_jax.awp_step(
-      loss_fn, tx, params, tx.init(params), gamma=0.3, update_at='natural')
-  assert_trees_close(
-      jax.tree.map(np.subtract, clean.params, out.params),
-      jax.tree.map(lambda v: decay * v, out.perturbation),
-      rtol=1e-9, atol=1e-15)
 
 
 def test_gamma_zero_is_the_plain_step_bit_for_bit():
@@ -174,38 +138,9 @@ def test_gamma_zero_is_the_plain_step_bit_for_bit():
   loss, gradients = jax.value_and_grad(loss_fn)(params)
   updates, _ = tx.update(gradients, tx.init(params), params)
   plain = optax.apply_updates(params, updates)
-  jax.tree.map(np.testing.assert_array_equal, out.params, plain)
+  chex.assert_trees_all_equal(out.params, plain)
   assert out.loss == loss
   assert not any(np.any(v) for v in jax.tree.leaves(out.perturbation))
-
-
-@pytest.mark.parametrize('gamma,passes', [(0, 1), (0.0, 1), (0.01, 2)])
-def test_number_of_passes(gamma, passes):
-  calls = []
-
-  def counted(params):
-    calls.append(1)
-    return loss_fn(params)
-
-  awp_jax.awp_value_and_grad(counted, gamma=gamma)(params_as(np.float32))
-  assert len(calls) == passes
-
-
-def test_drop_in_for_value_and_grad():
-  def with_aux(params, x, *, y):
-    loss = loss_fn(params, x, y)
-    return loss, {'twice': 2 * loss}
-
-  params = params_as(np.float32)
-  (loss, aux), gradients = awp_jax.awp_value_and_grad(
-      with_aux, gamma=0.01, has_aux=True)(params, X, y=Y)
-  v = awp.awp_perturbation(
-      with_aux, gamma=0.01, has_aux=True)(params, X, y=Y)
-  (wanted, wanted_aux), wanted_gradients = jax.value_and_grad(
-      with_aux, has_aux=True)(jax.tree.map(jnp.add, params, v), X, y=Y)
-  assert loss == wanted and aux == wanted_aux
-  assert_trees_close(gradients, wanted_gradients, rtol=1e-6)
-  assert loss > loss_fn(params)
 
 
 def test_loss_at_the_perturbed_weights_is_higher_than_in_random_directions():
@@ -283,155 +218,7 @@ def test_dropout_key_gives_the_same_mask_in_every_pass():
   np.testing.assert_array_equal(masks[0], masks[2])
 
 
-def test_arguments_of_the_loss_go_by_position():
-  params, tx = params_as(np.float32), optax.sgd(0.1)
-
-  def masked(params, mask, num_steps):
-    return loss_fn(params) * jnp.sum(mask) * num_steps
-
-  with pytest.raises(TypeError, match=r"keyword, 'padding'.* by position"):
-    awp_jax.awp_step(
-        masked, tx, params, tx.init(params), gamma=0.1, padding=jnp.ones(3))
-  out = awp_jax.awp_step(
-      masked, tx, params, tx.init(params), jnp.ones(3), 2.0, gamma=0)
-  np.testing.assert_allclose(out.loss, 6 * loss_fn(params), rtol=1e-6)
-
-
-def test_drop_in_takes_keywords_of_any_name():
-  # `value_and_grad` hands keywords on; none of ours may swallow them.
-  def loss(params, noise_key, *, natural_args, method_state):
-    return loss_fn(params) * noise_key * natural_args * method_state
-
-  params = params_as(np.float32)
-  keywords = {'natural_args': 3.0, 'method_state': 5.0}
-  value, _ = awp_jax.awp_value_and_grad(loss, gamma=0)(
-      params, noise_key=2.0, **keywords)
-  np.testing.assert_allclose(value, 30 * loss_fn(params), rtol=1e-6)
-  v = awp_jax.awp_perturbation(loss, gamma=0.1)(
-      params, noise_key=2.0, **keywords)
-  assert_trees_close(
-      v, awp_jax.awp_perturbation(loss_fn, gamma=0.1)(params), rtol=1e-5)
-
-
-@pytest.mark.parametrize('call', ['step', 'value_and_grad', 'perturbation'])
-def test_a_schedule_is_an_error_that_names_what_takes_it(call):
-  params, tx = params_as(np.float32), optax.sgd(0.1)
-  gamma = optax.linear_schedule(0, 0.1, 10)
-  with pytest.raises(ValueError, match=r'gamma must be a number.*perturbed_st'):
-    if call == 'step':
-      awp_jax.awp_step(loss_fn, tx, params, tx.init(params), gamma=gamma)
-    elif call == 'value_and_grad':
-      awp_jax.awp_value_and_grad(loss_fn, gamma=gamma)
-    else:
-      awp_jax.awp_perturbation(loss_fn, gamma=gamma)
-
-
-def test_perturbation_on_request():
-  params, tx = params_as(np.float32), optax.sgd(0.1)
-  full, less = (awp_jax.awp_step(
-      loss_fn, tx, params, tx.init(params), gamma=0.1,
-      return_perturbation=flag) for flag in (True, False))
-  assert less.perturbation is None and less._fields == (
-      'params', 'opt_state', 'loss', 'aux', 'perturbation')
-  jax.tree.map(np.testing.assert_array_equal, less.params, full.params)
-
-
-def test_perturbation_of_size_zero_is_a_tree_of_zeros():
-  params = params_as(np.float32)
-  v = awp_jax.awp_perturbation(loss_fn, gamma=0)(params)
-  assert jax.tree.structure(v) == jax.tree.structure(params)
-  assert not any(np.any(leaf) for leaf in jax.tree.leaves(v))
-
-
-def test_module_exports_three_functions():
-  public = {name for name, value in vars(awp).items()
-            if getattr(value, '__module__', None) == awp.__name__
-            and not name.startswith('_')}
-  assert public == {'awp_perturbation', 'awp_step', 'awp_value_and_grad'}
-  for name in ('ascend', 'perturb', 'global_norm', 'apply_at_perturbed'):
-    assert not hasattr(awp, name)
-
-
-def after_steps(tx, update_at, num_steps=3):
-  params = params_as(np.float64)
-  opt_state = tx.init(params)
-  for _ in range(num_steps):
-    params, opt_state = awp_jax.awp_step(
-        loss_fn, tx, params, opt_state, gamma=0.3, update_at=update_at)[:2]
-  return params
-
-
-def gap(a, b):
-  return max(jax.tree.leaves(jax.tree.map(
-      lambda x, y: float(np.abs(x - y).max()), a, b)))
-
-
-def test_optimizers_that_keep_the_parameters_need_update_at_natural(x64):
-  # The inner optimizer makes no step, so nothing may move. Shown w + v, the
-  # outer one takes v into the average that it keeps.
-  tx = optax.contrib.schedule_free(
-      optax.sgd(0.0), learning_rate=1.0, b1=0.9)
-  params = params_as(np.float64)
-  assert gap(after_steps(tx, 'natural'), params) < 1e-15
-  assert gap(after_steps(tx, 'perturbed'), params) > 1e-3
-
-
-def test_optimizers_that_bound_the_parameters_need_update_at_natural(x64):
-  tx = optax.chain(optax.sgd(1.0), optax.keep_params_nonnegative())
-
-  def smallest(update_at):
-    params = jax.tree.map(np.abs, params_as(np.float64))
-    out = awp_jax.awp_step(
-        loss_fn, tx, params, tx.init(params), gamma=0.3, update_at=update_at)
-    return min(float(leaf.min()) for leaf in jax.tree.leaves(out.params))
-
-  assert smallest('natural') >= 0
-  assert smallest('perturbed') < -1e-3
-
-
-def test_second_call_does_not_recompile():
-  params, tx = params_as(np.float32), optax.sgd(0.1)
-  traces = []
-
-  @jax.jit
-  def step(params, opt_state, gamma):
-    traces.append(1)
-    out = awp_jax.awp_step(loss_fn, tx, params, opt_state, gamma=gamma)
-    return out.params, out.opt_state
-
-  opt_state = tx.init(params)
-  for gamma in (0.01, 0.02, 0.0):
-    params, opt_state = step(params, opt_state, gamma)
-  assert len(traces) == 1
-
-
-@pytest.mark.parametrize('tx', [
-    optax.sgd(0.1, momentum=0.9, nesterov=True), optax.adamw(1e-2),
-    optax.lion(1e-2), optax.chain(optax.clip_by_global_norm(1.0),
-                                  optax.rmsprop(1e-2))])
-def test_any_optimizer_lowers_the_loss(tx):
-  params = params_as(np.float32)
-  opt_state, first = tx.init(params), loss_fn(params)
-  step = jax.jit(lambda p, s: awp_jax.awp_step(
-      loss_fn, tx, p, s, gamma=0.01)[:2])
-  for _ in range(30):
-    params, opt_state = step(params, opt_state)
-  assert loss_fn(params) < first - 0.1
-
-
-@pytest.mark.parametrize('keywords,message', [
-    ({'gamma': -0.01}, 'gamma must be a finite number >= 0, got -0.01'),
-    ({'gamma': float('nan')}, 'gamma must be a finite number >= 0, got nan'),
-    ({'gamma': 0.1, 'num_steps': 0}, 'num_steps must be a whole number >= 1'),
-    ({'gamma': 0.1, 'update_at': 'clean'}, "one of 'perturbed', 'natural'"),
-])
-def test_bad_arguments(keywords, message):
-  params, tx = params_as(np.float32), optax.sgd(0.1)
-  with pytest.raises(ValueError, match=message):
-    awp_jax.awp_step(loss_fn, tx, params, tx.init(params), **keywords)
-
-
-# The same step on other people's parameters: each is compared with the plain
+# The same step on parameters of other libraries: each is compared with a plain
 # dict of the same numbers.
 
 
@@ -465,7 +252,7 @@ def test_linen_dict():
   out = awp_jax.awp_step(
       lambda p: jnp.mean(model.apply(p, X.astype(np.float32)) ** 2), tx, params,
       tx.init(params), gamma=0.02)
-  assert_trees_close(out.params['params'], wanted.params, rtol=1e-5)
+  chex.assert_trees_all_close(out.params['params'], wanted.params, rtol=1e-5)
 
 
 def test_nnx_state():

@@ -1,4 +1,4 @@
-"""The losses against NumPy in float64, at extreme logits too."""
+"""The losses against NumPy in float64, including extreme logits."""
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +164,7 @@ def test_soft_and_smoothed_labels(scale, smoothing, x64):
       np.testing.assert_allclose(
           objective.train_loss(z, other, labels), wanted, rtol=1e-9,
           atol=1e-10)
-    # The inputs ascend the loss of the labels as they are.
+    # The inputs ascend the loss without smoothing.
     np.testing.assert_allclose(
         objectives.adversarial(smoothing).attack_loss(z, None, labels),
         -(q * numpy_log_softmax(z)).sum(axis=1), rtol=1e-10)
@@ -185,7 +185,7 @@ def test_records_of_the_published_code():
       objectives.natural: ('natural', ('adversarial',), False, 'train',
                            ('adversarial',), False, 0),
       objectives.adversarial: ('AT', ('adversarial',), False, 'train',
-                            ('adversarial',), True, 1e-10),
+                               ('adversarial',), True, 1e-10),
       objectives.trades: ('TRADES', both, True, 'eval', (*both, 'natural'),
                           False, 0),
       objectives.mart: ('MART', both[::-1], False, 'eval', both[::-1], False,
@@ -203,14 +203,14 @@ def test_defaults(make, beta, x64):
   z, other, y = logits_and_labels(1.0)
   np.testing.assert_array_equal(
       make().train_loss(z, other, y), make(beta, 0.0).train_loss(z, other, y))
-  # Without the robust term only cross-entropies are left.
+  # Without the robust term only cross-entropies remain.
   plain = make(0).train_loss(z, other, y)
   assert np.abs(make().train_loss(z, other, y) - plain).min() > 0.01
   assert make(0, 0.999) and objectives.adversarial(0.999)
 
 
 def test_constants_of_mart(x64):
-  # Softmaxes that round to 0 and 1 leave the constants alone.
+  # With softmax values that round to 0 and 1, only the constants remain.
   wrong, right = np.array([[0.0, 800.0]]), np.array([[800.0, 0.0]])
   y = np.array([0])
   boosted = objectives.mart(0).train_loss(wrong, right, y)
@@ -218,7 +218,7 @@ def test_constants_of_mart(x64):
       boosted - 800, -np.log(1.0001 - 1 + 1e-12), atol=2e-12)
   weighted = objectives.mart(3).train_loss(wrong, right, y) - boosted
   np.testing.assert_allclose(weighted, 3 * 800 * 1e-7, rtol=1e-6)
-  # The second factor is that of the natural image: 1.0000001 - 0.
+  # The second factor depends on the natural image: 1.0000001 - 0.
   flipped = (objectives.mart(3).train_loss(right, wrong, y)
              - objectives.mart(0).train_loss(right, wrong, y))
   np.testing.assert_allclose(flipped, 3 * 800 * 1.0000001, rtol=1e-10)
@@ -231,7 +231,7 @@ def test_correctness_needs_finite_logits(labels):
   nan, inf = np.nan, np.inf
   best = np.array([[0, 1, 2.], [3, 2, 1], [0, 5, 1], [0, 0, 1]])
   assert objectives.is_correct(best, labels).tolist() == [True] * 3 + [False]
-  # argmax would say 0, 0, 1 and 1.
+  # argmax would give 0, 0, 1 and 1.
   bad = np.array([[0, 1, inf], [nan, 2, 1], [-inf, 5, 1], [0, nan, 1]])
   assert not np.any(objectives.is_correct(bad, labels))
   assert objectives.hard_labels(labels).tolist() == [2, 0, 1, 1]

@@ -1,4 +1,4 @@
-"""Threat models against NumPy formulas, and in ball and box."""
+"""Threat models against NumPy formulas, and within ball and box."""
 
 import itertools
 
@@ -11,8 +11,8 @@ from awp_jax import threat
 from awp_jax.threat import ThreatModel, l2_norms, unit_l2
 
 NORMS = ('Linf', 'L2', 'L1')
-#: Those whose step is the steepest of all: an L_1 step is spread over a fifth
-#: of the entries, since the box stops the steepest one at once.
+#: Norms with the steepest step. An L_1 step is spread over a fifth of the
+#: entries, since the box soon stops the steepest one.
 STEEPEST = ('Linf', 'L2')
 
 SHAPES = [(4, 3), (4, 5, 7), (4, 6, 5, 3), (2, 3, 2, 3, 2)]
@@ -62,7 +62,7 @@ def test_random_start_is_uniform_in_linf():
 
 @pytest.mark.parametrize(
     'norm,shape', list(itertools.product(STEEPEST, SHAPES)))
-def test_steepest_ascent_attains_the_dual_norm(norm, shape):
+def test_linear_maximizer_attains_the_dual_norm(norm, shape):
   # max_{|d|_p <= 1} <d, g> is the dual norm |g|_q: L_1 for L_inf, L_2 for L_2.
   gradient = jax.random.normal(jax.random.key(0), shape)
   step = ThreatModel(norm, epsilon=1.0).linear_maximizer(gradient)
@@ -78,7 +78,7 @@ def test_steepest_ascent_attains_the_dual_norm(norm, shape):
 @pytest.mark.parametrize(
     'norm,scale,dtype',
     list(itertools.product(STEEPEST, [1e-30, 1.0, 1e30], DTYPES)))
-def test_steepest_ascent_of_tiny_and_huge_gradients(norm, scale, dtype):
+def test_linear_maximizer_of_tiny_and_huge_gradients(norm, scale, dtype):
   gradient = (jnp.array([[3.0, -4.0], [0.0, 0.0]]) * scale).astype(dtype)
   step = ThreatModel(norm, epsilon=1.0).linear_maximizer(gradient)
   expected = [[1, -1], [0, 0]] if norm == 'Linf' else [[0.6, -0.8], [0, 0]]
@@ -155,7 +155,7 @@ def test_projection_against_closed_forms():
 
 
 def numpy_l1_projection(delta, x, epsilon, lower, upper):
-  """Shrinks |delta| by the least a that brings the norm to epsilon."""
+  """Shrinks |delta| by the smallest a that brings the norm to epsilon."""
   size = np.abs(delta)
   cap = np.minimum(size, np.where(delta > 0, upper - x, x - lower))
 
@@ -211,7 +211,7 @@ def test_l1_projection_in_float32_stays_in_the_ball(epsilon):
 
 
 def test_l2_projection_has_the_margin_of_the_reference(x64):
-  # epsilon delta / (|delta| + 1e-7) outside, and nothing else on the sphere.
+  # epsilon delta / (|delta| + 1e-7) outside; points on the sphere are fixed.
   x = jnp.full((2, 2), 0.5)
   delta = np.array([[0.0018, -0.0024], [0.0006, 0.0008]])
   near = ThreatModel('L2', 1e-3).project(x + delta, x) - x
@@ -222,7 +222,7 @@ def test_l2_projection_has_the_margin_of_the_reference(x64):
 
 
 @pytest.mark.parametrize('norm', threat.NORMS)
-def test_box_is_that_of_the_model(norm):
+def test_custom_box(norm):
   model = ThreatModel(norm, 50.0, lower=-1.0, upper=2.0)
   x = jnp.zeros((1, 8))
   far = jnp.array([[-3.0, 3.0, -1.5, 1.5] * 2])
@@ -235,7 +235,7 @@ def test_box_is_that_of_the_model(norm):
   assert ThreatModel(norm, 1.0) == ThreatModel(norm, 1.0, 0.0, 1.0)
 
 
-def test_random_start_is_the_reference_draw(x64):
+def test_random_start_equals_the_reference_draw(x64):
   x = jnp.full((3, 4, 5), 0.5)
   key = jax.random.key(5)
   box = ThreatModel('Linf', 0.2).random_start(key, x) - x

@@ -1,4 +1,4 @@
-"""Tests of the command, with real processes that are also killed."""
+"""Tests of the command in real processes, some of which are killed."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from tests.experiments.modes import train_test
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MAIN = ROOT / 'experiments/main.py'
 
-#: Four steps an epoch, saved at the third, sixth and ninth as well.
+#: Four steps per epoch; also saved at steps three, six and nine.
 TINY = [f'--config.{field}' for field in (
     'num_train=64', 'num_test=32', 'batch_size=16', 'epochs=3',
     'attack.num_steps=1', 'eval.num_steps=1', 'eval.batch_size=32',
@@ -28,13 +28,13 @@ TINY = [f'--config.{field}' for field in (
     'checkpoint_every_steps=3',
     'awp.gamma=0.01')]
 
-#: All that a run may print.
+#: Everything that a run may print.
 OWN_LINES = re.compile(
     r'compiling the step for \d+ images, with AWP'
     r'|step \d+/12  \d+ images/s  \d:\d\d:\d\d left  loss \d\.\d{4}'
     r'|epoch \d/3  loss \d\.\d{4}  train: natural .* images/s'
-    r'|robust accuracy: best 0\.\d{4} \(epoch \d\), last 0\.\d{4}; everything '
-    r'is in \S+')
+    r'|robust accuracy: best 0\.\d{4} \(epoch \d\), last 0\.\d{4}; results in '
+    r'\S+')
 
 
 class Command:
@@ -65,9 +65,65 @@ def command(tmp_path_factory):
   return Command(tmp_path_factory.mktemp('main'))
 
 
+#: Imports everything once and runs `main.py` in a fork for each list of
+#: arguments that it reads.
+SERVER = f'''
+import json, os, runpy, sys, traceback
+sys.path.insert(0, {str(ROOT)!r})
+from experiments.modes import evaluate, landscape, train
+for line in sys.stdin:
+  arguments, *files = json.loads(line)
+  child = os.fork()
+  if not child:
+    for number, path in enumerate(files, 1):
+      os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [{str(MAIN)!r}, *arguments]
+    code = 0
+    try:
+      runpy.run_path(sys.argv[0], run_name='__main__')
+    except SystemExit as leave:
+      code = leave.code or 0
+    except BaseException:
+      traceback.print_exc()
+      code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+'''
+
+
+class Forked(Command):
+  """Runs `main.py` without the time of its imports."""
+
+  def __init__(self, folder):
+    super().__init__(folder)
+    self.server = subprocess.Popen(
+        [sys.executable, '-c', SERVER], cwd=folder, text=True,
+        env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL)
+
+  def finish(self, *arguments):
+    out, err = (self.folder / name for name in ('out.txt', 'err.txt'))
+    self.server.stdin.write(json.dumps([arguments, str(out), str(err)]) + '\n')
+    self.server.stdin.flush()
+    code = int(self.server.stdout.readline())
+    return code, out.read_text(), err.read_text()
+
+  def close(self):
+    self.server.communicate()
+
+
+@pytest.fixture(scope='module')
+def forked(tmp_path_factory):
+  command = Forked(tmp_path_factory.mktemp('forked'))
+  yield command
+  command.close()
+
+
 @pytest.fixture(scope='module')
 def uninterrupted(command):
-  """(folder, stdout, stderr) of a run that nobody disturbs."""
+  """(folder, stdout, stderr) of an uninterrupted run."""
   code, out, err = command.finish(*TINY)
   assert code == 0, err
   return command.folder / 'runs/digits_awp', out, err
@@ -82,7 +138,7 @@ def saved_steps(folder, kind):
 
 
 def wait_for(condition, process):
-  """Waits until `condition()` holds, which must be while the process runs."""
+  """Waits for `condition()`; fails if the process ends first."""
   end = time.monotonic() + 100
   while not condition():
     assert process.poll() is None, process.communicate()
@@ -117,7 +173,7 @@ def without_times(folder):
 
 
 def assert_same_run(folder, wanted):
-  """Bit for bit the same states, metrics and choice."""
+  """Asserts bitwise equal states, and equal metrics and summaries."""
   for kind in ('last', 'best'):
     step, arrays = arrays_of(folder, kind)
     wanted_step, wanted_arrays = arrays_of(wanted, kind)
@@ -140,8 +196,8 @@ def test_run_prints_its_own_lines_only(uninterrupted):
   for line in out.splitlines():
     assert OWN_LINES.fullmatch(line), line
   assert len(re.findall('^epoch ', out, re.M)) == 3
-  assert 'everything is in runs/digits_awp' in out
-  # The default folder has the config's name, and the run its last step.
+  assert 'results in runs/digits_awp' in out
+  # The default folder has the name of the config.
   assert saved_steps(folder, 'last') == [12]
   stored = json.loads((folder / 'config.json').read_text())
   assert (stored['num_train'], stored['awp.gamma']) == (64, 0.01)
@@ -166,24 +222,24 @@ def test_killed_and_stopped_run_ends_bit_identical(command, uninterrupted):
   out, _ = process.communicate()
   assert process.returncode == -signal.SIGKILL
   assert max(saved_steps(folder, 'last')) == 6
-  assert 'going on' not in out and 'epoch 1/3' in out
+  assert 'resuming' not in out and 'epoch 1/3' in out
 
-  # Told to stop in the third.
+  # Stopped in the third.
   process = command.start(*arguments)
   wait_for(lambda: 9 in saved_steps(folder, 'last'), process)
   process.terminate()
   out, err = process.communicate(timeout=60)
   assert process.returncode == 0 and err == ''
-  assert 'going on from step 6 of 12' in out and 'epoch 1/3' not in out
-  said = re.search(r'^SIGTERM: saved step (\d+) of 12 in (\S+);', out, re.M)
-  assert said and said[2] == str(folder)
+  assert 'resuming from step 6 of 12' in out and 'epoch 1/3' not in out
+  saved = re.search(r'^SIGTERM: saved step (\d+) of 12 in (\S+);', out, re.M)
+  assert saved and saved[2] == str(folder)
   (step,) = saved_steps(folder, 'last')
-  assert step == int(said[1]) < 12
+  assert step == int(saved[1]) < 12
   assert not (folder / 'summary.json').exists()
 
   code, out, err = command.finish(*arguments)
   assert code == 0, err
-  assert f'going on from step {step} of 12' in out
+  assert f'resuming from step {step} of 12' in out
   assert_same_run(folder, uninterrupted[0])
 
 
@@ -204,7 +260,7 @@ def test_config_with_an_argument(command):
 
 
 def without_seconds(value):
-  """The contents of evaluation.json, but for what a clock has said."""
+  """The contents of evaluation.json without times."""
   if isinstance(value, dict):
     return {
         name: without_seconds(part) for name, part in value.items()
@@ -216,11 +272,11 @@ def without_seconds(value):
 
 def test_killed_evaluation_ends_with_the_same_result(command, uninterrupted):
   copies = []
-  for name in ('judged', 'judged-and-killed'):
+  for name in ('evaluated', 'evaluated-and-killed'):
     copies.append(command.folder / name)
     shutil.copytree(uninterrupted[0], copies[-1])
   whole, killed = copies
-  # The folder says what the run is.
+  # The config is read from the folder.
   arguments = [
       '--mode=evaluate', '--config.evaluation.batch_size=8',
       "--config.evaluation.attacks=('fgsm', 'apgd-ce')"]
@@ -245,7 +301,7 @@ def test_killed_evaluation_ends_with_the_same_result(command, uninterrupted):
 
   code, again, err = command.finish(*arguments, f'--workdir={killed}')
   assert code == 0, err
-  # What was there is read, not made again.
+  # Existing records are read, not written again.
   assert all(
       path.stat().st_mtime_ns == when for path, when in before.items())
   results_of = [
@@ -253,7 +309,7 @@ def test_killed_evaluation_ends_with_the_same_result(command, uninterrupted):
       for folder in (whole, killed)]
   assert without_seconds(results_of[0]) == without_seconds(results_of[1])
   for text in (out, again):
-    assert 'apgd-ce' in text and 'everything is in' in text
+    assert 'apgd-ce' in text and 'results: ' in text
 
 
 @pytest.mark.parametrize('arguments, shown', [
@@ -269,15 +325,15 @@ def test_killed_evaluation_ends_with_the_same_result(command, uninterrupted):
      'holds no checkpoints: train there first'),
     (['--mode=landscape', '--config.landscape.points=4'],
      'landscape.points must be an odd number >= 3'),
-    (['--compare_to=a,b'], '--compare_to goes with --mode=landscape'),
+    (['--compare_to=a,b'], '--compare_to requires --mode=landscape'),
     (['--mode=trian'], 'one of <train|evaluate|landscape>'),
     (['--wrkdir=x'], "'wrkdir'. Did you mean: workdir"),
     (['--workdir=file/run'], "'file/run' cannot be written to"),
     (['cifar10_awp'], 'unknown arguments: cifar10_awp'),
 ], ids=lambda value: value[0] if isinstance(value, list) else '')
-def test_wrong_flags(command, arguments, shown):
-  (command.folder / 'file').write_text('')
-  code, out, err = command.finish(*arguments)
+def test_wrong_flags(forked, arguments, shown):
+  (forked.folder / 'file').write_text('')
+  code, out, err = forked.finish(*arguments)
   assert code == 2 and out == ''
   assert re.fullmatch(r'error: [^\n]+\n', err) and shown in err, err
 
@@ -289,6 +345,6 @@ def test_workdir_of_another_config(command, uninterrupted):
   assert code == 2 and out == ''
   assert re.fullmatch(r'error: [^\n]+\n', err)
   assert 'another config' in err and 'seed (0 there, 5 now)' in err
-  # Not a file of it is touched; only its own time tells of the attempt.
+  # No file is touched.
   after = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
   assert before == after

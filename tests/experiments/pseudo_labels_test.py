@@ -1,4 +1,4 @@
-"""Pseudo-labels: what the network says, which images, and the file."""
+"""Pseudo-labels: prediction, selection, and the file."""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ import pytest
 from experiments import pseudo_labels
 from experiments.data import extra_images
 from experiments.modes import train
-from experiments.pseudo_labels import Labelled
+from experiments.pseudo_labels import Labeled
 from experiments.runs import restore
 from experiments.runs import run as run_lib
 from tests.experiments.modes import train_test
@@ -20,7 +20,7 @@ from tests.experiments.modes import train_test
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
-  """A run of two epochs on images of four classes, and where it is."""
+  """A run of two epochs on images of four classes."""
   folder = tmp_path_factory.mktemp('pseudo')
   config = train_test.small(
       dataset='npz', npz_path=train_test.write_images(folder / 'images.npz'),
@@ -33,16 +33,16 @@ def trained(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def unlabelled(trained):
-  """53 images: not a whole number of batches of 16."""
+def unlabeled(trained):
+  """53 images, not a multiple of the batch size 16."""
   images = np.random.default_rng(5).integers(0, 256, (53, 8, 8, 1), np.uint8)
-  path = trained.workdir.parent / 'unlabelled.npz'
+  path = trained.workdir.parent / 'unlabeled.npz'
   np.savez(path, image=images, label=np.full(53, -1))
   return path, images
 
 
 def probabilities(run, kind, images):
-  """All at once, by another softmax than that under test."""
+  """Independent oracle: one batch, softmax in float64."""
   subject = next(s for s in restore.restore_models(run) if s.name == kind)
   logits = np.asarray(subject.logits_fn(images / np.float32(255)), np.float64)
   powers = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -50,8 +50,8 @@ def probabilities(run, kind, images):
 
 
 @pytest.mark.parametrize('kind', ['best', 'last'])
-def test_command(trained, unlabelled, kind, tmp_path, capsys):
-  path, images = unlabelled
+def test_command(trained, unlabeled, kind, tmp_path, capsys):
+  path, images = unlabeled
   before = {p: p.stat().st_mtime_ns for p in trained.workdir.rglob('*')
             if p.is_file()}
   output = tmp_path / 'extra.npz'
@@ -75,19 +75,19 @@ def test_command(trained, unlabelled, kind, tmp_path, capsys):
   for label in range(4):
     assert re.search(rf'^{label} +{np.sum(labels == label)} ', out, re.M)
   assert f'53 of 53 images are in {output}' in out
-  # Nothing else is left behind, and the run is as it was.
+  # No other file is left, and the run is unchanged.
   assert [p.name for p in tmp_path.iterdir()] == ['extra.npz']
   assert before == {p: p.stat().st_mtime_ns for p in trained.workdir.rglob('*')
                     if p.is_file()}
 
 
-def test_chosen_images(trained, unlabelled, tmp_path, capsys):
-  path, images = unlabelled
+def test_chosen_images(trained, unlabeled, tmp_path, capsys):
+  path, images = unlabeled
   with path.with_suffix('.pickle').open('wb') as file:
     pickle.dump({'data': images}, file)
   wanted = probabilities(trained, 'best', images)
   labels, confidence = wanted.argmax(axis=1), wanted.max(axis=1)
-  # Between two of them, and far from both for float32.
+  # Between two confidences, and far enough from both for float32.
   low, high = np.sort(confidence)[26:28]
   minimum = (low + high) / 2
   assert high - low > 1e-6
@@ -105,7 +105,7 @@ def test_chosen_images(trained, unlabelled, tmp_path, capsys):
   capsys.readouterr()
   written = output.read_bytes()
   for number, shown in (
-      (13, r'per_class=13: only \d+ images are labelled [^\n]+'),
+      (13, r'per_class=13: only \d+ images are labeled [^\n]+'),
       (14, r'per_class=14 of 4 classes are more than the 53 images [^\n]+')):
     assert pseudo_labels.main([*arguments, f'--per_class={number}']) == 2
     assert re.fullmatch(f'error: {shown}\n', capsys.readouterr().err)
@@ -144,7 +144,7 @@ def test_batch_that_does_not_divide():
     pseudo_labels.predict(lambda x: x, np.zeros((1, 1, 1, 1), np.uint8), 12)
 
 
-LABELLED = Labelled(
+LABELED = Labeled(
     np.array([1, 0, 1, 1, 0, 0, 1], np.int32),
     np.array([0.9, 0.5, 0.7, 0.9, 0.8, 0.6, 0.7], np.float32))
 
@@ -152,12 +152,12 @@ LABELLED = Labelled(
 @pytest.mark.parametrize('options, chosen', [
     ({}, [0, 1, 2, 3, 4, 5, 6]),
     ({'min_confidence': 0.65}, [0, 2, 3, 4, 6]),
-    ({'per_class': 1}, [0, 4]),  # the first of two that are as sure
+    ({'per_class': 1}, [0, 4]),  # the first of two equally confident images
     ({'per_class': 2}, [0, 3, 4, 5]),
     ({'per_class': 3}, [0, 1, 2, 3, 4, 5]),
     ({'per_class': 1, 'min_confidence': 0.75}, [0, 4])])
 def test_selection(options, chosen):
-  assert pseudo_labels.select(LABELLED, 2, **options).tolist() == chosen
+  assert pseudo_labels.select(LABELED, 2, **options).tolist() == chosen
 
 
 @pytest.mark.parametrize('options, shown', [
@@ -165,30 +165,30 @@ def test_selection(options, chosen):
     ({'min_confidence': float('nan')}, 'got nan'),
     ({'min_confidence': 0.95}, 'leaves no image; the highest .* 0.9000'),
     ({'per_class': -1}, 'per_class must be'),
-    ({'per_class': 4}, 'only 3 images are labelled 0'),
-    ({'per_class': 2, 'min_confidence': 0.65}, 'only 1 images are labelled 0')])
-def test_selection_that_cannot_be(options, shown):
+    ({'per_class': 4}, 'only 3 images are labeled 0'),
+    ({'per_class': 2, 'min_confidence': 0.65}, 'only 1 images are labeled 0')])
+def test_impossible_selection(options, shown):
   with pytest.raises(ValueError, match=shown):
-    pseudo_labels.select(LABELLED, 2, **options)
+    pseudo_labels.select(LABELED, 2, **options)
 
 
 def test_class_without_images():
-  with pytest.raises(ValueError, match='only 0 images are labelled 2'):
-    pseudo_labels.select(LABELLED, 3, per_class=1)
+  with pytest.raises(ValueError, match='only 0 images are labeled 2'):
+    pseudo_labels.select(LABELED, 3, per_class=1)
 
 
-def test_a_pytorch_file(trained, unlabelled, tmp_path):
+def test_a_pytorch_file(trained, unlabeled, tmp_path):
   from awp_jax.models import PreActResNet, torch_exchange
   from awp_jax.models.torch_exchange.files import write_state_dict
-  images = unlabelled[1]
+  images = unlabeled[1]
   model = PreActResNet(4, width=2, mean=(0.0,), std=(1.0,))
   variables = jax.jit(model.init)(jax.random.key(3), jnp.zeros((1, 8, 8, 1)))
   file = tmp_path / 'net.pt'
   write_state_dict(file, torch_exchange.to_torch(variables, model))
   run = pseudo_labels.prepare(trained.workdir, file)
   subject = pseudo_labels.load_subject(run, 'best')
-  assert subject.name == 'net'
-  # The file holds no normalisation, so that of the data is taken.
+  assert subject.name == 'torch-net'
+  # The file holds no normalization, so that of the data set is used.
   model = PreActResNet(
       4, width=2, mean=tuple(run.dataset.mean), std=tuple(run.dataset.std))
   pixels = images[:4] / np.float32(255)
@@ -206,7 +206,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
   monkeypatch.setattr(np, 'savez', fail)
   with pytest.raises(OSError, match='No space left'):
-    pseudo_labels.save(path, np.zeros((7, 1, 1, 1)), LABELLED, {})
+    pseudo_labels.save(path, np.zeros((7, 1, 1, 1)), LABELED, {})
   assert path.read_bytes() == b'old'
   assert [p.name for p in tmp_path.iterdir()] == ['extra.npz']
 
@@ -227,14 +227,14 @@ def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):
     ({'min_confidence': '2'}, 'min_confidence must be'),
     ({'per_klass': '2'}, '--per_klass')])
 def test_wrong_arguments(
-    trained, unlabelled, changes, shown, tmp_path, monkeypatch, capsys):
+    trained, unlabeled, changes, shown, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   (tmp_path / 'broken').mkdir()
   (tmp_path / 'broken/config.json').write_text('[1]')
   (tmp_path / 'other').mkdir()
   (tmp_path / 'other/config.json').write_text('{"a.b": 1}')
   options = {
-      'workdir': trained.workdir, 'images': unlabelled[0],
+      'workdir': trained.workdir, 'images': unlabeled[0],
       'output': 'extra.npz', 'batch_size': '64'} | changes
   try:
     code = pseudo_labels.main(

@@ -1,5 +1,7 @@
 """A small classifier, and attacks that follow a script."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,9 @@ from awp_jax.evaluation.protocol import AttackSpec, BoundAttack, Report
 KEY = jax.random.key(0)
 #: One batch in one thread, so that little is compiled.
 QUIET = EvalOptions(batch_size=8, check_model=False)
+KEYED = dataclasses.replace(QUIET, takes_key=True)
+#: Radii at which part of the examples of `network` break.
+RADII = {'Linf': 0.04, 'L2': 0.1, 'L1': 0.25}
 
 
 def network(count=24, size=8, classes=4, seed=0):
@@ -33,6 +38,17 @@ def threshold(x):
   return jnp.stack([-margin, margin], axis=-1)
 
 
+def noisy(x, key):
+  """`threshold` with Gaussian noise on the inputs."""
+  noise = 0.1 * jax.random.normal(key, x.shape)
+  return threshold(x + noise)
+
+
+def kinds(result):
+  """{(kind, attack): number of examples} of the warnings of a result."""
+  return {(w.kind, w.attack): w.num_examples for w in result.warnings}
+
+
 def scripted(points, claims, *, runs=1, nonfinite=None, name='scripted',
              settings=None):
   """An attack that visits given points and claims success at some of them.
@@ -40,10 +56,10 @@ def scripted(points, claims, *, runs=1, nonfinite=None, name='scripted',
   Args:
     points: (examples, time [B]) -> candidates [B, ...].
     claims: [runs, steps] of bools: when each run claims to have succeeded.
-    runs: how many.
+    runs: number of runs.
     nonfinite: [runs, steps]: when a run reports a non-finite gradient.
     name: of the attack.
-    settings: what its records depend on.
+    settings: of the spec.
 
   Returns:
     The spec.
@@ -53,7 +69,7 @@ def scripted(points, claims, *, runs=1, nonfinite=None, name='scripted',
   last = claims.shape[1] - 1
 
   def step(examples, time):
-    # Behind the end, as in a chunk of iterations, nothing may count.
+    # Steps after the end, as in a chunk of iterations, must not count.
     at = jnp.minimum(time, last)
     report = Report(
         points(examples, time), claims[examples.runs, at], time >= last,

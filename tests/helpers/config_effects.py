@@ -1,4 +1,4 @@
-"""What a config does, as plain values: for tests that change one field.
+"""The effects of a config as plain values, for tests that change one field.
 
 `effects(config)` builds a run, traces its training and its evaluation step, and
 goes through the training loop, an evaluation and a landscape, with spies where
@@ -24,7 +24,7 @@ from experiments.modes import train
 from experiments.reports import curves, page
 from experiments.runs import checkpoints, metrics, warm_start
 from experiments.runs import run as run_lib
-from experiments.training import collapse, loop
+from experiments.training import collapse, guard, loop
 from experiments.training import step as step_lib
 from experiments.util import atomic, environment
 from tests.experiments.modes.train_test import TinyNet
@@ -51,7 +51,7 @@ def fake_dataset():
 
 
 class Stores:
-  """In the place of checkpoints on disk."""
+  """Replaces checkpoints on disk."""
 
   def __init__(self):
     self.kept, self.saved = {}, []
@@ -81,7 +81,7 @@ class Stores:
 
 
 class Lines:
-  """In the place of `metrics.jsonl`."""
+  """Replaces `metrics.jsonl`."""
 
   kept: typing.ClassVar[list]
 
@@ -106,7 +106,7 @@ def small_state(run):
 
 
 def of_objective(objective):
-  """What an objective computes, and the passes that it asks for."""
+  """The losses of an objective, and the passes that it needs."""
   adv, natural = LOGITS
   found = {
       f'objective.{name}': getattr(objective, name)
@@ -119,7 +119,7 @@ def of_objective(objective):
 
 @jax.enable_x64(True)
 def of_optimizer(tx):
-  """Its first eight updates of a kernel and a bias, [8, 27].
+  """The first eight updates of a kernel and a bias, [8, 27].
 
   Step k's gradient is cos((3 + k) w), at the same parameters w.
   """
@@ -223,8 +223,9 @@ def of_eval_step(run, monkeypatch):
 
 
 def of_loop(run, monkeypatch, diverge_at=None):
-  """Steps, looks, saves and evaluations; after a divergence what is done."""
-  stores, made, looked, watched = Stores(), [], [], Spy(collapse.Watch)
+  """Steps, checks, saves and evaluations, also after a divergence."""
+  stores, made, looked = Stores(), [], []
+  detector = Spy(collapse.Detector)
   evaluated = []
 
   class Log(Lines):
@@ -235,8 +236,9 @@ def of_loop(run, monkeypatch, diverge_at=None):
       made.append((int(state.step), size, factor))
       if diverge_at == int(state.step):
         raise collapse.Diverged('it diverged.')
-      sums = step_lib.Sums(*(np.float32(total + size * value) for total, value in
-                          zip(sums, (1.0, 0.9, 1.0, 0.0, 1.0), strict=True)))
+      sums = step_lib.Sums(*(
+          np.float32(total + size * value) for total, value in zip(
+              sums, (1.0, 0.9, 1.0, 0.0, 1.0), strict=True)))
       return state.replace(step=state.step + 1), sums
 
     compiled = Spy()
@@ -244,7 +246,7 @@ def of_loop(run, monkeypatch, diverge_at=None):
     compiled.compile = lambda: step
     return compiled
 
-  def judge(run, fn, state):
+  def evaluate(run, fn, state):
     epoch = int(state.step) // run.steps_per_epoch - 1
     evaluated.append(int(state.step))
     return {f'{split}_{kind}': values[epoch % 4]
@@ -260,22 +262,23 @@ def of_loop(run, monkeypatch, diverge_at=None):
   with monkeypatch.context() as patch:
     for owner, name, value in (
         (checkpoints, 'Checkpoints', stores), (metrics, 'MetricsLog', Log),
-        (step_lib, 'make_train_fn', make_train_fn), (step_lib, 'evaluate', judge),
+        (step_lib, 'make_train_fn', make_train_fn),
+        (step_lib, 'evaluate', evaluate),
         (step_lib, 'make_order_fn', lambda run: Spy()),
-        (loop.Loop, '_replicated', lambda self, tree: tree),
-        (loop, '_all_finite', lambda state: True),
-        (loop.Loop, 'look', look), (collapse, 'Watch', watched),
+        (step_lib, 'replicate', lambda tree: tree),
+        (guard, '_all_finite', lambda state: True),
+        (loop.Loop, 'look', look), (collapse, 'Detector', detector),
         (run_lib, 'initial_state', small_state),
         (run_lib, 'first_state', lambda run: (small_state(run), '')),
         (curves, 'plot_curves', Spy()), (atomic, 'write_json', Spy()),
-        (page, 'write_or_say_why', Spy())):
+        (page, 'write_or_warn', Spy())):
       patch.setattr(owner, name, value)
     error = ''
     try:
       summary = train.train(run)
     except collapse.Diverged as raised:
       error, summary = str(raised), None
-  settings, _, first, *_ = watched.calls[0][0]
+  settings, _, first, *_ = detector.calls[0][0]
   return {
       'steps': [step for step, *_ in made], 'sizes': [made[-1][1]],
       'factors': [factor for *_, factor in made],
@@ -287,13 +290,14 @@ def of_loop(run, monkeypatch, diverge_at=None):
 
 
 def prepared(config, folder, monkeypatch):
-  """A run on data in memory, and the spies that saw it being prepared."""
+  """A run on data in memory, and the spies used in its preparation."""
   dataset = fake_dataset()
   extra = extra_images.ExtraData(
       dataset.x_train[:8], dataset.y_train[:8], 'memory')
   spies = {
       'load': Spy(lambda *_, **__: dataset),
-      'split': Spy(datasets.split_validation), 'extra': Spy(lambda *_, **__: extra),
+      'split': Spy(datasets.split_validation),
+      'extra': Spy(lambda *_, **__: extra),
       'read': Spy(lambda source: {})}
   with monkeypatch.context() as patch:
     patch.setattr(datasets, 'load', spies['load'])
@@ -309,7 +313,7 @@ def prepared(config, folder, monkeypatch):
 
 
 def effects(config):
-  """All that is known of a config's effects, by name."""
+  """All recorded effects of a config, by name."""
   with contextlib.ExitStack() as stack:
     monkeypatch = stack.enter_context(pytest.MonkeyPatch.context())
     folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -329,7 +333,7 @@ def effects(config):
 
 
 def same(a, b):
-  """Whether two effects are equal; numbers to single precision."""
+  """Whether two effects are equal; numbers up to float32 precision."""
   if isinstance(a, dict):
     return isinstance(b, dict) and a.keys() == b.keys() and all(
         same(a[name], b[name]) for name in a)

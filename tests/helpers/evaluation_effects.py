@@ -1,4 +1,4 @@
-"""What an evaluation and a landscape hand to the library, as plain values."""
+"""Arguments passed to the library by evaluations, as plain values."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -12,13 +12,14 @@ from awp_jax.attacks import fixed_step
 from awp_jax.evaluation import evaluate as evaluate_lib
 from awp_jax.evaluation import results
 from awp_jax.models import torch_exchange
-from experiments.evaluation import landscape_records, probe
+from experiments.evaluation import attacks, landscape_records, probe
+from experiments.evaluation import landscape as evaluation_landscape
 from experiments.modes import evaluate, landscape
 from experiments.runs import precision, restore
 
 
 class Spy:
-  """Notes what it is called with, and answers."""
+  """Records its calls and returns a fixed answer."""
 
   def __init__(self, answer=None):
     self.calls, self.answer = [], answer
@@ -29,7 +30,7 @@ class Spy:
 
 
 def plain(value):
-  """The fields of a record; of what they hold, what has a name."""
+  """Converts nested dataclasses to dictionaries."""
   if dataclasses.is_dataclass(value):
     return {field.name: plain(getattr(value, field.name))
             for field in dataclasses.fields(value)}
@@ -37,7 +38,7 @@ def plain(value):
 
 
 def of_evaluation(run, monkeypatch):
-  """What reaches the library's `evaluate`."""
+  """The arguments of the library's `evaluate`."""
   asked = []
 
   def judge(key, logits_fn, images, labels, threat, specs, *, options):
@@ -58,7 +59,7 @@ def of_evaluation(run, monkeypatch):
         (evaluate_lib, 'evaluate', judge), (fixed_step, 'pgd_spec', fixed),
         (restore, 'load_variables', lambda *_: [('best', 1, {})]),
         (precision, 'network', lambda model: model),
-        (evaluate, '_count_correct', lambda *_: 1),
+        (attacks, '_count_correct', lambda *_: 1),
         (torch_exchange, 'read_state_dict', lambda path: {}),
         (torch_exchange, 'normalization', lambda _: None),
         (torch_exchange, 'model_from_torch',
@@ -79,7 +80,7 @@ def of_evaluation(run, monkeypatch):
 
 
 def of_landscape(run, monkeypatch):
-  """What reaches the library's `evaluate_points` and its measure."""
+  """The arguments of the library's `evaluate_points` and its measure."""
   asked, gradients = [], Spy(lambda *_, **__: {'w': np.ones((2, 2))})
 
   def points_of(
@@ -94,7 +95,7 @@ def of_landscape(run, monkeypatch):
 
   measure = Spy(lambda *_, **__: None)
   variables = {'params': {'w': jnp.ones((2, 2))}, 'batch_stats': {}}
-  landscape._measure.cache_clear()
+  evaluation_landscape._measure.cache_clear()
   with monkeypatch.context() as patch:
     for owner, name, value in (
         (landscape_lib, 'evaluate_points', points_of),

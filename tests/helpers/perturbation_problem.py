@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +18,9 @@ PARAMS = {
     'out': {'kernel': np.linspace(1, -2, 6).reshape(3, 2)}}
 X = np.linspace(-1, 2, 20).reshape(5, 4)
 Y = np.array([0, 1, 1, 0, 1])
-KEY = np.array([0, 7], np.uint32)  # a legacy key needs no device to be made
+KEY = np.array([0, 7], np.uint32)  # a legacy key, created without a device
 
-#: Options that a method cannot do without, and a size that matters.
+#: The required options of each method, and a size with a visible effect.
 OPTIONS = {
     'arwp': {'sigma': 0.1}, 'asam': {}, 'awp': {'gamma': 0.3},
     'boxed_awp': {'adv_eps': 0.2}, 'frwp': {'gamma': 0.1},
@@ -31,7 +32,7 @@ OPTIONS = {
 
 @functools.cache
 def reference():
-  """The numbers of the published code."""
+  """Reference numbers from the published code."""
   path = pathlib.Path(__file__).parents[1] / 'data/perturbation_reference.json'
   return json.loads(path.read_text())
 
@@ -56,7 +57,7 @@ def make(name, **options):
 
 
 def keywords_of(method):
-  """What a step of a method needs beside the batch."""
+  """The keywords that a step of a method needs besides the batch."""
   keywords = {}
   if method.direction.source == 'noise':
     keywords['noise_key'] = KEY
@@ -66,7 +67,7 @@ def keywords_of(method):
 
 
 def run(method, tx, params, num_steps, *, loss_fn=losses_fn, **keywords):
-  """Some steps on one batch, compiled; the last output and all states."""
+  """Runs compiled steps on one batch and returns the output of each."""
   keywords = keywords_of(method) | keywords
 
   @jax.jit
@@ -82,19 +83,11 @@ def run(method, tx, params, num_steps, *, loss_fn=losses_fn, **keywords):
 
 
 def assert_close(got, wanted, tolerance=1e-10):
-  for a, b in zip(
-      jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance)
-
-
-def assert_same(got, wanted):
-  for a, b in zip(
-      jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_array_equal(a, b)
+  chex.assert_trees_all_close(got, wanted, rtol=0, atol=tolerance)
 
 
 def as_trees(numbers):
-  """JSON's lists as arrays."""
+  """Converts lists from JSON to arrays."""
   return jax.tree.map(
       np.asarray, numbers, is_leaf=lambda node: isinstance(node, list))
 

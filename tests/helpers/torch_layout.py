@@ -1,4 +1,4 @@
-"""Trajectories of PyTorch: names and layouts, and our steps beside them."""
+"""PyTorch: recorded trajectories, our steps along them, and state dicts."""
 
 import functools
 from typing import NamedTuple
@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 import awp_jax
-from awp_jax.models import PreActResNet
+from awp_jax.models import PreActResNet, WideResNet
+from awp_jax.models.torch_exchange import to_torch
 
 MEAN, STD = (.4914, .4822, .4465), (.2471, .2435, .2616)
 _NAMES = {'bias': 'bias', 'running_mean': 'mean', 'running_var': 'var'}
@@ -25,7 +26,7 @@ def variables(archive, prefix):
     *path, leaf = key[len(prefix):].split('.')
     if path[0].startswith('layer'):
       path = [f'{path[0]}_{path[1]}', *path[2:]]
-    if path[-1] == '0':  # the convolution inside of a shortcut
+    if path[-1] == '0':  # the convolution of a shortcut
       path = path[:-1]
     if leaf == 'weight':
       name = 'scale' if path[-1].startswith('bn') else 'kernel'
@@ -59,14 +60,14 @@ class End(NamedTuple):
 
 
 def recorded(archive):
-  """The end that an archive holds."""
+  """The end recorded in an archive."""
   last = variables(archive, 'final/')
   return End(archive['loss'], **last,
              momentum=variables(archive, 'momentum/')['params'])
 
 
-def follow(archive, objective, *, norm='Linf', statistics, normalised,
-           optimisation=0):
+def follow(archive, objective, *, norm='Linf', statistics, normalized,
+           optimization=0):
   """The end that our steps reach from an archive's start.
 
   Args:
@@ -74,9 +75,9 @@ def follow(archive, objective, *, norm='Linf', statistics, normalised,
     objective: AT or TRADES.
     norm: Of the threat model.
     statistics: Policy for the running statistics.
-    normalised: Whether the network normalises by CIFAR-10's statistics.
-    optimisation: LLVM's level. XLA runs convolutions in float64 as plain loops,
-      which large networks need optimised.
+    normalized: Whether the network normalizes with CIFAR-10's statistics.
+    optimization: LLVM's level. XLA runs convolutions in float64 as plain loops;
+      large networks need them optimized.
   """
   setting = {key[4:]: archive[key].item() for key in archive.files
              if key.startswith('cfg/')}
@@ -84,7 +85,7 @@ def follow(archive, objective, *, norm='Linf', statistics, normalised,
       len(archive['init/linear.bias']),
       depth=18 if 'init/layer1.1.conv1.weight' in archive else 10,
       width=len(archive['init/conv1.weight']), param_dtype=jnp.float64,
-      mean=MEAN if normalised else (0.0,), std=STD if normalised else (1.0,))
+      mean=MEAN if normalized else (0.0,), std=STD if normalized else (1.0,))
   first = variables(archive, 'init/')
   state = awp_jax.TrainState.create(
       apply_fn=model.apply, params=first['params'],
@@ -94,7 +95,7 @@ def follow(archive, objective, *, norm='Linf', statistics, normalised,
 
   @functools.partial(
       jax.jit,
-      compiler_options={'xla_backend_optimization_level': optimisation})
+      compiler_options={'xla_backend_optimization_level': optimization})
   def step(state, x, y, start):
     return awp_jax.train_step(
         state, (x, y), jax.random.key(0), objective=objective,
@@ -120,3 +121,46 @@ def distance(a, b):
   """The largest difference between two trees of one structure."""
   return max(jax.tree.leaves(jax.tree.map(
       lambda x, y: float(np.abs(x - y).max()), a, b)))
+
+
+CIFAR = {'mean': MEAN, 'std': STD}
+MODELS = {
+    'PreActResNet-18': PreActResNet(5, width=4),
+    'PreActResNet-50': PreActResNet(3, depth=50, width=4),
+    'WRN-10-1': WideResNet(10, depth=10, width=1),
+    'WRN-16-2': WideResNet(7, depth=16, width=2),
+}
+
+
+def random_variables(model, channels=3, seed=0):
+  """Random weights and running statistics that keep activations moderate."""
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(
+      lambda key: model.init(key, jnp.zeros((1, 8, 8, channels))),
+      jax.random.key(0))
+
+  def draw(path, leaf):
+    name = path[-1].key
+    if name == 'kernel':
+      value = rng.normal(size=leaf.shape) * np.prod(leaf.shape[:-1]) ** -0.5
+    elif name in ('scale', 'var'):
+      value = rng.uniform(0.5, 1.5, leaf.shape)
+    else:
+      value = rng.normal(size=leaf.shape) * 0.3
+    return jnp.asarray(value, leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def assert_same(got, wanted):
+  assert jax.tree.structure(got) == jax.tree.structure(wanted)
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    assert x.dtype == y.dtype and x.shape == y.shape
+    assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@functools.cache
+def prepared(name):
+  """Variables of one of the models, and their state dict."""
+  variables = random_variables(MODELS[name])
+  return variables, to_torch(variables, MODELS[name])

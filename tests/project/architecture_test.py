@@ -1,4 +1,4 @@
-"""The library alone: what it imports, in which order, and as users run it."""
+"""Imports, their order, sizes of files, and the library without extras."""
 
 import ast
 import graphlib
@@ -28,7 +28,7 @@ LIBRARY = [name for name in MODULES if name.startswith('awp_jax')]
 
 
 def imports(path, everywhere=True):
-  """Modules that a file imports; with `everywhere`, in its functions too."""
+  """Modules that a file imports; `everywhere` includes function bodies."""
   tree = ast.parse(path.read_text())
   found = set()
   for node in ast.walk(tree) if everywhere else tree.body:
@@ -43,7 +43,7 @@ def imports(path, everywhere=True):
 
 
 def floors(package):
-  """The rooms in each row of a package's table, the lowest first."""
+  """The paths in each row of a package's table, lowest floor first."""
   text = (ROOT / 'docs' / 'architecture.md').read_text()
   rows = [re.findall(r'`([\w/]+(?:/|\.py))`', line.split('|')[1])
           for line in text.splitlines() if line.startswith(f'| `{package}/')]
@@ -52,13 +52,13 @@ def floors(package):
 
 
 def floor_of(module):
-  """The row that names a module's file, or the nearest folder around it."""
+  """The row with a module's file or its nearest parent folder."""
   path = str(MODULES[module].relative_to(ROOT))
   matching = [(len(name), row)
               for row, names in enumerate(floors(module.split('.')[0]))
               for name in names if path == name or (
                   name.endswith('/') and path.startswith(name))]
-  assert matching, f'docs/architecture.md does not name {path}'
+  assert matching, f'docs/architecture.md lacks {path}'
   return max(matching)[1]
 
 
@@ -87,15 +87,15 @@ def test_the_library_imports_nothing_of_the_experiments():
                    for name in imports(MODULES[module])), module
 
 
-def test_no_module_imports_itself_by_way_of_others():
+def test_imports_have_no_cycles():
   graph = {name: imports(path, everywhere=False) & set(MODULES)
            for name, path in MODULES.items()}
   assert sum(map(len, graph.values())) > 100
   graphlib.TopologicalSorter(graph).prepare()
 
 
-def test_rooms_stay_small():
-  """At most 14 files side by side; configs are a list of their own."""
+def test_folders_and_files_stay_small():
+  """At most 14 files per folder, configs aside, and 350 lines per file."""
   for package in PACKAGES:
     for folder in [ROOT / package, *(ROOT / package).rglob('*/')]:
       if folder.name != 'configs':
@@ -105,19 +105,31 @@ def test_rooms_stay_small():
 
 
 def requirements(text):
-  """Names of distributions in a list of requirements."""
+  """Distribution names in a list of requirements."""
   return {re.match(r'[\w.-]+', line).group().lower().replace('_', '-')
           for line in text.splitlines() if re.match(r'\w', line)}
 
 
-def declared():
-  """What pyproject.toml asks for."""
+def declared(*extras):
+  """Requirements in pyproject.toml: of the library, or of some extras."""
   project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-  return requirements('\n'.join(project['dependencies']))
+  lists = [project['optional-dependencies'][extra] for extra in extras]
+  lists = lists or [project['dependencies']]
+  return requirements('\n'.join(line for lines in lists for line in lines))
+
+
+@pytest.mark.parametrize('name, extras', [
+    ('requirements.txt', 'experiments'),
+    ('requirements-dev.txt', 'experiments,dev')])
+def test_requirements_files_refer_to_pyproject(name, extras):
+  lines = [line for line in (ROOT / name).read_text().splitlines()
+           if not line.startswith('#')]
+  assert lines == [f'-e .[{extras}]']
+  assert all(declared(extra) for extra in extras.split(','))
 
 
 def test_only_declared_packages_are_imported():
-  # JAX cannot be without NumPy, whose arrays it returns.
+  # JAX requires NumPy and returns its arrays.
   allowed = declared() | {'numpy', 'awp_jax'} | sys.stdlib_module_names
   for path in map(MODULES.get, LIBRARY):
     found = {name.split('.')[0] for name in imports(path)}
@@ -125,7 +137,7 @@ def test_only_declared_packages_are_imported():
 
 
 def closure(names):
-  """Installed distributions that some need, and those that they need."""
+  """Some distributions and, of those installed, all that they require."""
   found, todo = set(), set(names)
   while todo:
     name = todo.pop().lower().replace('_', '-')
@@ -194,15 +206,13 @@ print(jax.device_count(), 'same bits')
 '''
 
 
-def test_alone_and_with_the_compilers_own_flags(tmp_path):
-  """What a user has who installed the library and nothing of the experiments.
+def test_library_alone_with_default_compiler_flags(tmp_path):
+  """The library runs without the packages of the experiments.
 
-  The tests compile for eight devices without optimisation. Here XLA optimises;
-  a run that is interrupted and compiled anew still ends with the same bits.
+  The other tests compile for eight devices without optimization. Here XLA
+  optimizes, and an interrupted, recompiled run still ends with the same bits.
   """
-  texts = [(ROOT / name).read_text() for name in (
-      'requirements.txt', 'requirements-dev.txt')]
-  others = requirements('\n'.join(texts)) - closure(declared())
+  others = declared('experiments', 'dev') - closure(declared())
   assert {'tensorflow-datasets', 'ml-collections', 'matplotlib'} <= others
   refused = {'experiments', 'examples', 'tests', 'benchmarks', 'torch'} | {
       package for package, names in metadata.packages_distributions().items()

@@ -1,4 +1,4 @@
-"""The benchmarks' networks: their sizes come from the files."""
+"""The benchmarks' networks have the sizes in the files."""
 
 import importlib
 import pathlib
@@ -15,13 +15,13 @@ FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'
 
 @pytest.fixture
 def benchmark(monkeypatch):
-  """Imports a script, which looks for its siblings beside itself."""
+  """Imports a script and lets it import its siblings."""
   monkeypatch.syspath_prepend(str(FOLDER))
   return importlib.import_module
 
 
 def write_fixture(path, widths, classes):
-  """A file of the form of autoattack.npz, of random weights."""
+  """Writes a file in the layout of autoattack.npz, with random weights."""
   rng, arrays = np.random.default_rng(0), {}
   for i, (into, out) in enumerate(zip((3, *widths), widths, strict=False)):
     arrays[f'param/{2 * i}.weight'] = rng.normal(size=(out, into, 3, 3)) / 3
@@ -32,7 +32,7 @@ def write_fixture(path, widths, classes):
   np.savez(path, **{k: v.astype(np.float32) for k, v in arrays.items()})
 
 
-# Layer 10 stands behind layer 2 in the alphabet.
+# In alphabetical order layer 10 precedes layer 2.
 @pytest.mark.torch
 @pytest.mark.parametrize('widths, classes', [
     ((3, 5, 7, 4), 10), ((4, 2), 3), ((2, 3, 4, 5, 6, 7), 4)])

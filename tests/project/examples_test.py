@@ -1,8 +1,7 @@
-"""The examples run, shortened; their tables, and their words for wrong input.
+"""Shortened runs of the examples: tables, and errors for wrong input.
 
-The graphs of the one example that downloads its data are read from
-AWP_TEST_DATA, where that names a folder with `graphs/`; otherwise a graph made
-here serves. Nothing is downloaded.
+Nothing is downloaded. `graph_gcn` reads its graphs from `graphs/` in the folder
+AWP_TEST_DATA, if set, and otherwise a small generated graph.
 """
 
 import csv
@@ -36,10 +35,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = sorted(
     path.stem for path in (ROOT / 'examples').glob('*.py')
     if path.stem not in ('__init__', 'report', 'robust_digits'))
+#: Pages of `docs/` with examples, and the fewest that each must run.
+PAGES = {'in_your_project.md': 41, 'evaluation.md': 7, 'landscape.md': 9,
+         'pytorch.md': 10}
 
 
 def check(rows, out, data, methods, above):
-  """Rows of every method, the same in the printed table, above a floor."""
+  """Checks that rows match the printed table and exceed an accuracy."""
   assert [row[:2] for row in rows] == [
       (name, method) for name in data for method in methods]
   lines = out.splitlines()[-len(rows):]
@@ -54,7 +56,7 @@ def check(rows, out, data, methods, above):
 
 @pytest.fixture
 def graphs(tmp_path):
-  """A folder with a small `cora.npz`: two communities, and a stray pair."""
+  """A folder with a small `cora.npz`: two communities and an isolated pair."""
   rng = np.random.default_rng(0)
   labels = np.repeat([0, 1], 30)
   same = labels[:, None] == labels
@@ -72,12 +74,12 @@ def graphs(tmp_path):
   return tmp_path
 
 
-def test_graph_is_normalised_and_connected(graphs):
+def test_graph_is_normalized_and_connected(graphs):
   graph = graph_gcn.load(graphs / 'cora.npz')
   with np.load(graphs / 'cora.npz') as file:
     a = sp.csr_matrix((file['adj_data'], file['adj_indices'],
                        file['adj_indptr']), file['adj_shape']).toarray()
-  a = (a + a.T)[:60, :60] + np.eye(60)  # the stray pair is gone
+  a = (a + a.T)[:60, :60] + np.eye(60)  # without the isolated pair
   degree = a.sum(0)
   np.testing.assert_allclose(
       graph.adjacency.todense(), a / np.sqrt(degree[:, None] * degree),
@@ -275,10 +277,10 @@ def test_table(capsys):
 
 
 def test_command_needs_no_installation(tmp_path):
-  """From any folder, and with nothing but the file's own place to go by."""
+  """A command runs from any folder, without PYTHONPATH."""
   environment = {
       key: value for key, value in os.environ.items() if key != 'PYTHONPATH'}
-  # A wrong value is noticed when all modules have been found.
+  # Values are checked after all imports.
   done = subprocess.run(
       [sys.executable, str(ROOT / 'examples/tabular.py'), '--eps=2'],
       cwd=tmp_path, env=environment, text=True, capture_output=True)
@@ -295,9 +297,21 @@ def test_examples_in_docstrings(name):
   assert results.attempted > 0 and results.failed == 0
 
 
-def test_docs_page():
-  page = ROOT / 'docs/in_your_project.md'
-  results = doctest.testfile(str(page), module_relative=False)
-  assert results.attempted > 40 and results.failed == 0
+def test_every_page_with_examples_is_tested():
+  # `perturbation_docs_test.py` runs the page of the methods.
+  pages = {
+      str(path.relative_to(ROOT / 'docs'))
+      for path in (ROOT / 'docs').rglob('*.md') if '>>> ' in path.read_text()}
+  assert pages == {*PAGES, 'weight_perturbation.md'}
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_docs_page(page):
+  results = doctest.testfile(str(ROOT / 'docs' / page), module_relative=False)
+  assert results.attempted >= PAGES[page] and results.failed == 0
+
+
+def test_docs_page_names_the_examples():
+  text = (ROOT / 'docs/in_your_project.md').read_text()
   for name in EXAMPLES:
-    assert f'`{name}.py`' in page.read_text()
+    assert f'`{name}.py`' in text

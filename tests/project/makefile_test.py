@@ -1,4 +1,4 @@
-"""The Makefile: which Python it takes, and that its demo's commands run."""
+"""The Makefile: its choice of Python, and the commands of its demo."""
 
 import json
 import os
@@ -23,7 +23,7 @@ NAMES = ('python3.13', 'python3.12', 'python3', 'python3.11')
 
 
 def make(*arguments, path):
-  """What make would run, or did, with nothing but `path` to find it by."""
+  """Runs make with `path` as the search path."""
   return subprocess.run(
       [MAKE, '--directory', str(ROOT), *arguments], text=True, check=False,
       capture_output=True, env={'PATH': str(path)})
@@ -31,7 +31,7 @@ def make(*arguments, path):
 
 @pytest.fixture
 def path(tmp_path):
-  """A folder of commands, in which a Python either runs or is a dead shim."""
+  """A folder of commands in which each Python runs or is an inactive shim."""
   folder = tmp_path / 'bin'
   folder.mkdir()
 
@@ -58,16 +58,16 @@ def test_the_newest_python_that_runs_is_taken(path, tmp_path, working, wanted):
   assert f'\nmine -m venv {venv}\n' in named.stdout
 
 
-def test_without_a_python_there_is_one_line(path, tmp_path):
+def test_missing_python_is_one_line_of_error(path, tmp_path):
   done = make('test', f'VENV={tmp_path}/venv', path=path(()))
   assert done.returncode != 0
   assert 'No Python 3.11 or later that can make environments' in done.stderr
   assert not (tmp_path / 'venv').exists()
 
 
-def test_pythons_that_are_too_old_are_passed_over(path, tmp_path):
+def test_old_pythons_are_skipped(path, tmp_path):
   folder = path(())
-  # The check itself, by the Python of this test made to look older.
+  # Runs the check on this test's Python with an older version number.
   (folder / 'python3').write_text(
       f'#!/bin/sh\nexec {sys.executable} -c "import sys; '
       'sys.version_info = (3, 10); exec(sys.argv[1])" "$2"\n')
@@ -79,9 +79,8 @@ def test_pythons_that_are_too_old_are_passed_over(path, tmp_path):
   assert 'python3 -m venv' in done.stdout
 
 
-
 class TinyNet(nn.Module):
-  """Stands for the demo's network, which takes a minute to compile and run."""
+  """Replaces the demo's network, which takes a minute to compile and run."""
 
   @nn.compact
   def __call__(self, x, train=False):
@@ -98,7 +97,7 @@ TINY = [f'--config.{field}' for field in (
 
 
 def test_demo(tmp_path, monkeypatch, capsys):
-  """The recipe's commands as they stand, with few images and a tiny network."""
+  """The recipe's commands, with few images and a tiny network."""
   listed = make('--dry-run', 'demo', 'VENV=venv', path=os.environ['PATH'])
   commands = [
       shlex.split(line)[1:] for line in listed.stdout.replace(
@@ -107,9 +106,9 @@ def test_demo(tmp_path, monkeypatch, capsys):
   assert names == 3 * ['experiments/main.py'] + ['experiments/compare.py']
   (tmp_path / 'experiments').symlink_to(ROOT / 'experiments')
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(sys, 'argv', ['main.py'])  # main.parse writes into it.
+  monkeypatch.setattr(sys, 'argv', ['main.py'])  # main.parse modifies it.
   monkeypatch.setattr(build, 'build_model', lambda config, dataset: TinyNet())
-  monkeypatch.setattr(page_lib, 'write_or_say_why', lambda run, mode: None)
+  monkeypatch.setattr(page_lib, 'write_or_warn', lambda run, mode: None)
   for script, *arguments in commands:
     if script == 'experiments/compare.py':
       compare.main(arguments)
@@ -122,7 +121,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
       path.parent.name: json.loads(path.read_text())['awp.gamma']
       for path in demo.glob('*/config.json')}
   assert gammas == {'AT': 0, 'AT-AWP': 0.01}
-  for name in gammas:  # The second was told to measure the first as well.
+  for name in gammas:  # The second run also measures the first.
     landscape = json.loads((demo / name / 'landscape.json').read_text())
     for entry in landscape['subjects'].values():
       assert {'random', 'adversarial'} <= set(entry)

@@ -1,4 +1,4 @@
-"""docs/weight_perturbation.md: its examples run, its table is the code's."""
+"""docs/weight_perturbation.md: examples run, and its table matches the code."""
 
 import doctest
 import inspect
@@ -13,7 +13,7 @@ LEAVES = {leaves.is_weight: 'weights', leaves.is_any: 'all'}
 
 
 def passes(method):
-  """Forward and backward passes of a step that perturbs."""
+  """Forward and backward passes of a perturbed step."""
   count = 1 + (method.num_steps if method.direction.source == 'gradient' else 0)
   shares = (method.direction.source == 'gradient'
             and method.natural_batch == 'same')
@@ -21,7 +21,7 @@ def passes(method):
 
 
 def row(name):
-  """A method's choices as a row of the table."""
+  """A method's options as a row of the table."""
   needs = {'mask': leaves.is_weight} if name == 'wt_awp' else {}
   method = methods.make(name, **needs)
   moves = f'{method.num_steps} {method.moves}'
@@ -37,12 +37,12 @@ def row(name):
 
 
 @pytest.mark.parametrize('name', methods.METHODS)
-def test_choices_are_those_of_the_code(name):
+def test_table_matches_the_code(name):
   assert row(name) in PAGE.read_text().splitlines()
 
 
 @pytest.mark.parametrize('name', methods.METHODS)
-def test_defaults_are_those_of_the_code(name):
+def test_defaults_match_the_code(name):
   line = next(line for line in PAGE.read_text().splitlines()
               if line.startswith(f'| `{name}` |'))
   sizes = line.split('|')[-3]

@@ -1,4 +1,4 @@
-"""The examples in the README and in the modules run as they stand."""
+"""Examples in the README and in docstrings run."""
 
 import doctest
 import importlib

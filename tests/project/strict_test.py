@@ -1,4 +1,4 @@
-"""CI's rules and the users': which warnings and which skips fail a test."""
+"""Which warnings and skips fail a test: in CI, and for users."""
 
 import pathlib
 import tomllib
@@ -10,6 +10,7 @@ from tests.helpers import strict
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+MODULE = 'tests.awp_jax.training.train_step_test'
 TESTS = '''
 import warnings
 import pytest
@@ -17,8 +18,8 @@ import pytest
 def warn(name, category):
   warnings.warn_explicit('a word', category, 'a.py', 1, module=name)
 
-@pytest.mark.parametrize('name', ['awp_jax.awp', 'experiments.modes.train',
-                                  'tests.awp_jax.training.train_step_test', 'scipy.sparse', 'jax'])
+@pytest.mark.parametrize('name', [
+    'awp_jax.awp', 'experiments.modes.train', 'MODULE', 'scipy.sparse', 'jax'])
 @pytest.mark.parametrize('category', [
     UserWarning, RuntimeWarning, DeprecationWarning, FutureWarning,
     PendingDeprecationWarning, ResourceWarning])
@@ -32,12 +33,12 @@ def test_unlisted():
   pytest.skip('no idea')
 
 def test_expected():
-  pytest.xfail('to be mended')
-'''
+  pytest.xfail('to be fixed')
+'''.replace('MODULE', MODULE)
 
 
 class Outcomes:
-  """Collects what became of each test, as a plugin."""
+  """A plugin that collects the report of each test."""
 
   def __init__(self):
     self.outcomes = {}
@@ -52,12 +53,12 @@ class Outcomes:
 
 
 def run(folder, name, *plugins):
-  """Runs the tests above under this repository's filters of warnings.
+  """Runs the tests above with this repository's warning filters.
 
   Args:
-    folder: Where they are written.
-    name: Of their modules, which must differ within one process.
-    *plugins: Of pytest.
+    folder: where the tests are written.
+    name: prefix of their modules, unique within one process.
+    *plugins: pytest plugins.
 
   Returns:
     Reports by test, and by module that could not be collected.
@@ -71,7 +72,7 @@ def run(folder, name, *plugins):
   files[1].write_text("import pytest\npytest.importorskip('no_such_package')\n")
   seen = Outcomes()
   with warnings.catch_warnings():
-    warnings.resetwarnings()  # The inner run has its own filters alone.
+    warnings.resetwarnings()  # Only the inner run's filters apply.
     pytest.main(
         ['-p', 'no:cacheprovider', '-p', 'no:terminal', f'--rootdir={folder}',
          '--continue-on-collection-errors', *map(str, files)],
@@ -83,19 +84,19 @@ def failed(outcomes):
   return {name for name, report in outcomes.items() if report.failed}
 
 
-def test_a_user_fails_by_warnings_of_our_modules_alone(tmp_path):
+def test_only_warnings_of_our_modules_fail_for_users(tmp_path):
   assert failed(run(tmp_path, 'users')) == {
       f'test_warning[{category}-{name}]'
-      for name in ('awp_jax.awp', 'experiments.modes.train', 'tests.awp_jax.training.train_step_test')
+      for name in ('awp_jax.awp', 'experiments.modes.train', MODULE)
       for category in ('UserWarning', 'RuntimeWarning')}
 
 
-def test_ci_fails_by_warnings_and_skips_that_are_not_listed(tmp_path):
+def test_warnings_and_unlisted_skips_fail_in_ci(tmp_path):
   outcomes = run(tmp_path, 'ci', strict.Strict(strict.read(
-      '# a comment\n\n*ci_test.py::* | no browser | cannot be had\n')))
+      '# a comment\n\n*ci_test.py::* | no browser | not installed\n')))
   assert failed(outcomes) == {'test_unlisted', 'ci_module_test.py'} | {
       f'test_warning[{category}-{name}]'
-      for name in ('awp_jax.awp', 'experiments.modes.train', 'tests.awp_jax.training.train_step_test',
+      for name in ('awp_jax.awp', 'experiments.modes.train', MODULE,
                    'scipy.sparse', 'jax')
       for category in ('UserWarning', 'RuntimeWarning', 'DeprecationWarning',
                        'FutureWarning', 'PendingDeprecationWarning')}
@@ -105,7 +106,7 @@ def test_ci_fails_by_warnings_and_skips_that_are_not_listed(tmp_path):
   assert 'no_such_package' in outcomes['ci_module_test.py'].longrepr
 
 
-def test_allowed_skips_are_of_tests_that_exist():
+def test_allowed_skips_match_existing_tests():
   entries = strict.read(strict.ALLOWED.read_text())
   assert 0 < len(entries) <= 5
   for entry in entries:

@@ -1,4 +1,4 @@
-"""Weights of PyTorch's networks for ours, and back.
+"""Exchanges weights with PyTorch: reads and writes its state dicts and files.
 
     state_dict = read_state_dict('model_best.pth')
     model = model_from_torch(state_dict, mean=CIFAR10_MEAN, std=CIFAR10_STD)
@@ -8,12 +8,12 @@
     write_state_dict('ours.pth', to_torch(variables, model))
     # net.load_state_dict(torch.load('ours.pth', weights_only=True))
 
-Names are those that the AWP authors' repository, csdongxian/AWP, shares with
-RobustBench. The logits are equal at 32x32 pixels; at other sizes ours average
-all of the last features, and theirs pools of a fixed size.
+Names are those of the AWP authors' repository, csdongxian/AWP, and RobustBench.
+The logits are equal at 32x32 pixels. At other sizes our networks average all of
+the last features, while theirs pool with a fixed size.
 
-A network in PyTorch takes normalised images, and few files say how. Ours
-normalise inside, so that `mean` and `std` have to be known:
+A PyTorch network takes normalized images, and few files contain the
+normalization. Our networks normalize inside and need `mean` and `std`:
 
 * (0.4914, 0.4822, 0.4465) and (0.2471, 0.2435, 0.2616): AT-AWP of CIFAR-10;
   RobustBench's Rice2020Overfitting, Chen2020Efficient and
@@ -27,24 +27,25 @@ normalise inside, so that `mean` and `std` have to be known:
   of CIFAR-10 and all entries that are a bare `WideResNet(...)` or
   `PreActResNet(...)` there.
 
-Of RobustBench's entries for CIFAR-10 and CIFAR-100 these are our networks, as
-read off their definitions (their files have not been tried one by one):
+By their definitions, these RobustBench entries for CIFAR-10 and CIFAR-100 are
+the same networks (not every file was tried):
 
-* each entry on its `WideResNet`, of any depth and width: Carmon2019Unlabeled,
-  Wu2020Adversarial, Rice2020Overfitting (CIFAR-10, L_inf), Sehwag2021Proxy,
-  Zhang2019Theoretically and so on. Its `sub_block1`, where there is one, takes
-  no part in the logits and is left out. Augustin2020 and Rony2019 have means of
-  their own. Ding2020MMA's names fit too, but it normalises each image by
-  itself, which ours do not do.
+* each entry that uses its `WideResNet`, of any depth and width:
+  Carmon2019Unlabeled, Wu2020Adversarial, Rice2020Overfitting (CIFAR-10, L_inf),
+  Sehwag2021Proxy, Zhang2019Theoretically and so on. `sub_block1`, if present,
+  does not affect the logits and is dropped. Augustin2020 and Rony2019 use
+  different means. Ding2020MMA has matching names, but normalizes each image
+  separately, which our networks do not.
 * PreActResNet-18 of Rice2020Overfitting (CIFAR-10, L_2; CIFAR-100),
   Kireev2021Effectiveness (`read_state_dict(path, key='last')`) and
   Addepalli2021Towards_PARN18.
 
-Refused for other names or a missing tensor are Andriushchenko2020Understanding
-and Wong2020Fast (no normalisation before the classifier; their shortcut
-projects features that are not normalised), the DMWideResNet and DMPreActResNet
-entries (Gowal2020, Rebuffi2021, Wang2023, ...: padded on one side at stride 2),
-Pang2020Boosting, ResNets that normalise after convolutions, and ensembles.
+Rejected, because names differ or a tensor is missing:
+Andriushchenko2020Understanding and Wong2020Fast (no normalization before the
+classifier; the shortcut projects features that are not normalized), the
+DMWideResNet and DMPreActResNet entries (Gowal2020, Rebuffi2021, Wang2023, ...:
+padded on one side at stride 2), Pang2020Boosting, ResNets that normalize after
+convolutions, and ensembles.
 """
 
 from awp_jax.models.torch_exchange.convert import from_torch as from_torch

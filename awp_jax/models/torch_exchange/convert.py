@@ -1,4 +1,4 @@
-"""Variables of our networks from PyTorch state dicts, and back."""
+"""Converts PyTorch state dicts to Flax variables, and back."""
 
 from collections.abc import Mapping, Sequence
 import re
@@ -14,8 +14,8 @@ from awp_jax.models.torch_exchange import naming
 from awp_jax.models.torch_exchange.naming import Network
 from awp_jax.models.wide_resnet import WideResNet
 
-#: Names of the buffers that normalise, in whichever wrapper.
-_NORMALISATION = tuple(
+#: Names of the buffers of mean and standard deviation, by wrapper.
+_NORMALIZATION = tuple(
     (f'{prefix}{mean}', f'{prefix}{std}')
     for prefix in ('', 'normalize.', 'normalizer.', '0.')
     for mean, std in (('mu', 'sigma'), ('mean', 'std')))
@@ -23,51 +23,52 @@ _NORMALISATION = tuple(
 _COUNTER = 'num_batches_tracked'
 
 
-def _without_idle(
+def _used_tensors(
     state_dict: Mapping[str, Any], model: Network) -> dict[str, Any]:
-  """The plainly named tensors that take part in the logits."""
+  """The tensors that affect the logits, by names without wrappers."""
   plain = naming.plain_names(state_dict)
 
-  def is_idle(name: str) -> bool:
+  def is_unused(name: str) -> bool:
     module, _, leaf = name.rpartition('.')
     return (
-        any(name in pair for pair in _NORMALISATION)
-        # Batches seen by a batch normalisation or by torch's AveragedModel.
+        any(name in pair for pair in _NORMALIZATION)
+        # Counters of batch normalization and of torch's AveragedModel.
         or (leaf == _COUNTER and f'{module}.running_mean' in plain)
         or name == 'n_averaged'
         or (isinstance(model, WideResNet) and name.startswith('sub_block1.')))
 
   return {name: np.asarray(value) for name, value in plain.items()
-          if not is_idle(name)}
+          if not is_unused(name)}
 
 
 def normalization(
     state_dict: Mapping[str, Any]
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-  """Mean and standard deviation by channel, where the state dict has them.
+  """Mean and standard deviation by channel, if the state dict has them.
 
   They are buffers of the network or of a layer before it: `mu` and `sigma`,
   `mean` and `std`, `normalize.mean` and `normalize.std`. Most published files
-  have none: see above.
+  have none; see `awp_jax.models.torch_exchange`.
 
   Args:
     state_dict: PyTorch names -> arrays.
 
   Returns:
-    (mean, std), as a model takes them, or None.
+    (mean, std), as the models take them, or None.
 
   Raises:
-    ValueError: if one of two has no partner, or both are given twice.
+    ValueError: unless there is exactly one mean and one standard deviation.
   """
   state_dict = naming.plain_names(state_dict)
-  found = [pair for pair in _NORMALISATION
+  found = [pair for pair in _NORMALIZATION
            if any(name in state_dict for name in pair)]
   if not found:
     return None
   names = [name for pair in found for name in pair if name in state_dict]
   if len(names) != 2:
     raise ValueError(
-        f'no one pair of a mean and a deviation: {", ".join(names)}.')
+        'the normalization must be one mean and one std, got '
+        f'{", ".join(names)}.')
   mean, std = (
       tuple(np.asarray(state_dict[name], np.float64).ravel().tolist())
       for name in names)
@@ -76,32 +77,32 @@ def normalization(
 
 def _check_normalization(
     state_dict: Mapping[str, Any], model: Network) -> None:
-  """Raises ValueError if the state dict and the model normalise differently."""
+  """Raises ValueError if state dict and model normalize differently."""
   stored = normalization(state_dict)
   if stored is None:
     return
   ours = (model.mean, model.std)
-  for inside, wanted in zip(ours, stored, strict=True):
-    if len(inside) not in (1, len(wanted)) or not np.allclose(
-        inside, wanted, rtol=1e-5, atol=1e-6):
+  for got, expected in zip(ours, stored, strict=True):
+    if len(got) not in (1, len(expected)) or not np.allclose(
+        got, expected, rtol=1e-5, atol=1e-6):
       raise ValueError(
-          f'the state dict normalises with mean and std {stored}, the model '
+          f'the state dict normalizes with mean and std {stored}, the model '
           f'with {ours}.')
 
 
 def from_torch(
     state_dict: Mapping[str, Any], model: Network) -> dict[str, Any]:
-  """A PyTorch state dict as the variables of one of our networks.
+  """Converts a PyTorch state dict to the variables of one of our networks.
 
-  Each tensor is used or known to be idle: counters of batches, `sub_block1`,
-  buffers that normalise. Running variances are copied as they are: PyTorch
-  moves them towards the unbiased variance of a batch and Flax towards the
-  biased one, which matters in training; at evaluation both just divide by them.
+  Only tensors that do not affect the logits are dropped: batch counters,
+  `sub_block1`, and buffers of mean and standard deviation. Running variances
+  are copied unchanged. PyTorch averages the unbiased variance of a batch and
+  Flax the biased one, which matters in training, not in evaluation.
 
   Args:
-    state_dict: PyTorch names, with or without 'module.' and the like, ->
+    state_dict: PyTorch names, with or without prefixes such as 'module.', ->
       arrays, as `read_state_dict` returns them.
-    model: a PreActResNet or WideResNet; `model_from_torch` finds it.
+    model: a PreActResNet or WideResNet; see `model_from_torch`.
 
   Returns:
     {'params': ..., 'batch_stats': ...} of jax arrays, cast to the model's types
@@ -109,10 +110,10 @@ def from_torch(
 
   Raises:
     TypeError: for another model.
-    ValueError: if names or shapes do not fit, or if the state dict has a
-      normalisation that is not the model's.
+    ValueError: if names or shapes do not fit, or if the normalization in the
+      state dict differs from the model's.
   """
-  tensors = _without_idle(state_dict, model)
+  tensors = _used_tensors(state_dict, model)
   leaves = naming.leaves(
       model, {name: value.shape for name, value in tensors.items()})
   _check_normalization(state_dict, model)
@@ -124,22 +125,22 @@ def from_torch(
 
 def to_torch(
     variables: Mapping[str, Any], model: Network, *, prefix: str = '',
-    with_normalisation: bool = False
+    with_normalization: bool = False
 ) -> dict[str, np.ndarray]:
-  """The variables of one of our networks as a PyTorch state dict.
+  """Converts the variables of one of our networks to a PyTorch state dict.
 
   Args:
     variables: {'params': ..., 'batch_stats': ...}.
-    model: the PreActResNet or WideResNet that they belong to.
-    prefix: put before each name: 'module.' for a network in DataParallel, as
-      the AWP authors' scripts resume it.
-    with_normalisation: whether to add the model's mean and std as RobustBench's
-      buffers `mu` and `sigma`. Networks without these buffers then refuse to
-      load strictly.
+    model: their PreActResNet or WideResNet.
+    prefix: prefix of each name: 'module.' for a network in DataParallel, as
+      the AWP authors' scripts load it.
+    with_normalization: whether to add the model's mean and std as RobustBench's
+      buffers `mu` and `sigma`. Networks without these buffers then need
+      `strict=False` to load.
 
   Returns:
-    PyTorch names -> arrays of the variables' types, in PyTorch's layout; and
-    `num_batches_tracked`, which ours do not count, as 0.
+    PyTorch names -> arrays of the variables' types, in PyTorch's layout.
+    `num_batches_tracked`, which Flax does not count, is 0.
 
   Raises:
     TypeError: for another model.
@@ -158,7 +159,7 @@ def to_torch(
     if name.endswith('.running_var'):
       counter = name.replace('running_var', _COUNTER)
       state_dict[counter] = np.zeros((), np.int64)
-  if with_normalisation:
+  if with_normalization:
     shape = (1, ours['conv1.weight'].shape[1], 1, 1)
     for name, values in (('mu', model.mean), ('sigma', model.std)):
       by_channel = np.asarray(values, np.float32)[:, None, None]
@@ -177,26 +178,27 @@ def _count_blocks(
 def model_from_torch(
     state_dict: Mapping[str, Any], *, mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None) -> Network:
-  """The network that a state dict belongs to, from its names and shapes.
+  """Infers the network of a state dict from names and shapes.
 
-  Names do not tell the activation: it is 'relu', as in the reference. Another
-  comes with `model.clone(activation='silu')`.
+  They do not determine the activation: it is 'relu', as in the reference. For
+  another, use `model.clone(activation='silu')`.
 
   Args:
     state_dict: PyTorch names -> arrays.
-    mean: pixel means by channel; by default those in the state dict, else 0.
-    std: pixel standard deviations by channel; by default likewise, else 1.
+    mean: pixel means by channel; None means those in the state dict, else 0.
+    std: pixel standard deviations by channel; None likewise, else 1.
 
   Returns:
-    The model, for `from_torch`, which checks the rest.
+    The model. `from_torch` checks that all names and shapes fit.
 
   Raises:
-    ValueError: if it is none of our networks, or one of mean and std is given
-      without the other.
+    ValueError: if it is none of our networks, or only one of mean and std is
+      given.
   """
   state_dict = naming.plain_names(state_dict)
   if (mean is None) != (std is None):
-    raise ValueError(f'give both mean and std, or none: got {mean} and {std}.')
+    raise ValueError(
+        f'mean and std must be given together, got {mean} and {std}.')
   if mean is None or std is None:
     mean, std = normalization(state_dict) or ((0.0,), (1.0,))
   mean, std = tuple(mean), tuple(std)
@@ -206,23 +208,25 @@ def model_from_torch(
     block = (preact_resnet.PreActBottleneck
              if 'layer1.0.conv3.weight' in shapes else
              preact_resnet.PreActBlock)
-    for depth, wanted in preact_resnet.DEPTHS.items():
-      if wanted == (block, blocks):
+    for depth, layout in preact_resnet.DEPTHS.items():
+      if layout == (block, blocks):
         return PreActResNet(
             shapes['linear.weight'][0], depth=depth,
             width=shapes['layer1.0.conv1.weight'][0], mean=mean, std=std)
     raise ValueError(
-        f'no PreActResNet here has {blocks} blocks of type {block.__name__}.')
+        f'no supported PreActResNet has {blocks} blocks of type '
+        f'{block.__name__}.')
   if {'fc.weight', 'block1.layer.0.conv1.weight'} <= shapes.keys():
     blocks = _count_blocks(shapes, [f'block{i}.layer' for i in (1, 2, 3)])
     width, rest = divmod(shapes['block1.layer.0.conv1.weight'][0], 16)
     if len(set(blocks)) > 1 or rest:
       raise ValueError(
-          f'no WideResNet has {blocks} blocks of {16 * width + rest} channels '
-          'at first.')
+          f'no WideResNet has {blocks} blocks and {16 * width + rest} channels '
+          'in the first stage.')
     return WideResNet(
         shapes['fc.weight'][0], depth=6 * blocks[0] + 4, width=width,
         mean=mean, std=std)
   raise ValueError(
-      'the state dict is neither of a PreActResNet with a normalisation before '
-      f'its classifier nor of a WideResNet: {", ".join([*shapes][:3])}, ...')
+      'the state dict must be of a PreActResNet with normalization before the '
+      'classifier or of a WideResNet, got '
+      f'{", ".join([*shapes][:3])}, ...')

@@ -1,8 +1,8 @@
-"""PyTorch's checkpoint files, read and written without PyTorch.
+"""Reads and writes PyTorch checkpoint files without PyTorch.
 
 `torch.save` pickles a dictionary whose tensors point to storages: raw numbers
-that lie beside the pickle, in a zip archive since PyTorch 1.6 and in one stream
-before. Reading runs nothing that a file holds (`torch_pickle`).
+stored next to the pickle, in a zip archive since PyTorch 1.6 and in one stream
+before. Reading never executes code from a file (see `pickle_reader`).
 
     state_dict = read_state_dict('model_best.pth')
     write_state_dict('copy.pth', state_dict)
@@ -22,17 +22,17 @@ import numpy as np
 
 from awp_jax.models.torch_exchange import naming, pickle_reader
 
-#: Entries of a training script's checkpoint that may hold the state dict.
+#: Entries of a training checkpoint that may hold the state dict.
 _ENTRIES = ('state_dict', 'model_state_dict', 'model', 'net')
 
-#: Opens the stream of `torch.save` before PyTorch 1.6: magic and version.
+#: Magic number and version of the stream format before PyTorch 1.6.
 _STREAM = (0x1950A86A20F9469CFC6C, 1001)
 
 _Fetch = Callable[[pickle_reader.Storage], bytes]
 
 
 def _open_archive(file: BinaryIO) -> tuple[Any, _Fetch]:
-  """What a zip file's pickle holds, and what fetches a storage's bytes."""
+  """Content of a zip file's pickle, and a function that reads a storage."""
   archive = zipfile.ZipFile(file)
   pickles = [name for name in archive.namelist()
              if name.endswith('/data.pkl') and name.count('/') == 1]
@@ -56,10 +56,10 @@ def _open_archive(file: BinaryIO) -> tuple[Any, _Fetch]:
 
 
 def _open_stream(file: BinaryIO) -> tuple[Any, _Fetch]:
-  """As `_open_archive`, of a file of before PyTorch 1.6.
+  """As `_open_archive`, for the format before PyTorch 1.6.
 
-  It is five pickles (a magic number, the version, facts of the machine, the
-  dictionary, the keys of the storages), then each storage: its number of
+  The file has five pickles: magic number, version, machine properties, the
+  dictionary, and the keys of the storages. Each storage follows: its number of
   elements in eight bytes, and the elements.
   """
   def load() -> Any:
@@ -80,7 +80,7 @@ def _open_stream(file: BinaryIO) -> tuple[Any, _Fetch]:
     dtype = pickle_reader.STORAGES[unpickler.types[key].name]
     count = file.read(8)
     length = int.from_bytes(count, 'little') * dtype.itemsize
-    # Reading allocates first, so that a damaged length must not get there.
+    # Reading allocates first, so check a possibly damaged length before.
     left = os.fstat(file.fileno()).st_size - file.tell()
     if len(count) < 8 or length > left:
       raise ValueError(f'it is truncated in storage {key}.')
@@ -96,56 +96,56 @@ def _first(names: Iterable[Any]) -> str:
 
 def _find_tensors(
     content: Any, key: str | None) -> dict[str, pickle_reader.Tensor]:
-  """The dictionary of tensors within what a training script saved."""
+  """The dictionary of tensors inside a training checkpoint."""
   if key is not None:
     if not isinstance(content, dict) or key not in content:
       found = content if isinstance(content, dict) else ()
       raise ValueError(f'it has no entry {key!r}, only {_first(found)}.')
     content = content[key]
-  # Bounded, as a pickle may hold a dictionary that holds itself.
+  # Bounded, because a pickled dictionary may contain itself.
   for _ in range(len(_ENTRIES)):
     inner = [name for name in _ENTRIES
              if isinstance(content, dict)
              and isinstance(content.get(name), dict)]
     if len(inner) > 1:
-      raise ValueError(f'choose one of its entries by `key`: {_first(inner)}.')
+      raise ValueError(f'select one of its entries by `key`: {_first(inner)}.')
     if inner:
       content = content[inner[0]]
   if not isinstance(content, dict) or not content:
-    raise ValueError('it holds no dictionary of tensors.')
+    raise ValueError('it contains no dictionary of tensors.')
   other = [name for name, value in content.items()
            if type(name) is not str
            or not isinstance(value, pickle_reader.Tensor)]
   if other:
     raise ValueError(
-        f'these entries are no tensors: {_first(other)}. If one of them holds '
-        'the state dict, choose it by `key`.')
+        f'these entries are not tensors: {_first(other)}. If one of them is '
+        'the state dict, select it by `key`.')
   return content
 
 
 def read_state_dict(
     path: str | os.PathLike[str], *, key: str | None = None
 ) -> dict[str, np.ndarray]:
-  """Reads the tensors of a file of `torch.save`, and runs nothing of it.
+  """Reads the tensors of a file of `torch.save` without executing its code.
 
-  Both formats are read, the zip archive and the stream of before PyTorch 1.6.
-  A dictionary around the state dict is looked through for 'state_dict',
-  'model_state_dict', 'model' and 'net', as in {'state_dict': ..., 'epoch': 3}.
+  Reads both formats, the zip archive and the stream before PyTorch 1.6. In a
+  checkpoint such as {'state_dict': ..., 'epoch': 3} the state dict is the entry
+  'state_dict', 'model_state_dict', 'model' or 'net'.
 
   Args:
     path: the .pt or .pth file.
-    key: the entry that holds the state dict, where it has another name: 'last'
-      or 'best' in RobustBench's Kireev2021Effectiveness files.
+    key: the entry with the state dict, if it has another name: 'last' or 'best'
+      in RobustBench's Kireev2021Effectiveness files.
 
   Returns:
-    Names, without 'module.' and other wrappers' prefixes, -> arrays on their
-    own memory: float16, bfloat16, float32, float64, integers or bool.
+    Names, without 'module.' and prefixes of other wrappers, -> arrays that own
+    their memory: float16, bfloat16, float32, float64, integers or bool.
 
   Raises:
     OSError: if the file cannot be read.
-    ValueError: if it is damaged, is no such file, holds no state dict, or names
-      anything but tensors, dictionaries and plain values; the message has the
-      name. A whole pickled module is of that kind.
+    ValueError: if the file is damaged, is of another kind, has no state dict,
+      or names anything but tensors, dictionaries and plain values, as a whole
+      pickled module does. The message has the name.
   """
   path = pathlib.Path(path)
   with path.open('rb') as file:
@@ -165,7 +165,7 @@ def read_state_dict(
       raise
     except ValueError as error:
       raise ValueError(f'cannot read {path}: {error}') from error
-    except Exception as error:  # a damaged pickle may raise anything
+    except Exception as error:  # a damaged pickle may raise any exception
       raise ValueError(
           f'cannot read {path}: it is damaged ({error!r}).') from error
 
@@ -176,7 +176,7 @@ def _literal(value: Any) -> bytes:
 
 
 def _global(module: str, name: str) -> bytes:
-  """Opcodes that push a global, which need not exist here."""
+  """Opcodes that push a global, which need not be importable."""
   return pickle.GLOBAL + f'{module}\n{name}\n'.encode()
 
 
@@ -206,11 +206,11 @@ def write_state_dict(
     path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
   """Writes a file that `torch.load(path, weights_only=True)` reads.
 
-  The same arrays give the same bytes. A file that stood there before is
-  replaced once the new one is complete.
+  The same arrays give the same bytes. An existing file is replaced once the new
+  one is complete.
 
   Args:
-    path: where to.
+    path: the file to write.
     state_dict: names -> arrays of the types that `read_state_dict` returns.
 
   Raises:
@@ -219,8 +219,8 @@ def write_state_dict(
   """
   path = pathlib.Path(path)
   arrays = [np.asarray(value) for value in state_dict.values()]
-  # The standard pickler imports a global to write its name, so that it would
-  # need PyTorch; the few opcodes are put together here instead.
+  # The standard pickler imports a global to write its name, which would need
+  # PyTorch, so the few opcodes are assembled here.
   opcodes = b''.join([
       pickle.PROTO, b'\x02', _EMPTY_DICT, pickle.MARK,
       *(_literal(name) + _tensor_opcodes(str(i), array)
@@ -232,7 +232,7 @@ def write_state_dict(
     with zipfile.ZipFile(part, 'w') as archive:
 
       def put(name: str, content: bytes) -> None:
-        # A ZipInfo has a fixed date; a name alone would put in the present.
+        # A ZipInfo has a fixed date; a plain name would use the current one.
         archive.writestr(zipfile.ZipInfo(f'archive/{name}'), content)
 
       put('data.pkl', opcodes)

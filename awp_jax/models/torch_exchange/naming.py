@@ -1,4 +1,4 @@
-"""PyTorch's names, shapes and layouts of our networks' arrays."""
+"""PyTorch names, shapes and layouts of the arrays of our networks."""
 
 from collections.abc import Mapping, Sequence
 import re
@@ -14,8 +14,8 @@ from awp_jax.models.wide_resnet import WideResNet
 #: The networks that have PyTorch names.
 Network = PreActResNet | WideResNet
 
-#: What wrappers put before a name: DataParallel, torch.compile, RobustBench's
-#: and other modules around a network, nn.Sequential(normalisation, network).
+#: Prefixes of wrappers: DataParallel, torch.compile, RobustBench's and other
+#: modules around a network, nn.Sequential(normalization, network).
 _WRAPPERS = re.compile(r'^((module|_orig_mod|model|net|1)\.)+')
 
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
@@ -23,10 +23,10 @@ _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
 
 
 class Leaf(NamedTuple):
-  """One of our arrays, which a PyTorch name stands for.
+  """An array of our variables that has a PyTorch name.
 
   Attributes:
-    path: of the array in the variables, with the collection first.
+    path: its path in the variables, with the collection first.
     shape: in PyTorch's layout.
     dtype: of the array.
   """
@@ -51,7 +51,7 @@ def torch_name(path: Sequence[str]) -> str:
   _, *modules, leaf = path
   name = '.'.join([*modules, _LEAVES.get(leaf, leaf)])
   if name.startswith('block'):
-    # In a wide network each stage is a module around its list of blocks.
+    # In a WideResNet each stage is a module with a list of blocks.
     name = name.replace('.shortcut.', '.convShortcut.')
     return re.sub(r'^block(\d)_(\d+)', r'block\1.layer.\2', name)
   name = name.replace('.shortcut.', '.shortcut.0.')
@@ -63,14 +63,14 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _check_fit(
-    shapes: Mapping[str, tuple[int, ...]], wanted: Mapping[str, Leaf],
+    shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Leaf],
     model: Network) -> None:
-  """Raises one ValueError for all that is missing, unexpected or misshapen."""
-  missing = [name for name in wanted if name not in shapes]
-  unexpected = [name for name in shapes if name not in wanted]
+  """Raises one ValueError for all missing, unexpected and misshapen names."""
+  missing = [name for name in expected if name not in shapes]
+  unexpected = [name for name in shapes if name not in expected]
   misshapen = [
       f'{name} {shapes[name]} instead of {leaf.shape}'
-      for name, leaf in wanted.items()
+      for name, leaf in expected.items()
       if name in shapes and shapes[name] != leaf.shape]
   problems = [
       f'{len(names)} {what} ({_first(names)})' for what, names in (
@@ -85,23 +85,23 @@ def _check_fit(
 
 def leaves(
     model: Network, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Leaf]:
-  """All arrays of a model, once it is known that a state dict has them.
+  """All arrays of a model, after a check that names and shapes fit.
 
   Args:
     model: a PreActResNet or WideResNet.
-    shapes: PyTorch names -> shapes of what is to fit the model. They also tell
-      how many channels the images have.
+    shapes: PyTorch names -> shapes to check against the model. They also
+      determine the number of image channels.
 
   Returns:
     PyTorch names -> arrays.
 
   Raises:
     TypeError: for another model.
-    ValueError: one for all that is missing, unexpected or misshapen.
+    ValueError: one for all missing, unexpected and misshapen names.
   """
   if not isinstance(model, Network):
     raise TypeError(
-        'only a PreActResNet or a WideResNet has PyTorch names, got '
+        'the model must be a PreActResNet or a WideResNet, got '
         f'{type(model).__name__}.')
   first = shapes.get('conv1.weight', ())
   channels = first[1] if len(first) == 4 else 3
@@ -110,26 +110,26 @@ def leaves(
   images = jnp.zeros((1, 8, 8, channels))
   variables = jax.eval_shape(
       lambda key: model.init(key, images), jax.random.key(0))
-  wanted = {}
+  expected = {}
   for path, value in traverse_util.flatten_dict(variables).items():
     shape = jax.eval_shape(torch_layout, value).shape
-    wanted[torch_name(path)] = Leaf(path, shape, value.dtype)
-  _check_fit(shapes, wanted, model)
-  return wanted
+    expected[torch_name(path)] = Leaf(path, shape, value.dtype)
+  _check_fit(shapes, expected, model)
+  return expected
 
 
 def plain_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """The same entries without what wrappers put before their names.
+  """The same entries without the prefixes of wrappers.
 
   Args:
-    state_dict: names like 'module.conv1.weight', 'model.conv1.weight' (and
-      'conv1.weight', which stays).
+    state_dict: names like 'module.conv1.weight' or 'model.conv1.weight';
+      'conv1.weight' stays unchanged.
 
   Returns:
     A dictionary in the same order.
 
   Raises:
-    ValueError: if two names become the same.
+    ValueError: if two names become equal.
   """
   plain: dict[str, Any] = {}
   for name, value in state_dict.items():

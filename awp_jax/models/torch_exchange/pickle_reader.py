@@ -1,9 +1,8 @@
-"""An unpickler for `torch.save`'s dictionaries of tensors that runs nothing.
+"""A safe unpickler for `torch.save`'s dictionaries of tensors.
 
-A pickle may name any function and call it, which is how a checkpoint runs code.
-This unpickler admits the handful of names that a dictionary of tensors needs;
-they stand for records of what the pickle says. A pickle that names anything
-else is refused before the name is looked up.
+A pickle may name any function and call it, so a checkpoint can execute code.
+This unpickler allows only the few names that a dictionary of tensors needs, and
+maps them to records. Any other name raises an error before it is imported.
 """
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ STORAGES: dict[str, np.dtype] = {
     'BoolStorage': np.dtype('?'),
 }
 
-#: What to do with a file that is refused here.
+#: Advice for a rejected file, in error messages.
 REMEDY = (
     "If you trust the file, load it with PyTorch and torch.save the model's "
     'state_dict() alone.')
@@ -41,7 +40,7 @@ class StorageType(NamedTuple):
 
 
 class Storage(NamedTuple):
-  """Points to the numbers of a tensor."""
+  """A reference to the numbers of a tensor."""
 
   type: StorageType
   key: str
@@ -58,19 +57,19 @@ class Tensor(NamedTuple):
 
 
 class _Dict(dict):
-  """Stands for an OrderedDict. Attributes set on it (`_metadata`) are lost."""
+  """Replaces OrderedDict. Attributes set on it (`_metadata`) are dropped."""
 
   __slots__ = ()
 
   def __setstate__(self, state: Any) -> None:
-    """Takes what a pickle sets on the dictionary, and forgets it."""
+    """Ignores attributes that a pickle sets on the dictionary."""
 
 
 class Admitted:
-  """A callable global as a pickle sees it: to be called and nothing else.
+  """Wraps a function so that a pickle can only call it.
 
-  A pickle can also set attributes on what it has named, so it never gets hold
-  of one of our functions or classes themselves.
+  A pickle can also set attributes on a global, so it never gets one of our
+  functions or classes itself.
   """
 
   __slots__ = ('_make',)
@@ -79,28 +78,28 @@ class Admitted:
     self._make = make
 
   def __call__(self, *args: Any) -> Any:
-    """What the stand-in makes of the pickle's arguments."""
+    """Calls the wrapped function."""
     return self._make(*args)
 
   def __setstate__(self, state: Any) -> None:
-    """Refuses."""
+    """Raises ValueError."""
     raise ValueError('the pickle sets attributes on a global.')
 
 
 def _tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any,
     hooks: Any, metadata: Any = None) -> Tensor:
-  """Records a tensor, in the arguments of `torch._utils._rebuild_tensor_v2`."""
+  """Records a tensor; takes the arguments of `_rebuild_tensor_v2`."""
   del requires_grad, hooks
   numbers = (offset, *size, *stride)
   if (not isinstance(storage, Storage) or metadata or len(size) != len(stride)
       or any(type(n) is not int or n < 0 for n in numbers)):
-    raise ValueError(f'no plain tensor: size {size!r}, stride {stride!r}.')
+    raise ValueError(f'not a plain tensor: size {size!r}, stride {stride!r}.')
   return Tensor(storage, offset, tuple(size), tuple(stride))
 
 
 def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
-  """The tensor inside of a parameter."""
+  """The tensor inside a parameter."""
   del requires_grad, hooks
   return data
 
@@ -113,10 +112,10 @@ _GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class Unpickler(pickle.Unpickler):
-  """Builds records, dictionaries and plain values; refuses all else.
+  """Builds records, dictionaries and plain values; rejects all else.
 
   Attributes:
-    types: the types of the storages that were named, by their keys.
+    types: the types of the storages seen, by key.
   """
 
   def __init__(self, file: BinaryIO) -> None:
@@ -124,31 +123,31 @@ class Unpickler(pickle.Unpickler):
     self.types: dict[str, StorageType] = {}
 
   def find_class(self, module: str, name: str) -> Any:
-    """What stands for a global; it is never imported."""
+    """The replacement of a global, which is never imported."""
     if module == 'torch' and name in STORAGES:
       return StorageType(name)
     if (module, name) not in _GLOBALS:
       raise ValueError(
           f'it names {module}.{name}, which no dictionary of plain tensors '
-          f'needs; nothing of it was run. {REMEDY}')
+          f'needs; none of its code was executed. {REMEDY}')
     return Admitted(_GLOBALS[module, name])
 
   def persistent_load(self, pid: Any) -> Storage:
-    """Records a storage: a tag, its type, key, device, elements, maybe a view.
+    """Records a storage from (tag, type, key, device, elements[, view]).
 
-    Only files of before PyTorch 0.4 have views of storages.
+    Only files from before PyTorch 0.4 have views of storages.
     """
     tag, kind, key, _, numel, *view = pid
     if (tag != 'storage' or not isinstance(kind, StorageType)
         or type(key) is not str or type(numel) is not int or numel < 0
         or any(view)):
-      raise ValueError(f'no storage that is known here: {pid!r}.')
+      raise ValueError(f'unsupported storage: {pid!r}.')
     self.types.setdefault(key, kind)
     return Storage(kind, key, numel)
 
 
 def as_array(tensor: Tensor, raw: bytes) -> np.ndarray:
-  """What a record stands for, as an array on its own memory.
+  """The array of a record, in its own memory.
 
   Args:
     tensor: the record.
@@ -158,8 +157,8 @@ def as_array(tensor: Tensor, raw: bytes) -> np.ndarray:
     A contiguous array.
 
   Raises:
-    ValueError: if the storage has another size than the pickle says, or the
-      tensor reaches beyond it.
+    ValueError: if the storage differs in size from the pickle's record, or the
+      tensor exceeds it.
   """
   storage, offset, size, stride = tensor
   dtype = STORAGES[storage.type.name]
@@ -172,8 +171,8 @@ def as_array(tensor: Tensor, raw: bytes) -> np.ndarray:
     return np.zeros(size, dtype)
   last = offset + sum(
       (n - 1) * step for n, step in zip(size, stride, strict=True))
-  # Views are made below without a check of their own. More elements than the
-  # storage has are a broadcast view, which could be of any size.
+  # `as_strided` does not check bounds. More elements than the storage has mean
+  # a broadcast view, which could be of any size.
   if last >= storage.numel or count > storage.numel:
     raise ValueError(
         f'a tensor of size {size}, stride {stride} and offset {offset} '

@@ -10,9 +10,9 @@
 'num_steps', 'mask', 'update_at', 'stack_axes', 'start', 'every', got 'cmin'. \
 Did you mean 'c_min'?
 
-`docs/weight_perturbation.md` has the table of the choices and which method
-turns into which. Every method takes the choices that it does not fix as
-keywords, and `start_after` and `every_k` leave out steps of any of them.
+`docs/weight_perturbation.md` has the table of settings, and which method
+reduces to which. Every method takes its free settings as keywords.
+`start_after` and `every_k` restrict any method to some steps.
 """
 
 from awp_jax.perturbation.methods.catalog import METHODS as METHODS

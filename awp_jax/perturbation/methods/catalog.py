@@ -29,37 +29,39 @@ from awp_jax.types import Array, Scalar
 
 
 def start_after(method: Method, num_steps: int) -> Method:
-  """The method, plain gradients in the first `num_steps` steps.
+  """Starts a method after `num_steps` steps with plain gradients.
 
-  Those take the other branch of a `lax.cond`: nothing is compiled again when
-  the method sets in, and until then the ascent is not paid for.
+  The plain steps take the other branch of a `lax.cond`: they do not run the
+  ascent, and nothing is recompiled when the method starts.
 
   Args:
     method: any method.
-    num_steps: >= 0; 0 is the method itself.
+    num_steps: the number of plain steps, >= 0.
 
   Returns:
-    The method with that start.
+    The method with this start.
   """
   return dataclasses.replace(method, start=num_steps)
 
 
 def every_k(method: Method, k: int) -> Method:
-  """The method in one step of k, counted from its start; plain in between.
+  """Applies a method in every k-th step from its start.
+
+  The other steps are plain, as in `start_after`.
 
   Args:
     method: any method.
-    k: >= 1; 1 is the method itself.
+    k: the period, >= 1.
 
   Returns:
-    The method with that period, on the same terms as `start_after`.
+    The method with this period.
   """
   return dataclasses.replace(method, every=k)
 
 
 @dataclasses.dataclass(frozen=True)
 class _ScaledSize:
-  """A size that depends on the step, times a factor."""
+  """A step-dependent size, multiplied by a factor."""
 
   factor: float
   size: Callable[[Array], Scalar]
@@ -69,15 +71,15 @@ class _ScaledSize:
 
 
 def scaled(method: Method, factor: float) -> Method:
-  """The method with perturbations `factor` times as large.
+  """Scales the perturbations of a method by `factor`.
 
   Args:
     method: any method.
-    factor: >= 0; by 0 the method is off, at the cost of a plain gradient, while
-      its memory is kept up to date.
+    factor: >= 0. With 0 the method is off: it costs a plain gradient and still
+      updates its memory.
 
   Returns:
-    The method with other sizes of its ball and box.
+    The method with scaled sizes of ball and box.
   """
   checks.not_negative('factor', factor)
 
@@ -108,20 +110,20 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 def make(
     name: str, *, start: int = 0, every: int = 1, **options: Any) -> Method:
-  """A method by its name.
+  """Creates a method by name.
 
   Args:
     name: a key of `METHODS`.
     start: as in `start_after`.
     every: as in `every_k`.
-    **options: of the method's function.
+    **options: keywords of the method's function.
 
   Returns:
     The method.
 
   Raises:
-    ValueError: for a name or an option that does not exist, with those that do;
-      for a missing option or a value out of range.
+    ValueError: if the name or an option is unknown (the error lists the valid
+      ones), an option is missing, or a value is out of range.
   """
   checks.one_of('method', name, METHODS)
   parameters = inspect.signature(METHODS[name]).parameters

@@ -1,6 +1,6 @@
 """Methods that follow the gradient: AWP, RWP, WT-AWP, SAM and others.
 
-Each is a few choices of the one engine; none has code of its own:
+Each method is only a set of settings for the engine:
 
   >>> awp(gamma=0.01).ball
   Ball(size=0.01, norm='tensor', scale='relative', filter_axis=-1, eps=0.0, \
@@ -25,9 +25,9 @@ def awp(
   Args:
     gamma: |v_l| / |w_l|, or a function of the step count.
     num_steps: K.
-    mask: which leaves.
-    update_at: the parameters that the optimizer is shown.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    mask: which leaves are perturbed.
+    update_at: the parameters passed to the optimizer; see `Method`.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
     The method.
@@ -45,7 +45,7 @@ def rwp(
     gamma: Size = 0.01, *, c_min: Scalar | None = 1.7, num_steps: int = 10,
     mask: Mask = is_weight, update_at: UpdateAt = 'perturbed',
     stack_axes: StackAxes = 0) -> Method:
-  """Robust weight perturbation: only examples with a small loss push.
+  """Robust weight perturbation: only small-loss examples drive the ascent.
 
     D <- D + grad (1/B) sum of the losses < c_min, at w + v;
     v = gamma |w| D / |D|,   one norm over all perturbed leaves.
@@ -56,11 +56,11 @@ def rwp(
   Args:
     gamma: |v| / |w|.
     c_min: the loss stationary condition: 1.7 for CIFAR-10 and SVHN, 4.0 for
-      CIFAR-100; None for none.
-    num_steps: ascent passes.
-    mask: which leaves.
-    update_at: the parameters that the optimizer is shown.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+      CIFAR-100; None for no condition.
+    num_steps: the number of ascent passes.
+    mask: which leaves are perturbed.
+    update_at: the parameters passed to the optimizer; see `Method`.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
     The method.
@@ -83,16 +83,16 @@ def wt_awp(
 
     v_l = gamma |w_l| g_l / (|g_l| + eps)
 
-  The gradient at w serves the ascent and the mixture: two passes in all.
+  Ascent and mixture share the gradient at w, so a step costs two passes.
 
   Args:
     gamma: |v_l| / |w_l|, 0.7 to 1 in the paper.
-    mask: the layers, in the paper the first: 'conv1/kernel', say. It has no
-      default, as a tree of parameters does not say which layer comes first.
-    lam: the weight of the perturbed loss in [0, 1], 0.5 to 0.7 in the paper.
-    eps: as in the published code, for a gradient that nearly vanishes.
-    update_at: the parameters that the optimizer is shown.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    mask: the perturbed layers; in the paper the first one, e.g. 'conv1/kernel'.
+      Required, because a parameter tree does not define the order of layers.
+    lam: the weight of the perturbed loss, in [0, 1]; 0.5 to 0.7 in the paper.
+    eps: added to |g_l|, as in the published code.
+    update_at: the parameters passed to the optimizer; see `Method`.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
     The method.
@@ -109,12 +109,12 @@ def wt_awp(
 
 def sam(
     rho: Size = 0.05, *, num_steps: int = 1, mask: Mask = is_any) -> Method:
-  """Sharpness-aware minimisation: v = rho g / |g| over the whole tree.
+  """Sharpness-aware minimization: v = rho g / |g| over the whole tree.
 
   Args:
     rho: |v|.
-    num_steps: moves of rho / num_steps each.
-    mask: which leaves.
+    num_steps: the number of moves, each of length rho / num_steps.
+    mask: which leaves are perturbed.
 
   Returns:
     The method.
@@ -135,9 +135,9 @@ def asam(
 
   Args:
     rho: |v / T|.
-    eta: >= 0.
-    stretched: the leaves with that T; it is 1 on the others. By default, as in
-      the published code, all but biases.
+    eta: added to |w|, >= 0.
+    stretched: a mask of the leaves with T = |w| + eta; T is 1 on the others. By
+      default all but biases, as in the published code.
     mask: which leaves are perturbed.
 
   Returns:
@@ -157,21 +157,21 @@ def sign(
     gamma: Size = 0.01, *, num_steps: int = 1,
     natural_weight: Scalar = 0, perturbed_weight: Scalar = 1,
     mask: Mask = is_weight, stack_axes: StackAxes = 0) -> Method:
-  """Mismatch: every entry errs in its worst direction, by a relative error.
+  """Device mismatch: a worst-case relative error in every entry.
 
     v_ij <- v_ij + (gamma / K) |w_ij| sign(g_ij),   within +- gamma |w_ij|
 
   Args:
     gamma: |v_ij| / |w_ij|.
     num_steps: K.
-    natural_weight: of L(w) in the loss.
-    perturbed_weight: of L(w + v) in the loss.
-    mask: which leaves.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    natural_weight: the weight of L(w) in the loss.
+    perturbed_weight: the weight of L(w + v) in the loss.
+    mask: which leaves are perturbed.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
-    The method. The published attack ascends another loss, the divergence of the
-    outputs at w + v from those at w, from a random start.
+    The method. The published attack instead ascends the divergence between the
+    outputs at w and at w + v, from a random start.
 
   References:
     Buechel, Faber, Muir, Network Insensitivity to Parameter Noise via
@@ -188,22 +188,23 @@ def boxed_awp(
     gradient: Literal['replace', 'add'] = 'replace', num_steps: int = 1,
     eps: float = 1e-6, mask: Mask = is_weight, stack_axes: StackAxes = 0
 ) -> Method:
-  """AWP as in competitions on text: a move per tensor, clipped per entry.
+  """AWP as in text competitions: moves per tensor, clipped per entry.
 
     v <- clip(v + adv_lr (|w_l| + eps) g_l / (|g_l| + eps)), +- adv_eps |w_ij|
 
   Args:
     adv_lr: the length of a move relative to |w_l|.
     adv_eps: the half-width of the box relative to |w_ij|, 1e-3 to 0.2.
-    gradient: whether the gradient at w + v replaces the one at w or is added to
-      it.
-    num_steps: moves, each of adv_lr.
+    gradient: whether the gradient at w + v replaces the gradient at w
+      ('replace') or is added to it ('add').
+    num_steps: the number of moves, each of length adv_lr.
     eps: as in the published code.
-    mask: which leaves.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    mask: which leaves are perturbed.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
-    The method. In the widespread code a second move is relative to |w_l + v_l|.
+    The method. In the common public code, later moves are relative to
+    |w_l + v_l|.
   """
   checks.one_of('gradient', gradient, ('replace', 'add'))
   return Method(
@@ -218,20 +219,20 @@ def momentum_awp(
     adv_lr: Size = 1e-3, adv_eps: Size | None = 1e-3, *, decay: Scalar = 0.9,
     eps: float = 1e-6, mask: Mask = is_weight, stack_axes: StackAxes = 0
 ) -> Method:
-  """AWP along the first moment of the gradients: no pass for the ascent.
+  """AWP along the first moment of the gradients, without an ascent pass.
 
     v_l = adv_lr (|w_l| + eps) m_l / (|m_l| + eps),  clipped as in `boxed_awp`
 
   Args:
     adv_lr: |v_l| / |w_l|.
-    adv_eps: the half-width of the box relative to |w_ij|; None for none.
-    decay: of m; the optimizer's, so that m is Adam's first moment.
+    adv_eps: the half-width of the box relative to |w_ij|; None for no box.
+    decay: the decay rate of m. With Adam's b1, m is Adam's first moment.
     eps: as in the published code.
-    mask: which leaves.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    mask: which leaves are perturbed.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
-    The method; its state holds m. The first step is a plain one.
+    The method; its state holds m. The first step is unperturbed.
   """
   box = None
   if adv_eps is not None:

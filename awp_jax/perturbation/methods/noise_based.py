@@ -1,7 +1,7 @@
 """Methods that draw noise: random weight perturbation and its mixtures.
 
-Their noise is one draw for the global batch: `noise_key` must be the same on
-all devices. Nothing is paid for an ascent; the mixtures make a second pass.
+One draw serves the global batch: `noise_key` must be the same on all devices.
+There is no ascent pass; the mixtures add a pass at w.
 
   >>> method = m_rwp(sigma=0.015, lam=0.5)
   >>> method.direction.name, method.mix, method.ball.norm
@@ -25,15 +25,15 @@ from awp_jax.types import Array, Scalar
 def random(
     sigma: Size = 0.01, *, mask: Mask = is_any, filter_axis: int = -1,
     stack_axes: StackAxes = 0) -> Method:
-  """v_j ~ N(0, sigma^2 |w_j|^2) for each filter j; gradient at w + v alone.
+  """v_j ~ N(0, sigma^2 |w_j|^2) for each filter j; gradient at w + v only.
 
-  Leaves of one axis are one group. There is no ascent pass.
+  Leaves with fewer than two axes are one group. There is no ascent pass.
 
   Args:
     sigma: the standard deviation of an entry relative to |w_j|.
-    mask: which leaves.
+    mask: which leaves are perturbed.
     filter_axis: the axis of the output filters.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key`.
@@ -54,15 +54,15 @@ def m_rwp(
   Args:
     sigma: as in `random`.
     lam: the weight of the perturbed loss, in [0, 1].
-    natural_batch: 'other' draws the gradient at w from `natural_args`, as the
-      published code does with two successive batches.
-    mask: which leaves.
+    natural_batch: 'other' takes the gradient at w on `natural_args`; the
+      published code uses two successive batches.
+    mask: which leaves are perturbed.
     filter_axis: the axis of the output filters.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
-    The method; it needs `noise_key`. aux comes from the pass at w, as the
-    running statistics of the published code do.
+    The method; it needs `noise_key`. aux comes from the pass at w, as do the
+    running statistics of the published code.
 
   References:
     Li et al., Revisiting Random Weight Perturbation for Efficiently Improving
@@ -79,22 +79,22 @@ def frwp(
     filter_axis: int = -1, stack_axes: StackAxes = 0) -> Method:
   """alpha grad L(w + r; B1) + (1 - alpha) grad L(w; B2), r as in `random`.
 
-  B1 is the batch among the arguments, B2 that among `natural_args`.
+  B1 is the batch in the arguments, B2 the batch in `natural_args`.
 
   Args:
     gamma: the standard deviation of an entry relative to |w_j|; 0.005 for
       ImageNet.
     alpha: the weight of the perturbed loss, in [0, 1].
-    mask: which leaves.
+    mask: which leaves are perturbed.
     filter_axis: the axis of the output filters.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key` and `natural_args`.
 
   References:
-    Lei et al., filter-wise random weight perturbation, 2022; the published
-    code spreads B1 and B2 over two devices.
+    Lei et al., filter-wise random weight perturbation, 2022. The published code
+    puts B1 and B2 on two devices.
   """
   return dataclasses.replace(
       random(size_of('gamma', gamma), mask=mask, filter_axis=filter_axis,
@@ -106,18 +106,18 @@ def arwp(
     sigma: Size = 0.01, *, eta: Scalar = 0.1, beta: Scalar = 0.99,
     mask: Mask = is_any, filter_axis: int = -1,
     stack_axes: StackAxes = 0) -> Method:
-  """As `random`, r_j divided by sqrt(1 + eta F_j).
+  """Adaptive random perturbation: `random` with r_j / sqrt(1 + eta F_j).
 
   F_j <- beta F_j + sum over filter j of the squared gradients at w + r.
 
   Args:
-    sigma: as in `random`; the published setting grows it, see
+    sigma: as in `random`; the published setting increases it, see
       `cosine_increase`.
-    eta: >= 0.
-    beta: in [0, 1).
-    mask: which leaves.
+    eta: the strength of the scaling, >= 0.
+    beta: the decay rate of F, in [0, 1).
+    mask: which leaves are perturbed.
     filter_axis: the axis of the output filters.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key`. Its state holds F.
@@ -144,9 +144,9 @@ def m_arwp(
     eta: as in `arwp`.
     beta: as in `arwp`.
     natural_batch: as in `m_rwp`.
-    mask: which leaves.
+    mask: which leaves are perturbed.
     filter_axis: the axis of the output filters.
-    stack_axes: leading axes of the leaves that count layers, as in `Ball`.
+    stack_axes: the number of leading axes that index layers, as in `Ball`.
 
   Returns:
     The method; it needs `noise_key`. Its state holds F.
@@ -174,15 +174,15 @@ class _CosineIncrease:
 
 def cosine_increase(
     first: float, factor: float, num_steps: int) -> Callable[[Array], Array]:
-  """first (1 + factor (1 - cos(pi t / T)) / 2), as ARWP's sigma grows.
+  """The schedule of ARWP's sigma, first (1 + factor (1 - cos(pi t / T)) / 2).
 
   Args:
     first: the size at t = 0; 0.001 for ARWP.
-    factor: the size at T is (1 + factor) first; 10 for ARWP.
+    factor: the size at t = T is (1 + factor) first; 10 for ARWP.
     num_steps: T.
 
   Returns:
-    A function of the step count, to be used as a size.
+    A function of the step count, for use as a size.
   """
   checks.not_negative('first', first)
   checks.not_negative('factor', factor)

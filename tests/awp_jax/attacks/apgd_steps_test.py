@@ -196,7 +196,8 @@ def test_reports_the_end_and_gradients_of_zero_at_the_start(x64):
   assert np.isfinite(points).all()
   for time, report in enumerate(reports):
     assert (report.finished == (time >= 4)).all()
-    assert np.flatnonzero(report.zero_gradient).tolist() == ([0] if time == 0 else [])
+    zero = np.flatnonzero(report.zero_gradient).tolist()
+    assert zero == ([0] if time == 0 else [])
 
 
 @pytest.mark.parametrize('steps, times', (

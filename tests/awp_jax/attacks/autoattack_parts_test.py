@@ -1,4 +1,4 @@
-"""Parts of AutoAttack against numbers that the reference gave.
+"""Parts of AutoAttack against outputs of the reference implementation.
 
 `data/autoattack_parts.npz` holds inputs and outputs of fra31/auto-attack, run
 once with PyTorch on a random two-layer network.
@@ -13,12 +13,13 @@ import pytest
 
 from awp_jax import threat as threats
 from awp_jax.attacks import apgd_steps, hyperplanes, square_patterns
+from awp_jax.evaluation import losses
 from awp_jax.evaluation import model as models
 from awp_jax.evaluation.protocol import Examples
 from awp_jax.threat import ThreatModel
 
-DATA = dict(
-    np.load(pathlib.Path(__file__).parents[2] / 'data' / 'autoattack_parts.npz'))
+DATA = dict(np.load(
+    pathlib.Path(__file__).parents[2] / 'data' / 'autoattack_parts.npz'))
 NORMS = ('Linf', 'L2', 'L1')
 LOSS = {'Linf': 'dlr', 'L2': 'ce', 'L1': 'ce'}
 
@@ -94,19 +95,19 @@ def test_apgd_runs_the_trajectory_of_the_reference(norm):
 def test_dlr_losses():
   z, y, t = (DATA[f'dlr/{k}'] for k in ('logits', 'labels', 'targets'))
   np.testing.assert_allclose(
-      models.dlr(z, y), DATA['dlr/untargeted'], atol=1e-5, rtol=1e-5)
+      losses.dlr(z, y), DATA['dlr/untargeted'], atol=1e-5, rtol=1e-5)
   np.testing.assert_allclose(
-      models.targeted_dlr(z, y, t), DATA['dlr/targeted'], atol=1e-5, rtol=1e-5)
+      losses.targeted_dlr(z, y, t), DATA['dlr/targeted'], atol=1e-5, rtol=1e-5)
 
 
 def test_dlr_ignores_shift_and_scale_and_needs_classes():
   z, y = DATA['dlr/logits'], DATA['dlr/labels']
   np.testing.assert_allclose(
-      models.dlr(z, y), models.dlr(7 * z + 3, y), rtol=1e-4, atol=1e-4)
+      losses.dlr(z, y), losses.dlr(7 * z + 3, y), rtol=1e-4, atol=1e-4)
   with pytest.raises(ValueError, match='at least 3 classes, got 2'):
-    models.dlr(z[:, :2], y % 2)
+    losses.dlr(z[:, :2], y % 2)
   with pytest.raises(ValueError, match='at least 4 classes, got 3'):
-    models.targeted_dlr(z[:, :3], y % 3, y % 3)
+    losses.targeted_dlr(z[:, :3], y % 3, y % 3)
 
 
 @pytest.mark.parametrize('norm', NORMS)

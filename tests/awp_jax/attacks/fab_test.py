@@ -192,7 +192,7 @@ def test_starts_at_the_image_and_again_half_way_to_the_sphere(norm, x64):
   assert (np.asarray(state.time) == 0).all()
 
 
-def test_judges_inside_the_ball_and_draws_back(x64):
+def test_checks_the_ball_and_moves_back(x64):
   images = np.full((4, 2), 0.5)
   threat = ThreatModel('Linf', 0.125)
   x = images + np.array([[0.1, 0], [0.125, 0], [0.2, 0], [0.1, 0]])
@@ -203,7 +203,7 @@ def test_judges_inside_the_ball_and_draws_back(x64):
       jnp.zeros(4), jnp.asarray([False, False, True, False]))
   state = fab.FABState(
       jnp.asarray(images), jnp.asarray([0, 0, 8, 9], jnp.int32))
-  after, report = fab.judge(
+  after, report = fab.advance(
       state, jnp.asarray(x), jnp.asarray(logits), boundary, batch, threat, 10)
   assert report.broken.tolist() == [True, True, False, False]
   assert report.finished.tolist() == [False, False, False, True]

@@ -159,7 +159,8 @@ def test_starts_with_vertical_stripes_of_random_sign(x64):
 
 
 @pytest.mark.parametrize('norm, shape', (
-    ('L2', (13, 16, 2)), ('L1', (11, 11, 1)), ('L2', (3, 2, 1))))
+    ('L2', (13, 16, 2)), ('L1', (11, 11, 1)), ('L2', (3, 2, 1)),
+    ('L2', (17, 23, 1))))
 def test_starts_with_tiles(norm, shape, x64):
   height, width, channels = shape
   x = np.random.default_rng(0).uniform(0.3, 0.7, size=(8, *shape))

@@ -1,5 +1,6 @@
-"""Loops take the form of the platform that they are lowered for."""
+"""The form of loops on each platform."""
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -22,8 +23,8 @@ METHOD = methods.awp(0.1, num_steps=4)
 FUNCTIONS = {
     'repeat': lambda params, x: loops.repeat(3, lambda c: c + 1, x),
     'mapped': lambda params, x: loops.mapped(4, lambda row: row + 1, x),
-    'moves': lambda params, x: perturbed_step.find_perturbation(METHOD, loss_fn)(
-        params, METHOD.init(params), x),
+    'moves': lambda params, x: perturbed_step.find_perturbation(
+        METHOD, loss_fn)(params, METHOD.init(params), x),
     'parts': lambda params, x: jax.grad(value_and_grad.accumulated(loss_fn, 4))(
         params, x)}
 
@@ -42,11 +43,9 @@ def test_the_platform_of_the_program_decides(name):
 def test_both_forms_give_the_same(name):
   unrolled = jax.jit(FUNCTIONS[name])(PARAMS, X)
   with loops.platform('tpu'):
-    # A new function: jit would find the old trace again.
+    # A new function: jit would reuse the old trace.
     looped = jax.jit(lambda *args: FUNCTIONS[name](*args))(PARAMS, X)
-  jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
-      looped, unrolled)
+  chex.assert_trees_all_close(looped, unrolled, rtol=1e-6)
 
 
 def test_context():

@@ -1,4 +1,4 @@
-"""Norms and unit vectors at the edges of what floats can hold."""
+"""Norms and unit vectors at the limits of the float range."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_joint_groups_have_one_norm():
     np.testing.assert_allclose(norm, np.full(shape, 2 ** 0.5 * 1e30), rtol=1e-6)
 
 
-def test_nothing_has_norm_zero():
+def test_empty_inputs_have_norm_zero():
   assert numerics.units_and_norms([], [], joint=True) == ([], [])
   assert numerics.global_norm([]) == 0
   empty = jnp.zeros((0, 2))
@@ -57,19 +57,20 @@ def test_nothing_has_norm_zero():
 
 
 @pytest.mark.parametrize('bad', [np.inf, -np.inf, np.nan])
-def test_what_is_not_finite_shows(bad):
+def test_non_finite_entries_propagate(bad):
   unit, _ = numerics.unit_and_norm(jnp.array([bad, 1.0]))
   assert not np.all(np.isfinite(unit))
 
 
 @pytest.mark.filterwarnings('ignore:1 perturbed parameters')
 def test_half_precision_under_strict_promotion():
-  # The dtypes that are mixed are cast one by one, so jax need not guess.
+  # All casts are explicit, so no implicit promotion happens.
   params = {'kernel': jnp.ones((2, 2), 'bfloat16')}
   method = methods.awp(0.5, num_steps=2)
   with jax.numpy_dtype_promotion('strict'):
-    v = perturbed_step.find_perturbation(method, lambda p: jnp.sum(p['kernel'] ** 2))(
-        params, method.init(params))
+    find_fn = perturbed_step.find_perturbation(
+        method, lambda p: jnp.sum(p['kernel'] ** 2))
+    v = find_fn(params, method.init(params))
     assert v['kernel'].dtype == jnp.bfloat16
     np.testing.assert_allclose(v['kernel'].astype('float32'), 0.5)
     x = jnp.ones((2, 4), 'bfloat16')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import awp_jax
-from awp_jax.evaluation import diagnostics, protocol, results
+from awp_jax.evaluation import diagnostics, losses, protocol, results
 from awp_jax.evaluation import model as models
 
 pytestmark = pytest.mark.filterwarnings(
@@ -32,17 +32,17 @@ def test_losses_by_their_formulas():
     expected['targeted'].append(
         (z[t] - z[y]) / (down[0] - (down[2] + down[3]) / 2 + 1e-12))
   ours = {
-      'difference': models.difference(logits, labels, targets),
-      'dlr': models.dlr(logits, labels),
-      'targeted': models.targeted_dlr(logits, labels, targets)}
+      'difference': losses.difference(logits, labels, targets),
+      'dlr': losses.dlr(logits, labels),
+      'targeted': losses.targeted_dlr(logits, labels, targets)}
   for name, values in ours.items():
     np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-6)
-  branches = models._branches(5)
-  assert len(branches) == len(models.LOSSES)
+  functions = losses.loss_functions(5)
+  assert len(functions) == len(losses.LOSSES)
   cross_entropy = [
       np.log(np.exp(z).sum()) - z[y]
       for z, y in zip(logits, labels, strict=True)]
-  named = dict(zip(models.LOSSES, branches, strict=True))
+  named = dict(zip(losses.LOSSES, functions, strict=True))
   for name, values in (
       ('ce', cross_entropy), ('margin', expected['margin']),
       ('difference', expected['difference']), ('dlr', expected['dlr']),
@@ -53,13 +53,14 @@ def test_losses_by_their_formulas():
 
 def test_dlr_of_equal_logits_is_zero():
   equal = jnp.ones((2, 4))
-  np.testing.assert_array_equal(models.dlr(equal, jnp.array([0, 3])), 0)
+  np.testing.assert_array_equal(losses.dlr(equal, jnp.array([0, 3])), 0)
   np.testing.assert_array_equal(
-      models.targeted_dlr(equal, jnp.array([0, 3]), jnp.array([1, 1])), 0)
+      losses.targeted_dlr(equal, jnp.array([0, 3]), jnp.array([1, 1])), 0)
 
 
 def test_few_classes_have_fewer_losses():
-  assert [len(models._branches(c)) for c in (2, 3, 4, 5)] == [3, 4, 5, 5]
+  assert [len(losses.loss_functions(c)) for c in (2, 3, 4, 5)] == [
+      3, 4, 5, 5]
 
 
 def test_misclassified():

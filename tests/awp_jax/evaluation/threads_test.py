@@ -23,11 +23,11 @@ def problem(count=40):
   model = make_model(logits_fn, 5)
   attack = apgd.apgd_spec('apgd-ce', loss='ce', num_steps=12).build(
       model, THREAT)
-  judging = verdicts.JudgeSettings(
+  settings = verdicts.VerdictSettings(
       model, THREAT, jax.random.key(1), 8, jax.device_put)
   job = driver.Job(
       attack, driver.make_advance(attack, False), jax.random.key(0), (8,),
-      jax.device_put, verdicts.make_judge(judging, 'apgd-ce'))
+      jax.device_put, verdicts.make_check(settings, 'apgd-ce'))
   return job, verdicts.Group(
       np.arange(count), images, labels, np.zeros((count, 1), np.int32))
 

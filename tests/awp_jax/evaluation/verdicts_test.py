@@ -1,28 +1,21 @@
-"""What counts as robust: judged in float32, inside the ball, never by NaN."""
+"""Which candidates count: inside the ball, misclassified, without NaN."""
 
 import dataclasses
-import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import awp_jax
-from awp_jax.attacks import apgd, autoattack, fab, fixed_step, spsa
+from awp_jax.attacks import apgd, fab, fixed_step, spsa
 from awp_jax.core import loops
-from awp_jax.evaluation import (
-  arguments as arguments_lib,
-)
-from awp_jax.evaluation import (
-  diagnostics,
-  fingerprint,
-)
 from awp_jax.evaluation.evaluate import evaluate
 from awp_jax.threat import ThreatModel
 from tests.helpers.attack_problem import (
   KEY,
   QUIET,
+  RADII,
+  kinds,
   network,
   scripted,
   threshold,
@@ -30,11 +23,6 @@ from tests.helpers.attack_problem import (
 
 pytestmark = pytest.mark.filterwarnings(
     'ignore::awp_jax.evaluation.results.RobustnessWarning')
-RADII = {'Linf': 0.04, 'L2': 0.1, 'L1': 0.25}
-
-
-def kinds(result):
-  return {(w.kind, w.attack): w.num_examples for w in result.warnings}
 
 
 def with_nan_gradient(logits_fn):
@@ -80,13 +68,14 @@ def test_spsa_survives_a_loss_that_is_not_finite():
 
 
 def test_non_finite_gradients_are_counted_at_every_step():
-  # Of the four runs that end as one batch, each is odd at another step.
+  # The gradient is not finite at one step of four.
   logits_fn = threshold
   images = np.full((2, 1), 0.3, np.float32)
   for step in range(4):
-    odd = np.arange(4) == step
+    nonfinite = np.arange(4) == step
     spec = scripted(
-        lambda examples, time: examples.images, [[0] * 4], nonfinite=[odd])
+        lambda examples, time: examples.images, [[0] * 4],
+        nonfinite=[nonfinite])
     result = evaluate(
         KEY, logits_fn, images, np.zeros(2, int), ThreatModel('Linf', 0.1),
         (spec,), options=QUIET)
@@ -135,7 +124,6 @@ def test_points_outside_of_ball_or_box_do_not_count(norm):
   if norm == 'L1':
     candidates[1, 1] = 0.06
     inside[1] = False
-  # Which example it is stands in its targets' order only, so in a closure.
   table = jnp.asarray(candidates)
 
   def points(examples, time):
@@ -151,36 +139,12 @@ def test_points_outside_of_ball_or_box_do_not_count(norm):
   np.testing.assert_array_equal(result.adversarial[~inside], images[~inside])
 
 
-def noisy(x, key):
-  noise = 0.1 * jax.random.normal(key, x.shape)
-  return threshold(x + noise)
-
-
-KEYED = dataclasses.replace(QUIET, takes_key=True)
-
-
-def test_verdicts_of_a_randomised_model_do_not_depend_on_the_batch():
-  images = np.full((40, 1), 0.45, np.float32)
-  results = [
-      evaluate(
-          KEY, noisy, images, np.zeros(40, int), ThreatModel('Linf', 0.05),
-          (scripted(lambda e, t: e.images + 0.04, [[1], [1]], runs=2),),
-          options=dataclasses.replace(
-              KEYED, batch_size=size, group_size=group))
-      for size, group in ((4, 40), (8, 12), (40, 40))]
-  assert 0.5 < results[0].natural_accuracy < 0.9
-  assert 0.05 < results[0].robust_accuracy < 0.5
-  for other in results[1:]:
-    np.testing.assert_array_equal(other.natural, results[0].natural)
-    np.testing.assert_array_equal(other.robust, results[0].robust)
-
-
 @pytest.mark.parametrize('takes_key, when', ((False, 2), (True, 5)))
 @pytest.mark.parametrize('chunked', (False, True))
 def test_first_or_last_misclassified_iterate(
     takes_key, when, chunked, monkeypatch):
-  # A deterministic model's run ends at its first; a randomised one's is judged
-  # by the last before its end, step 7.
+  # The run of a deterministic model ends at the first one. For a randomized
+  # model the last one before the end, step 7, is checked.
   def logits_fn(x, key=None):
     return threshold(x)
 
@@ -202,7 +166,7 @@ def test_first_or_last_misclassified_iterate(
 
 @pytest.mark.parametrize('chunked', (False, True))
 def test_a_refused_claim_does_not_end_the_run(chunked, monkeypatch):
-  # The attack claims success at every step, the model agrees from step 5 on.
+  # The attack claims success at every step; the model agrees from step 5.
   monkeypatch.setattr(loops, 'unrolls', lambda: not chunked)
   spec = scripted(
       lambda examples, time: examples.images + 0.01 * (
@@ -220,7 +184,7 @@ def test_a_refused_claim_does_not_end_the_run(chunked, monkeypatch):
 
 @pytest.mark.parametrize('takes_key', (False, True))
 def test_refused_examples_get_their_remaining_runs(takes_key):
-  # Run 0 claims a point that the model classifies correctly, run 1 does not.
+  # Run 0 claims a point that the model classifies correctly; run 1 succeeds.
   def logits_fn(x, key=None):
     return threshold(x)
 
@@ -235,410 +199,3 @@ def test_refused_examples_get_their_remaining_runs(takes_key):
   assert not result.robust.any()
   np.testing.assert_allclose(result.adversarial, 0.55, atol=1e-6)
   assert result.attacks[0].anomalies.refused == 20
-
-
-def reference_rand(rng, weights, images, labels, epsilon, steps, draws, noise):
-  """The released policy of `rand` with APGD-CE on a noisy linear model.
-
-  In NumPy and independent of ours: gradients averaged over `draws`, every run
-  to its end, the last misclassified iterate judged by one fresh draw.
-
-  Args:
-    rng: of NumPy.
-    weights: [D, C].
-    images: [N, D].
-    labels: [N].
-    epsilon: the L_inf radius.
-    steps: iterations.
-    draws: per gradient.
-    noise: standard deviation at the input.
-
-  Returns:
-    Which examples stand, [N].
-  """
-  rows = np.arange(len(images))
-
-  def logits(x):
-    return (x + noise * rng.normal(size=x.shape)) @ weights
-
-  def look(x):
-    gradient = np.zeros_like(x)
-    for _ in range(draws):
-      z = logits(x)
-      z = z - z.max(-1, keepdims=True)
-      p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
-      loss = -np.log(p[rows, labels])
-      p[rows, labels] -= 1
-      gradient += p @ weights.T / draws
-    return gradient, loss, z.argmax(-1) == labels
-
-  def project(x):
-    return np.clip(np.clip(x, images - epsilon, images + epsilon), 0, 1)
-
-  natural = logits(images).argmax(-1) == labels
-  start = rng.uniform(-1, 1, size=images.shape)
-  start /= np.abs(start).max(-1, keepdims=True)
-  x = project(images + epsilon * start)
-  kept, step = images.copy(), np.full((len(images), 1), 2 * epsilon)
-  gradient, best_loss, right = look(x)
-  kept[~right] = x[~right]
-  best, best_gradient, previous = x.copy(), gradient.copy(), x.copy()
-  losses, window = [], max(int(0.22 * steps), 1)
-  since, last_best, reduced = 0, best_loss.copy(), np.ones(len(x), bool)
-  for t in range(steps):
-    share = 0.75 if t else 1.0
-    move = project(x + step * np.sign(gradient)) - x
-    onward = project(x + share * move + (1 - share) * (x - previous))
-    previous, x = x, onward
-    gradient, loss, right = look(x)
-    kept[~right] = x[~right]
-    up = loss > best_loss
-    best[up], best_gradient[up], best_loss[up] = x[up], gradient[up], loss[up]
-    losses.append(loss)
-    since += 1
-    if since == window:
-      recent = np.stack(losses[-window - 1:]) if t >= window else np.stack(
-          [np.zeros_like(loss), *losses])
-      rises = (np.diff(recent, axis=0) > 0).sum(0)
-      halve = (rises <= 0.75 * window) | (~reduced & (last_best >= best_loss))
-      step[halve] /= 2
-      x, gradient = x.copy(), gradient.copy()
-      x[halve], gradient[halve] = best[halve], best_gradient[halve]
-      reduced, last_best, since = halve, best_loss.copy(), 0
-      window = max(window - max(int(0.03 * steps), 1),
-                   max(int(0.06 * steps), 1))
-  return natural & (logits(kept).argmax(-1) == labels)
-
-
-def test_rand_follows_the_policy_of_the_reference():
-  rng = np.random.default_rng(0)
-  count, size, noise, epsilon = 900, 8, 0.25, 0.05
-  weights = rng.normal(size=(size, 3)).astype(np.float32)
-  images = rng.uniform(0.2, 0.8, size=(count, size)).astype(np.float32)
-  labels = (images @ weights).argmax(-1)
-  arguments = images, labels, epsilon, 16, 4, noise
-  expected = [
-      reference_rand(np.random.default_rng(seed), weights, *arguments).mean()
-      for seed in (1, 2, 3)]
-
-  def noisy_fn(x, key):
-    return (x + noise * jax.random.normal(key, x.shape)) @ weights
-
-  # Draws depend on an example's index, so three copies are three seeds.
-  spec = apgd.apgd_spec('apgd-ce', loss='ce', num_steps=16)
-  result = autoattack.auto_attack(
-      KEY, noisy_fn, np.tile(images, (3, 1)), np.tile(labels, 3),
-      ThreatModel('Linf', epsilon), version='rand', attacks=(spec,),
-      options=dataclasses.replace(KEYED, batch_size=900, eot_samples=4))
-  ours = result.robust.reshape(3, count).mean(-1)
-  # Two means of 900 verdicts of probability p differ by sqrt(2 p (1 - p) / 900)
-  # = 0.02 in standard deviation.
-  assert np.abs(ours - expected).max() < 0.06, (ours, expected)
-  assert abs(ours.mean() - np.mean(expected)) < 0.035, (ours, expected)
-
-
-def test_rand_needs_a_randomised_model():
-  images, labels = np.full((2, 1), 0.3, np.float32), np.zeros(2, int)
-  threat = ThreatModel('Linf', 0.1)
-  with pytest.raises(ValueError, match='takes_key=True'):
-    autoattack.auto_attack(
-        KEY, threshold, images, labels, threat, version='rand')
-  # The same through the specs, as the experiments' command line calls them.
-  specs = autoattack.make_specs(autoattack.VERSIONS['rand'], 'Linf', 'rand')
-  with pytest.raises(ValueError, match='20 draws of a randomised model'):
-    evaluate(KEY, threshold, images, labels, threat, specs)
-  with pytest.raises(ValueError, match='eot_samples'):
-    evaluate(
-        KEY, noisy, images, labels, threat, specs,
-        options=dataclasses.replace(KEYED, eot_samples=0))
-
-
-@pytest.mark.parametrize('version', tuple(autoattack.VERSIONS))
-def test_draws_of_each_version(version):
-  specs = autoattack.make_specs(autoattack.ATTACKS, 'L2', version)
-  wanted = 20 if version == 'rand' else None
-  assert [spec.eot_samples for spec in specs] == [wanted] * len(specs)
-
-
-def counting(seen):
-  """A model that notes the precision of each of its traces."""
-
-  def logits_fn(x):
-    seen.append(jax.config.jax_default_matmul_precision)
-    return threshold(x)
-
-  return logits_fn
-
-
-@pytest.mark.parametrize('asked, inside', (
-    ('float32', {'float32'}), ('bfloat16', {'float32', 'bfloat16'}),
-    (None, {'float32', 'tensorfloat32'})))
-def test_precision_of_verdicts_and_attacks(asked, inside):
-  seen = []
-  with jax.default_matmul_precision('tensorfloat32'):
-    result = fixed_step.cw_attack(
-        KEY, counting(seen), np.full((8, 1), 0.45, np.float32),
-        np.zeros(8, int), ThreatModel('Linf', 0.1), step_size=0.1, num_steps=1,
-        options=dataclasses.replace(QUIET, attack_precision=asked))
-  # The first trace counts the classes.
-  assert seen[0] == 'float32' and set(seen[1:]) == inside
-  assert seen[1] == 'float32'
-  judged = result.judged
-  assert judged.matmul_precision == 'float32'
-  assert judged.dtype == judged.logits_dtype == 'float32'
-  assert judged.devices == (jax.devices()[0].device_kind,)
-  assert judged.versions == {
-      'jax': jax.__version__, 'jaxlib': judged.versions['jaxlib'],
-      'awp_jax': awp_jax.__version__}
-
-
-def test_half_precision_images_are_judged_in_float32():
-  seen = []
-
-  def logits_fn(x):
-    seen.append(x.dtype)
-    return threshold(x)
-
-  images = jnp.asarray([[0.3], [0.45]], jnp.bfloat16)
-  result = fixed_step.cw_attack(
-      KEY, logits_fn, images, np.zeros(2, int), ThreatModel('Linf', 0.1),
-      step_size=0.1, num_steps=1, options=QUIET)
-  np.testing.assert_array_equal(result.robust, [True, False])
-  assert set(seen) == {np.dtype('float32')}
-  assert result.judged.dtype == 'float32'
-  assert result.adversarial.dtype == np.float32
-
-
-def test_warns_of_half_precision_logits():
-  with pytest.warns(awp_jax.RobustnessWarning, match='bfloat16 logits'):
-    result = evaluate(
-        KEY, lambda x: threshold(x).astype(jnp.bfloat16),
-        np.full((2, 1), 0.3, np.float32), np.zeros(2, int),
-        ThreatModel('Linf', 0.1),
-        (scripted(lambda e, t: e.images, [[0]]),), options=QUIET)
-  assert result.judged.logits_dtype == 'bfloat16'
-  assert ('half-precision', '') in kinds(result)
-
-
-def shifted(by, wrap=lambda f: f):
-  offset = jnp.full((1,), by, jnp.float32)
-  return wrap(lambda x: threshold(x + offset))
-
-
-@pytest.mark.parametrize('wrap', (lambda f: f, jax.jit))
-def test_records_of_another_evaluation_are_refused(wrap, tmp_path):
-  images, labels = np.full((8, 1), 0.45, np.float32), np.zeros(8, int)
-  spec = scripted(lambda e, t: e.images + 0.06, [[1]], settings={'by': 0.06})
-  same = dict(
-      key=KEY, logits_fn=shifted(0.01, wrap), images=images, labels=labels,
-      threat=ThreatModel('Linf', 0.1), specs=(spec,))
-  records = []
-  whole = evaluate(
-      **same, options=dataclasses.replace(
-          QUIET, group_size=4, progress=records.append))
-  # By way of a file, as a resumed process reads them.
-  kept = []
-  for number, record in enumerate(records):
-    np.savez(tmp_path / f'{number}.npz', **record.to_arrays())
-    with np.load(tmp_path / f'{number}.npz') as archive:
-      kept.append(awp_jax.BatchResult.from_arrays(archive))
-  done = dataclasses.replace(QUIET, group_size=4, done=kept)
-  again = evaluate(
-      **{**same, 'logits_fn': shifted(0.01, wrap)}, options=done)
-  np.testing.assert_array_equal(again.adversarial, whole.adversarial)
-  assert again.attacks[0].anomalies == whole.attacks[0].anomalies
-  assert again.attacks[0].seconds == whole.attacks[0].seconds
-  moved = images.copy()
-  moved[3] += 1e-3
-  for changed in (
-      {'key': jax.random.key(1)}, {'logits_fn': shifted(0.02, wrap)},
-      {'threat': ThreatModel('Linf', 0.2)}, {'images': moved},
-      {'threat': ThreatModel('L2', 0.1)},
-      {'specs': (spec._replace(settings={'by': 0.07}),)},
-      {'specs': (spec._replace(num_targets=1),)}):
-    with pytest.raises(ValueError, match='another evaluation'):
-      evaluate(**{**same, **changed}, options=done)
-  with pytest.raises(ValueError, match='another evaluation'):
-    evaluate(**same, options=dataclasses.replace(
-        done, attack_precision='bfloat16'))
-  with pytest.raises(ValueError, match='Give its AttackSpec its `settings`'):
-    evaluate(**{**same, 'specs': (spec._replace(settings=None),)}, options=done)
-
-
-def margin_loss(scale):
-  return lambda z, y, t: scale * (jnp.max(z, -1) - z[jnp.arange(len(y)), y])
-
-
-def other_model(by):
-  return lambda x: threshold(x + by)
-
-
-@pytest.mark.parametrize('one,other', [
-    (awp_jax.apgd_spec('a', loss='ce', num_steps=2),
-     awp_jax.apgd_spec('a', loss='ce', num_steps=3)),
-    (awp_jax.apgd_spec('a', loss='ce', num_steps=2),
-     awp_jax.apgd_spec('a', loss='ce', num_steps=2, restarts=5)),
-    (awp_jax.apgd_spec('a', loss=margin_loss(1.0)),
-     awp_jax.apgd_spec('a', loss=margin_loss(2.0))),
-    (awp_jax.fab_spec('a', targeted=False, num_steps=2),
-     awp_jax.fab_spec('a', targeted=False, num_steps=3)),
-    (awp_jax.square_spec('a', num_queries=2),
-     awp_jax.square_spec('a', num_queries=2, p_init=0.5)),
-    (awp_jax.spsa_spec('a', num_samples=4), awp_jax.spsa_spec('a')),
-    (awp_jax.pgd_spec('a', step_size=0.1, num_steps=1),
-     awp_jax.pgd_spec('a', step_size=0.2, num_steps=1)),
-    tuple(awp_jax.pgd_spec(
-        'a', step_size=0.1, num_steps=1, source_fn=other_model(by))
-          for by in (0.0, 0.1))])
-def test_identity_knows_every_setting_of_an_attack(one, other):
-  images = np.full((2, 1), 0.3, np.float32)
-  traced = arguments_lib.trace_model(threshold, images, False)
-
-  def identity_of(spec):
-    return fingerprint.identify(
-        KEY, traced, images, np.zeros(2, int), ThreatModel('Linf', 0.1),
-        (spec,), {})
-
-  assert identity_of(one) == identity_of(one) != ''
-  assert identity_of(one) != identity_of(other)
-  assert identity_of(one) != identity_of(one._replace(eot_samples=20))
-
-
-def test_warns_of_products_in_half_precision():
-  weights = jnp.ones((1, 2), jnp.float32)
-
-  def low(x):
-    return jnp.dot(
-        x.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
-    ).astype(jnp.float32)
-
-  def asked(x):
-    return jax.jit(lambda x: jnp.dot(x, weights, precision='bfloat16'))(x)
-
-  def full(x):
-    return x @ weights
-
-  for logits_fn, product in (
-      (low, 'bfloat16'), (asked, 'DEFAULT'), (full, 'float32')):
-    with warnings.catch_warnings(record=True) as caught:
-      warnings.simplefilter('always')
-      result = evaluate(
-          KEY, logits_fn, np.full((2, 1), 0.3, np.float32), np.zeros(2, int),
-          ThreatModel('Linf', 0.1),
-          (scripted(lambda e, t: e.images, [[0]]),), options=QUIET)
-    assert result.judged.product_dtype == product
-    assert result.judged.logits_dtype == 'float32'
-    assert (('half-precision', '') in kinds(result)) == (product != 'float32')
-    assert bool(caught) == (product != 'float32')
-
-
-@pytest.mark.parametrize('shape, warns', (
-    ((3, 32, 32), True), ((1, 28, 28), True), ((3, 5, 5), True),
-    ((3, 32, 4), False), ((32, 32, 3), False), ((28, 28, 1), False),
-    ((2, 32, 32), False), ((4, 9, 8), False)))
-def test_warns_of_channels_first(shape, warns):
-  specs = (awp_jax.square_spec(num_queries=2), scripted(None, [[0]]))
-  with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter('always')
-    found = diagnostics.check_layout(specs, shape)
-  assert [(w.kind, w.attack) for w in found] == [('layout', 'square')] * warns
-  assert [w.category for w in caught] == [awp_jax.RobustnessWarning] * warns
-  if warns:
-    assert f'{shape} as [H, W, C], channels last' in found[0].message
-
-
-def test_layout_is_in_the_result():
-  with pytest.warns(awp_jax.RobustnessWarning, match='channels last'):
-    result = evaluate(
-        KEY, lambda x: x.reshape(x.shape[0], -1)[:, :2],
-        np.full((2, 3, 6, 6), 0.5, np.float32), np.zeros(2, int),
-        ThreatModel('Linf', 0.1), (awp_jax.square_spec(num_queries=1),),
-        options=dataclasses.replace(QUIET, check_model=True))
-  assert ('layout', 'square') in kinds(result)
-
-
-def test_an_attack_of_no_runs_is_an_error():
-  spec = scripted(lambda e, t: e.images, [[0]])
-  empty = spec._replace(
-      build=lambda m, t: spec.build(m, t)._replace(num_runs=0))
-  with pytest.raises(ValueError, match=r"num_runs of attack 'scripted'.*got 0"):
-    evaluate(KEY, threshold, np.full((2, 1), 0.3, np.float32), np.zeros(2, int),
-             ThreatModel('Linf', 0.1), (empty,), options=QUIET)
-
-
-@pytest.mark.parametrize('count', [1, 2])
-def test_attacks_share_a_model_over_devices_in_a_compiled_loop(count):
-  # As on accelerators, where the step of an attack is traced inside a loop.
-  logits_fn, images, labels = network(count=8)
-  threat = ThreatModel('Linf', RADII['Linf'])
-  specs = [awp_jax.apgd_spec(name, loss=name, num_steps=3)
-           for name in ('ce', 'margin')]
-  found = []
-  for where, devices in (('cpu', None), ('gpu', jax.devices()[:count])):
-    with loops.platform(where):
-      found.append(evaluate(
-          KEY, logits_fn, images, labels, threat, specs,
-          options=dataclasses.replace(QUIET, batch_size=8, devices=devices)))
-  np.testing.assert_array_equal(found[0].robust, found[1].robust)
-  assert 0 < found[0].robust_accuracy < 1
-
-
-def test_a_loss_of_ones_own():
-  logits_fn, images, labels = network()
-  threat = ThreatModel('Linf', RADII['Linf'])
-  seen = []
-
-  def cross_entropy(logits, labels, targets):
-    seen.append(targets.shape)
-    return -jnp.take_along_axis(
-        jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
-
-  name, results = 'apgd-ce', []
-  for loss in ('ce', cross_entropy):
-    spec = awp_jax.apgd_spec(name, loss=loss, num_steps=8)
-    results.append(awp_jax.evaluate(
-        KEY, logits_fn, images, labels, threat, (spec,), options=QUIET))
-  np.testing.assert_array_equal(results[0].robust, results[1].robust)
-  assert seen and 0.1 < results[0].robust_accuracy < 0.9
-
-
-def test_a_targeted_loss_of_ones_own_gets_the_likeliest_wrong_classes():
-  logits_fn, images, labels = network(count=8)
-  seen = set()
-
-  def note(targets):
-    seen.update(np.asarray(targets).tolist())
-
-  def difference(logits, labels, targets):
-    jax.debug.callback(note, targets)
-    return jnp.sum(logits * (
-        jax.nn.one_hot(targets, 4) - jax.nn.one_hot(labels, 4)), -1)
-
-  one = np.repeat(images[:1], 8, 0)
-  natural = np.asarray(logits_fn(one))[0]
-  ranked = np.argsort(-natural)
-  assert ranked[0] == labels[0]
-  for targeted, num_targets, wanted in (
-      (True, 2, ranked[1:3]), (None, 9, ranked[1:2])):
-    seen.clear()
-    awp_jax.apgd(
-        KEY, logits_fn, one, np.repeat(labels[:1], 8),
-        ThreatModel('Linf', 1e-3), loss=difference, num_steps=1,
-        targeted=targeted, num_targets=num_targets, options=QUIET)
-    jax.effects_barrier()
-    assert seen == set(wanted.tolist())
-
-
-def test_bad_losses():
-  with pytest.raises(ValueError, match=r'losses\s+\[B\]'):
-    awp_jax.apgd(
-        KEY, threshold, np.full((2, 1), 0.3, np.float32), np.zeros(2, int),
-        ThreatModel('Linf', 0.1), loss=lambda z, y, t: jnp.sum(z))
-  with pytest.raises(ValueError, match='targeted=True'):
-    awp_jax.apgd_spec('a', loss='ce', targeted=True)
-
-
-def test_public_names():
-  for name in ('AttackSpec', 'evaluate', 'make_specs', 'apgd_spec', 'fab_spec',
-               'square_spec', 'pgd_spec', 'spsa_spec', 'Judgement'):
-    assert hasattr(awp_jax, name), name

@@ -1,4 +1,4 @@
-"""Balls entry by entry: groups, farthest points and projections in NumPy."""
+"""Balls against NumPy: groups, linear maximizers and projections."""
 
 import itertools
 
@@ -13,18 +13,18 @@ RNG = np.random.default_rng(0)
 SHAPES = {'a': (2, 3, 4), 'b': (3, 4), 'c': (5,), 'd': ()}
 W = {path: RNG.standard_normal(shape) for path, shape in SHAPES.items()}
 D = {path: RNG.standard_normal(shape) for path, shape in SHAPES.items()}
-W['a'][:, 1, 2] = 0.0  # weights of zero, on their own and
-W['b'][:, 1] = 0.0  # as a whole filter
+W['a'][:, 1, 2] = 0.0  # single weights of zero,
+W['b'][:, 1] = 0.0  # and a filter of zeros
 D['b'][0] = 0.0
 D['c'][:] = 0.0
-#: How many leading axes of each leaf count layers, for each `stack_axes`.
+#: The number of stack axes of each leaf, for each `stack_axes`.
 STACKS = {
     0: dict.fromkeys(SHAPES, 0), 1: {'a': 1, 'b': 1, 'c': 1, 'd': 0},
     (('a', 1),): {'a': 1, 'b': 0, 'c': 0, 'd': 0}}
 
 
 def group_of(ball, path, index):
-  """The group that an entry belongs to."""
+  """The group of an entry."""
   stacked = STACKS[ball.stack_axes][path]
   layer, own = index[:stacked], index[stacked:]
   if ball.norm == 'tree':
@@ -64,7 +64,7 @@ def numpy_lengths(ball, stretched=None):
   return {path: n + ball.floor for path, n in group_norms(ball, W).items()}
 
 
-def numpy_farthest(ball, size, stretched=None):
+def numpy_maximizer(ball, size, stretched=None):
   s = numpy_lengths(ball, stretched)
   t = s if ball.scale == 'adaptive' else dict.fromkeys(W, 1.0)
   pull = {path: t[path] * d for path, d in D.items()}
@@ -113,8 +113,8 @@ def test_entry_by_entry(norm, scale, x64):
           balls.lengths(ball, w, stretched), numpy_lengths(ball, stretched))
       assert_close(
           balls.linear_maximizer(ball, d, w, 0.7, stretched),
-          numpy_farthest(ball, 0.7, stretched))
-      # At the median radius about half of the groups lie outside.
+          numpy_maximizer(ball, 0.7, stretched))
+      # At the median radius about half of the groups are outside.
       v = {path: 3 * leaf for path, leaf in D.items()}
       ratios = np.concatenate([
           (n / (s + 1e-9)).ravel() for n, s in zip(
@@ -128,10 +128,10 @@ def test_entry_by_entry(norm, scale, x64):
 
 @pytest.mark.parametrize('scale', balls.SCALES)
 @pytest.mark.parametrize('norm', balls.NORM_GROUPS)
-def test_points_inside_stay_and_farthest_points_are_on_the_sphere(
+def test_projection_fixes_inner_points_and_maximizers_are_on_the_sphere(
     norm, scale, x64):
   ball = Ball(1.0, norm, scale, floor=0.1)
-  w, v = as_arrays(W), numpy_farthest(ball, 0.5)
+  w, v = as_arrays(W), numpy_maximizer(ball, 0.5)
   for factor, wanted in ((0.9, 0.9), (1.0, 1.0), (7.0, 1.0)):
     got = balls.project(ball, as_arrays(
         {path: factor * leaf for path, leaf in v.items()}), w, 0.5)
@@ -147,8 +147,8 @@ def test_size_zero_is_the_point_zero():
       assert not any(np.any(leaf) for leaf in got.values())
 
 
-def test_zeros_of_a_stretched_ball_do_not_count():
-  # t = 0 at the first entry: v is 0 there and the others keep the radius.
+def test_zeros_of_a_stretched_ball_are_excluded():
+  # t = 0 at the first entry: v is 0 there and the others use the full radius.
   ball = Ball(1.0, scale='adaptive')
   w, v = {'w': jnp.array([0.0, 2.0])}, {'w': jnp.array([100.0, 4.0])}
   np.testing.assert_allclose(balls.project(ball, v, w, 0.5)['w'], [0, 1])

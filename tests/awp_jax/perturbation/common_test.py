@@ -1,7 +1,8 @@
-"""What every method must do, whatever it is: one table, method by dtype."""
+"""Common tests of all methods: dtypes, compilation, devices, edge cases."""
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
@@ -13,14 +14,9 @@ import pytest
 import awp_jax
 from awp_jax.perturbation import leaves, methods, perturbed_step
 from tests.helpers import perturbation_problem as problem
-from tests.helpers.perturbation_problem import assert_close, assert_same
+from tests.helpers.perturbation_problem import assert_close
 
 TX = optax.sgd(0.1)
-
-
-def is_finite(tree):
-  return all(np.isfinite(np.asarray(leaf, np.float64)).all()
-             for leaf in jax.tree.leaves(tree))
 
 
 def one_step(method, params, opt_state, state):
@@ -49,12 +45,13 @@ def test_dtypes_and_shapes_stay(name, x64):
 @pytest.mark.filterwarnings('ignore:. perturbed parameters are in half')
 @pytest.mark.parametrize('name', methods.METHODS)
 def test_steps_compile_once(name):
-  params, traces = problem.params_as('bfloat16'), []
+  params = problem.params_as('bfloat16')
   method = methods.every_k(problem.make(name), 2)
+  chex.clear_trace_counter()
 
   @jax.jit
+  @chex.assert_max_traces(n=1)
   def step(*carry):
-    traces.append(1)
     return one_step(method, *carry)
 
   opt_state, state = TX.init(params), method.init(params)
@@ -63,17 +60,17 @@ def test_steps_compile_once(name):
     out = step(params, opt_state, state)
     params, opt_state, state = out[:3]
     norms.append(float(jnp.abs(out.perturbation['dense']['kernel']).max()))
-    assert is_finite(out[:-1])
-  assert len(traces) == 1 and int(state.step) == 3
+    chex.assert_tree_all_finite(out[:-1])
+  assert int(state.step) == 3
   assert norms[1] == 0 and norms[2] > 1e-4
 
 
 @pytest.mark.filterwarnings('ignore:. perturbed parameters are in half')
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('name', methods.METHODS)
-def test_nothing_gives_nan(name, dtype):
-  # A leaf without a gradient, one of zeros, one without entries; then no
-  # gradient at all, and an empty mask.
+def test_outputs_are_finite(name, dtype):
+  # A leaf with zero gradient, one of zeros, an empty one; then zero gradients
+  # everywhere, and an empty mask.
   params = {
       'kernel': jnp.ones((2, 2), dtype), 'unused': jnp.ones((2, 2), dtype),
       'zero': jnp.zeros((2, 2), dtype), 'empty': jnp.zeros((0, 2), dtype),
@@ -99,7 +96,7 @@ def test_nothing_gives_nan(name, dtype):
 
   for factor in (1.0, 0.0):
     chosen, nothing = both(factor)
-    assert is_finite(chosen[:-1]) and is_finite(nothing[:-1])
+    chex.assert_tree_all_finite((chosen[:-1], nothing[:-1]))
     assert not any(np.any(v) for v in jax.tree.leaves(nothing.perturbation))
     if factor == 0 and method.direction.source != 'noise':
       assert not any(np.any(v) for v in jax.tree.leaves(chosen.perturbation))
@@ -120,7 +117,7 @@ def device_step(method, keywords, axis_name):
 @pytest.mark.parametrize('way', ['vmap', 'shard_map'])
 @pytest.mark.parametrize('name', methods.METHODS)
 def test_devices_agree_on_one_perturbation(name, way, x64):
-  # Two of eight examples a device; every second step, so with a branch.
+  # Two of eight examples per device. Every second step, to include the `cond`.
   x, y = np.tile(problem.X, (2, 1))[:8], np.tile(problem.Y, 2)[:8]
   x = x + np.linspace(0, 0.3, 8)[:, None]
   params = problem.params_as('float64')
@@ -136,8 +133,9 @@ def test_devices_agree_on_one_perturbation(name, way, x64):
     got = jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0), axis_name='d'))(
         params, state, x.reshape(4, 2, 4), y.reshape(4, 2))
     for device in range(1, 4):
-      assert_same(*(jax.tree.map(lambda leaf, i=i: leaf[i], got[:3])
-                    for i in (0, device)))
+      chex.assert_trees_all_equal(*(
+          jax.tree.map(lambda leaf, i=i: leaf[i], got[:3])
+          for i in (0, device)))
     got = jax.tree.map(lambda leaf: leaf[0], got)
   else:
     mesh = Mesh(np.array(jax.devices()[:4]), ('d',))
@@ -166,7 +164,7 @@ def test_parameters_that_vary_over_the_axis_are_an_error():
 
 @pytest.mark.parametrize('spec', [P('d'), P(None, 'd')])
 def test_sharded_parameters_under_jit_are_right(spec, x64):
-  # The norms are those of whole leaves, wherever their parts lie.
+  # Norms are those of whole leaves, for any sharding.
   mesh = Mesh(np.array(jax.devices()[:4]), ('d',))
   params = {'kernel': jnp.linspace(-1, 2, 32).reshape(4, 8),
             'bias': jnp.ones(8)}
@@ -191,7 +189,7 @@ def test_sharded_parameters_under_jit_are_right(spec, x64):
 
 
 def test_aux_may_differ_between_devices_in_a_branch(x64):
-  # The statistics of the pass at w, which only some steps make.
+  # The statistics come from the pass at w, which only some steps run.
   method = methods.every_k(problem.make('m_rwp'), 2)
   params = problem.params_as('float64')
 
@@ -213,7 +211,7 @@ def test_aux_may_differ_between_devices_in_a_branch(x64):
         spread(state, problem.X, problem.Y)['mean'], problem.X.mean(1))
 
 
-def test_names_and_values_that_do_not_exist():
+def test_unknown_names_and_options():
   with pytest.raises(ValueError, match=r"one of 'arwp', 'asam', .*got 'swp'"):
     methods.make('swp')
   with pytest.raises(ValueError, match=r"'gamma', 'num_steps', .*Did you mean"):
@@ -244,7 +242,7 @@ def test_options_out_of_range(name, options, message):
     problem.make(name, **options)
 
 
-def test_what_a_method_needs_and_does_not_get():
+def test_missing_inputs_of_a_method():
   params = problem.params_as('float32')
 
   def step(method, loss_fn=problem.losses_fn, **keywords):

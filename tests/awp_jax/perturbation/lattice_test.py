@@ -1,10 +1,11 @@
-"""Which method turns into which, and at which options: exactly, where it can.
+"""Which method reduces to which, exactly where possible.
 
-The table is the one of docs/weight_perturbation.md.
+The reductions are those of docs/weight_perturbation.md.
 """
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +17,7 @@ from awp_jax.perturbation.balls import Ball
 from awp_jax.perturbation.base import Method
 from awp_jax.perturbation.leaves import is_weight
 from tests.helpers import perturbation_problem as problem
-from tests.helpers.perturbation_problem import assert_close, assert_same, run
+from tests.helpers.perturbation_problem import assert_close, run
 
 TX = optax.chain(optax.add_decayed_weights(0.05), optax.sgd(0.1, 0.9))
 SAME_BATCH = {'natural_args': (problem.X, problem.Y)}
@@ -79,7 +80,7 @@ def test_reduction(name, x64):
       keywords if method is general else {}))[-1]
           for method in (general, special)]
   for field in ('params', 'perturbation', 'loss'):
-    # Mixtures and boxes round differently; the rest is equal to the last bit.
+    # Mixtures and boxes round differently; the others agree bit for bit.
     assert_close(*(getattr(out, field) for out in outs), tolerance=1e-14)
   assert problem.distance(outs[0].params, params) > 1e-4
 
@@ -87,11 +88,11 @@ def test_reduction(name, x64):
 @pytest.mark.parametrize('name', [
     'RWP, one step, no condition, tensors = AWP',
     'WT-AWP, lam 1, all weights, eps 0 = AWP', 'ASAM, T = 1 = SAM'])
-def test_reduction_to_the_last_bit(name):
+def test_reduction_bit_for_bit(name):
   general, special = REDUCTIONS[name]
   params = problem.params_as('float32')
-  assert_same(*(run(method, TX, params, 1)[0][:2]
-                for method in (general, special)))
+  chex.assert_trees_all_equal(*(
+      run(method, TX, params, 1)[0][:2] for method in (general, special)))
 
 
 @pytest.mark.parametrize('general,special', [
@@ -140,12 +141,12 @@ def test_size_0_is_the_plain_step_bit_for_bit(name):
     updates, _ = TX.update(gradients, TX.init(params), params)
     return optax.apply_updates(params, updates), loss
 
-  assert_same((out.params, out.loss), plain(params))
+  chex.assert_trees_all_equal((out.params, out.loss), plain(params))
   assert not any(np.any(v) for v in jax.tree.leaves(out.perturbation))
 
 
 @pytest.mark.parametrize('name', ['awp', 'wt_awp', 'm_arwp', 'momentum_awp'])
-def test_left_out_steps_are_plain(name, x64):
+def test_skipped_steps_are_plain(name, x64):
   params = problem.params_as('float64')
   method = methods.every_k(methods.start_after(problem.make(name), 1), 2)
   outs = run(method, TX, params, 5)
@@ -155,14 +156,14 @@ def test_left_out_steps_are_plain(name, x64):
   plain = run(methods.awp(0, update_at=method.update_at), TX, params, 1)[0]
   assert_close((outs[0].params, outs[0].loss), (plain.params, plain.loss),
                1e-15)
-  # A perturbing step is the method's own.
+  # A perturbing step equals a step of the unscheduled method.
   assert int(outs[0].method_state.step) == 1
   again = run(problem.make(name), TX, outs[0].params, 1)[0]
   if method.direction.source == 'gradient':
     assert_close(outs[1].perturbation, again.perturbation, 1e-15)
 
 
-def test_a_left_out_step_does_not_call_the_ascent():
+def test_a_skipped_step_does_not_run_the_ascent():
   runs = []
 
   def loss_fn(params, x, y):
@@ -190,8 +191,8 @@ def test_number_of_passes(name, passes):
   assert len(calls) == passes
 
 
-def test_a_method_of_ones_own():
-  # The nearest vertex of the unit box, in the sign of the last gradient.
+def test_custom_method():
+  # Follows the sign of the previous gradient.
   last = directions.Direction(
       'last sign', 'memory', init=lambda p: jax.tree.map(jnp.zeros_like, p),
       take=lambda memory, gradients, params, key: memory,

@@ -1,7 +1,8 @@
-"""Paths, masks and stacked layers over other people's pytrees."""
+"""Paths, masks and stacked layers, for pytrees of several libraries."""
 
 import dataclasses
 
+import chex
 import equinox as eqx
 from flax import linen as nn
 from flax import nnx
@@ -18,7 +19,7 @@ from awp_jax.perturbation import engine, leaves, methods, perturbed_step
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Attention:
-  """A user's own pytree, one field of which is called `value`."""
+  """A user-defined pytree with a field named `value`."""
 
   query: jax.Array
   value: jax.Array
@@ -67,7 +68,7 @@ def test_paths_and_masks(name):
   params = make()
   assert leaves.leaf_paths(params) == paths
   assert chosen(params) == WEIGHTS[name]
-  # By pattern and by predicate, and with the finished pytree of bools.
+  # By pattern, by predicate and by pytree of bools.
   assert chosen(params, tuple(WEIGHTS[name])) == WEIGHTS[name]
   assert chosen(params, lambda path, _: path in WEIGHTS[name]) == WEIGHTS[name]
   flags = leaves.weight_mask(params)
@@ -78,7 +79,7 @@ def test_paths_and_masks(name):
   assert chosen(params, leaves.is_any) == set(paths)
 
 
-def test_selected_leaves_go_back_where_they_came_from():
+def test_restore_inverts_select():
   params = nnx.split(Block())[1]
   mask = leaves.weight_mask(params, 'dense/*')
   values = leaves.select(params, mask)
@@ -87,13 +88,11 @@ def test_selected_leaves_go_back_where_they_came_from():
   assert jax.tree.structure(back) == jax.tree.structure(params)
   wanted = jax.tree.map(
       lambda flag, w: w if flag else jnp.zeros_like(w), mask, params)
-  jax.tree.map(np.testing.assert_array_equal, back, wanted)
+  chex.assert_trees_all_equal(back, wanted)
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(
       leaves.restore(None, params)))
   moved = leaves.perturb(params, values)
-  jax.tree.map(
-      np.testing.assert_array_equal, moved,
-      jax.tree.map(jnp.add, params, wanted))
+  chex.assert_trees_all_equal(moved, jax.tree.map(jnp.add, params, wanted))
 
 
 def test_two_leaves_of_one_path_are_an_error():
@@ -102,7 +101,7 @@ def test_two_leaves_of_one_path_are_an_error():
 
 
 class CallableParams(eqx.Module):
-  """A model that is called, as Equinox's are."""
+  """A callable model, as in Equinox."""
 
   weight: jax.Array
   bias: jax.Array
@@ -130,7 +129,7 @@ def test_patterns_that_match_nothing():
     leaves.weight_mask(params, stack_axes={'b/*': 1})
 
 
-def test_biases_and_scales_of_attention_are_no_weights():
+def test_biases_of_attention_are_not_weights():
   shapes = jax.eval_shape(
       nn.MultiHeadDotProductAttention(2).init, jax.random.key(0),
       jnp.ones((1, 3, 4)))['params']
@@ -181,16 +180,14 @@ def test_stacked_layers_are_perturbed_one_by_one(name, options, x64):
   stacked = methods.make(name, stack_axes=STACKED, **options)
   separate = methods.make(name, **options)
   assert leaves.leaf_paths(params)[1:3] == ['layers/gain', 'layers/kernel']
-  # The gains [L, D] are one axis in each layer, so they are no weights.
+  # The gains [L, D] have one axis per layer, so they are not weights.
   assert chosen(params, stacked.mask, stack_axes=STACKED) == {
       'embedding', 'layers/kernel', 'out'}
   got = perturbed_step.find_perturbation(stacked, network)(
       params, stacked.init(params), x)
   wanted = perturbed_step.find_perturbation(separate, network)(
       unstacked(params), separate.init(unstacked(params)), x)
-  jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14),
-      unstacked(got), wanted)
+  chex.assert_trees_all_close(unstacked(got), wanted, rtol=1e-10, atol=1e-14)
   if name == 'awp':
     whole = perturbed_step.find_perturbation(methods.awp(0.3), network)(
         params, separate.init(params), x)
@@ -199,7 +196,7 @@ def test_stacked_layers_are_perturbed_one_by_one(name, options, x64):
 
 
 @pytest.mark.parametrize('name', ['random', 'arwp', 'm_rwp', 'm_arwp', 'frwp'])
-def test_noise_of_stacked_filters_has_their_own_size(name, x64):
+def test_noise_of_stacked_filters_scales_with_each_filter(name, x64):
   options = {} if name == 'frwp' else {'sigma': 0.5}
   method = methods.make(name, stack_axes=STACKED, mask='layers/*', **options)
   size = method.ball.size
@@ -225,9 +222,9 @@ def test_noise_of_stacked_filters_has_their_own_size(name, x64):
     assert state.memory['layers/gain'].shape == (LAYERS, WIDTH)
 
 
-def test_half_precision_is_added_in_float32_and_warned_of():
-  # v is a little more than half of the spacing of bfloat16 above 1: rounded by
-  # itself it is exactly half, and the sum then falls back to 1.
+def test_half_precision_is_added_in_float32_with_a_warning():
+  # v is slightly more than half the bfloat16 spacing above 1. Rounding v first
+  # gives exactly half, and the sum then rounds back to 1.
   params = {'kernel': jnp.ones((2, 2), 'bfloat16')}
   v = {'kernel': jnp.full((2, 2), 0.00391)}
   assert np.all(leaves.perturb(params, v)['kernel'] == 1.0078125)
@@ -259,7 +256,7 @@ def test_only_the_perturbed_leaves_are_stored(name):
 
 
 def temporary_bytes(method, **keywords):
-  """The memory that a compiled step needs beside arguments and results."""
+  """The temporary memory of a compiled step."""
   params = {'big': jnp.ones((500, 500)), 'kernel': jnp.ones((500, 2))}
   tx = optax.sgd(0.1)
 
@@ -275,7 +272,7 @@ def temporary_bytes(method, **keywords):
 
 
 def test_memory_of_a_schedule_is_that_of_the_perturbed_leaves():
-  # A megabyte lies in `big`, which is not perturbed.
+  # `big` takes one megabyte and is not perturbed.
   late = methods.start_after(methods.awp(0.1, mask='kernel'), 3)
   plain = temporary_bytes(methods.awp(0))
   assert temporary_bytes(late) - plain < 100_000

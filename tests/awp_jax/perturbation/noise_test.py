@@ -1,5 +1,6 @@
 """Methods that draw noise: its distribution, its key, its Fisher sums."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,6 @@ from awp_jax.perturbation import balls, methods, perturbed_step
 from tests.helpers import perturbation_problem as problem
 from tests.helpers.perturbation_problem import (
     as_trees,
-    assert_same,
     reference,
     run,
 )
@@ -38,16 +38,16 @@ def spread(params, fisher=None, eta=0.0):
 
 
 def draws(method, state, params):
-  """DRAWS perturbations, one a key."""
+  """Draws DRAWS perturbations, one per key."""
   draw = perturbed_step.find_perturbation(method, lambda p: 0.0 * p['scalar'])
   return jax.jit(jax.vmap(lambda key: draw(params, state, noise_key=key)))(
       jax.random.split(jax.random.key(0), DRAWS))
 
 
 def fits(v, stds):
-  """Whether v / std is standard normal, leaf by leaf and filter by filter.
+  """Whether v / std is standard normal in every filter of every leaf.
 
-  Five standard errors of the mean and of the mean square of n numbers,
+  Allows five standard errors of the mean and of the mean square of n numbers,
   sqrt(1 / n) and sqrt(2 / n).
   """
   for name, std in stds.items():
@@ -96,7 +96,7 @@ def test_scale_is_accepted_and_others_are_rejected(name, eta):
   assert np.abs(correlation).max() < 6 / np.sqrt(DRAWS)
 
 
-def test_filters_lie_along_the_axis_that_is_named():
+def test_filter_axis_selects_the_filters():
   params = {'w': jnp.array([[1.0, 2.0], [3.0, 4.0]])}
   last = balls.lengths(balls.Ball(1.0, 'filter'), params)['w']
   first = balls.lengths(balls.Ball(1.0, 'filter', filter_axis=0), params)['w']
@@ -104,9 +104,9 @@ def test_filters_lie_along_the_axis_that_is_named():
   np.testing.assert_allclose(first, np.sqrt([[5.0], [25.0]]), rtol=1e-6)
 
 
-def test_spread_is_that_of_the_published_arwp(x64):
-  # The published class, its Fisher sums after three steps, 20,000 draws: their
-  # root mean square is known to 0.5 per cent.
+def test_spread_equals_that_of_the_published_arwp(x64):
+  # The root mean square of 20,000 draws of the published class, after three
+  # steps of its Fisher sums: accurate to 0.5 percent.
   wanted = as_trees(reference()['arwp_rms'])
   params = as_trees(reference()['arwp_params'])
   fisher = as_trees(reference()['arwp_fisher'])
@@ -123,7 +123,7 @@ def test_spread_is_that_of_the_published_arwp(x64):
 def test_fisher_sums_follow_their_recursion(x64):
   params, method = problem.params_as('float64'), problem.make(
       'arwp', sigma=0, beta=0.9)
-  # Size 0 switches the noise off: the gradients are those at w.
+  # Size 0 disables the noise: the gradients are those at w.
   outs = run(method, optax.sgd(0.1), params, 3)
   wanted, shown = {'kernel': 0.0, 'bias': 0.0}, params
   for out in outs:
@@ -142,7 +142,7 @@ def test_one_key_gives_new_noise_in_every_step_and_the_same_again():
   method = problem.make('random')
   outs, again = (run(method, optax.sgd(0.1), params, 2) for _ in range(2))
   assert problem.distance(outs[0].perturbation, outs[1].perturbation) > 1e-3
-  assert_same(outs[1], again[1])
+  chex.assert_trees_all_equal(outs[1], again[1])
   other = run(method, optax.sgd(0.1), params, 1,
               noise_key=np.array([0, 8], np.uint32))[0]
   assert problem.distance(outs[0].perturbation, other.perturbation) > 1e-3
@@ -151,7 +151,9 @@ def test_one_key_gives_new_noise_in_every_step_and_the_same_again():
 def test_mixture_of_two_batches(x64):
   params, method = problem.params_as('float64'), problem.make('frwp', alpha=0.3)
   other = (problem.X[:3] * 2, problem.Y[:3])
-  (loss, g), _ = perturbed_step.perturbed_value_and_grad(method, problem.losses_fn)(
+  gradient_fn = perturbed_step.perturbed_value_and_grad(
+      method, problem.losses_fn)
+  (loss, g), _ = gradient_fn(
       params, method.init(params), problem.X, problem.Y, natural_args=other,
       noise_key=problem.KEY)
   v = perturbed_step.find_perturbation(method, problem.losses_fn)(
@@ -165,7 +167,7 @@ def test_mixture_of_two_batches(x64):
       jax.grad(problem.mean_fn)(params, *other)), 1e-14)
 
 
-def test_sigma_grows_as_in_arwp():
+def test_cosine_increase():
   sigma = methods.cosine_increase(0.001, 10, 100)
   np.testing.assert_allclose(
       [sigma(jnp.int32(t)) for t in (0, 50, 100)], [0.001, 0.006, 0.011],

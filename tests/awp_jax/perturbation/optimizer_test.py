@@ -1,7 +1,7 @@
-"""The wrapper around an optimizer against the step that has the loss."""
+"""`perturbed_optimizer` against `perturbed_step`."""
 
+import chex
 import jax
-import numpy as np
 import optax
 import optax.contrib
 import pytest
@@ -49,7 +49,7 @@ def test_equals_the_step(name, transparent, x64):
   assert_close(state.method_state, wanted.method_state, 1e-12)
 
 
-def test_transparent_sam_is_that_of_optax(x64):
+def test_transparent_sam_equals_optax(x64):
   params, grad_fn = problem.params_as('float64'), jax.grad(problem.mean_fn)
   theirs = optax.contrib.sam(
       optax.sgd(0.1, 0.9),
@@ -67,7 +67,7 @@ def test_transparent_sam_is_that_of_optax(x64):
   assert_close(*seen, 1e-13)
 
 
-def test_left_out_steps_call_nothing():
+def test_skipped_steps_call_no_gradient():
   calls = []
   params = problem.params_as('float32')
 
@@ -86,15 +86,15 @@ def test_left_out_steps_call_nothing():
 
 
 @pytest.mark.parametrize('name,calls', [
-    # Of three moves the last two are traced once, as the body of a loop.
+    # The last two of three moves are traced once, as the body of a loop.
     ('awp', 1), ('awp, 3 steps', 2), ('wt_awp', 1), ('random', 1),
     ('m_rwp', 1), ('off', 0)])
-def test_the_gradient_that_is_handed_in_is_not_taken_again(
+def test_the_given_gradient_is_not_recomputed(
     name, calls, monkeypatch):
   params, traced = problem.params_as('float32'), []
   method = methods.awp(0) if name == 'off' else method_of(name)
   original = leaves.perturb
-  # A copy of w is w: the engine may make one wherever it likes.
+  # The result must not depend on whether the engine copies w.
   monkeypatch.setattr(leaves, 'perturb', lambda params, v: jax.tree.map(
       lambda w: w + 0, original(params, v)))
 
@@ -130,7 +130,7 @@ def test_parameters_and_state_may_be_donated(name):
   assert_close(*ends, 1e-7)
 
 
-def test_a_step_under_way_stores_the_perturbed_leaves_alone():
+def test_an_unfinished_step_stores_only_the_perturbed_leaves():
   method = problem.make('awp', mask='out/*')
   tx = perturbed_optimizer(TX, method, transparent=True)
   pending = tx.init(problem.params_as('float32')).pending
@@ -144,19 +144,19 @@ def test_size_0_is_the_optimizer_itself():
   g = jax.grad(problem.mean_fn)(params)
   updates, _ = tx.update(g, tx.init(params), params, grad_fn=lambda p: 1 / 0)
   wanted, _ = TX.update(g, TX.init(params), params)
-  jax.tree.map(np.testing.assert_array_equal, updates, wanted)
+  chex.assert_trees_all_equal(updates, wanted)
 
 
-def test_what_it_cannot_do():
+def test_unsupported_methods_and_missing_arguments():
   params = problem.params_as('float32')
-  with pytest.raises(ValueError, match='losses of single examples'):
+  with pytest.raises(ValueError, match='needs per-example losses'):
     perturbed_optimizer(TX, problem.make('rwp'))
   with pytest.raises(ValueError, match='uses two batches'):
     perturbed_optimizer(TX, problem.make('frwp'), noise_key=problem.KEY)
   with pytest.raises(ValueError, match='noise_key must be a PRNG key'):
     perturbed_optimizer(TX, problem.make('random'))
   tx = perturbed_optimizer(TX, problem.make('awp'))
-  with pytest.raises(ValueError, match='grad_fn must be handed'):
+  with pytest.raises(ValueError, match='grad_fn must be passed'):
     tx.update(params, tx.init(params), params)
-  with pytest.raises(ValueError, match='params must be handed'):
+  with pytest.raises(ValueError, match='params must be passed'):
     tx.update(params, tx.init(params), grad_fn=lambda p: p)

@@ -1,4 +1,4 @@
-"""Leaves, accumulation, passes: what the engine is made of."""
+"""Parts of the engine: masks, accumulation, passes, settings."""
 
 import functools
 
@@ -25,12 +25,12 @@ from tests.helpers import perturbation_problem as problem
 def test_bad_methods():
   with pytest.raises(ValueError, match="one of 'projected', 'summed'"):
     Method('m', Ball(1.0), moves='walk')
-  with pytest.raises(ValueError, match='takes no gradients: num_steps must be'):
+  with pytest.raises(ValueError, match='uses no gradients: num_steps must be'):
     Method('m', Ball(1.0), direction=problem.make('random').direction,
            num_steps=2)
   method = problem.make('random')
   params = problem.params_as('float32')
-  with pytest.raises(ValueError, match='rounds=2 take turns'):
+  with pytest.raises(ValueError, match='rounds=2 need a gradient'):
     engine.ascend(method, method.init(params), engine.Ascent(), params,
                   lambda p: None, rounds=2)
 
@@ -75,7 +75,8 @@ def test_accumulation_equals_the_large_batch(name, unrolls, monkeypatch, x64):
   whole = step(losses_fn)
   assert shapes == {(6, 4)}
   shapes.clear()
-  problem.assert_close(step(value_and_grad.accumulated(losses_fn, 3)), whole, 1e-14)
+  problem.assert_close(
+      step(value_and_grad.accumulated(losses_fn, 3)), whole, 1e-14)
   assert shapes == {(2, 4)}
 
 
@@ -100,7 +101,7 @@ def test_accumulated_losses_keep_the_order_of_the_examples():
 
 
 def test_accumulation_of_a_sharded_batch_shares_the_work():
-  # Each of four devices must compute a quarter of every part, not one part.
+  # Each of the four devices must compute a quarter of every part.
   mesh = Mesh(np.array(jax.devices()[:4]), ('d',))
   rows = NamedSharding(mesh, PartitionSpec('d'))
   x = jax.device_put(np.linspace(-1, 1, 512).reshape(32, 16), rows)
@@ -112,9 +113,10 @@ def test_accumulation_of_a_sharded_batch_shares_the_work():
   def compiled(loss_fn):
     return jax.jit(jax.value_and_grad(loss_fn)).lower(w, x).compile()
 
-  whole, parts = compiled(loss_fn), compiled(value_and_grad.accumulated(loss_fn, 4))
+  whole = compiled(loss_fn)
+  parts = compiled(value_and_grad.accumulated(loss_fn, 4))
   problem.assert_close(parts(w, x), whole(w, x), 1e-6)
-  # A third more is the forward pass that is made again.
+  # Recomputing the forward pass costs a third more.
   flops = [f.cost_analysis()['flops'] for f in (whole, parts)]
   assert flops[1] < 2 * flops[0]
 
@@ -138,7 +140,7 @@ def test_dropout_is_the_same_in_all_passes(name):
 
 @pytest.mark.parametrize('name,pass_at', [
     ('awp', 'perturbed'), ('wt_awp', 'perturbed'), ('m_rwp', 'natural')])
-def test_aux_comes_from_the_pass_that_is_named(name, pass_at):
+def test_aux_comes_from_the_given_pass(name, pass_at):
   params, method = problem.params_as('float32'), problem.make(name)
 
   def loss_fn(p, x, y):
@@ -156,7 +158,7 @@ def test_aux_comes_from_the_pass_that_is_named(name, pass_at):
 
 
 def test_rounds_make_the_moves_of_alternation(x64):
-  # Two rounds of two moves are four moves, when nothing changes in between.
+  # Two rounds of two moves equal four moves if nothing changes in between.
   params, four = problem.params_as('float64'), problem.make('awp', num_steps=4)
   two = problem.make('awp', num_steps=2)
   state = two.init(params)
@@ -164,12 +166,13 @@ def test_rounds_make_the_moves_of_alternation(x64):
   ascent = engine.begin(two, state)
   for _ in range(2):
     ascent = engine.ascend(two, state, ascent, params, ascent_fn, rounds=2)
-  wanted = perturbed_step.find_perturbation(four, problem.losses_fn)(params, state)
+  wanted = perturbed_step.find_perturbation(
+      four, problem.losses_fn)(params, state)
   problem.assert_close(
       leaves.restore(ascent.perturbation, params), wanted, 1e-15)
 
 
-#: Methods that evaluate the loss at w on the whole batch.
+#: Whether a method evaluates the loss at w on the whole batch.
 EVALUATES = {
     'awp': True, 'rwp': False, 'wt_awp': True, 'sam': True, 'random': False,
     'm_rwp': True, 'frwp': False, 'momentum_awp': False, 'arwp': False}
@@ -188,7 +191,7 @@ def test_unperturbed_loss(name):
     assert np.isnan(out.unperturbed_loss)
 
 
-def test_unperturbed_loss_of_steps_that_are_left_out_or_off():
+def test_unperturbed_loss_of_skipped_steps_and_off_methods():
   params = problem.params_as('float32')
   first, second = problem.run(
       methods.start_after(problem.make('awp', num_steps=2), 1), optax.sgd(0.1),
@@ -202,7 +205,7 @@ def test_unperturbed_loss_of_steps_that_are_left_out_or_off():
 
 
 def test_unperturbed_loss_of_another_natural_batch_is_not_reported():
-  # The loss at w was evaluated on natural_args alone.
+  # The loss at w was evaluated on natural_args only.
   params = problem.params_as('float32')
   out, = problem.run(
       problem.make('m_rwp'), optax.sgd(0.1), params, 1,
@@ -248,7 +251,7 @@ def test_equal_methods_are_one_static_argument(name):
   assert len(traces) == 2
 
 
-def test_methods_differ_by_what_they_do():
+def test_methods_compare_by_settings():
   assert methods.momentum_awp(decay=0.8) != methods.momentum_awp(decay=0.9)
   assert methods.arwp(eta=0.2) != methods.arwp(eta=0.1)
   assert methods.arwp(beta=0.9) != methods.arwp(beta=0.8)

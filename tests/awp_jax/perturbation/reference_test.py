@@ -1,11 +1,11 @@
-"""Each method against its published code, float64.
+"""Each method against its published code, in float64.
 
-The numbers of tests/data/perturbation_reference.json come from running the
-authors' PyTorch classes on the same network: RobustWeightPerturb of RWP (SGD
-with momentum 0.9 and decay 0.05 after it), SAM of davda54 and of SamsungLabs,
-ASAM, AdvWeightPerturb of WT-AWP (one step, delta in the first layer, Adam) and
-ARWP (noise of size zero). The class of the text competitions, which has many
-copies, was restated with torch's operations.
+The numbers in tests/data/perturbation_reference.json come from the authors'
+PyTorch classes on the same network: RobustWeightPerturb of RWP (then SGD with
+momentum 0.9 and decay 0.05), SAM of davda54 and of SamsungLabs, ASAM,
+AdvWeightPerturb of WT-AWP (one step, delta in the first layer, Adam) and ARWP
+(noise of size zero). The class of the text competitions, of which many copies
+exist, was reimplemented with torch operations.
 """
 
 import jax
@@ -132,7 +132,7 @@ def test_sign_formula(num_steps, x64):
   assert_close(got, v, 1e-14)
 
 
-def test_momentum_is_that_of_adam(x64):
+def test_momentum_equals_that_of_adam(x64):
   outs = run(problem.make('momentum_awp'), optax.adam(0.01),
              problem.params_as('float64'), 3)
   adam = outs[-1].opt_state[0]
@@ -145,8 +145,8 @@ def test_momentum_is_that_of_adam(x64):
 
 
 def test_rwp_mean_is_over_the_whole_batch(x64):
-  # A mean over the chosen examples alone would give the same direction in the
-  # first pass, but weigh the passes differently.
+  # A mean over the chosen examples only would give the same direction in the
+  # first pass, but weight the passes differently.
   params, method = problem.params_as('float64'), problem.make('rwp', c_min=0.7)
 
   def wrong_fn(p, threshold=0.7):

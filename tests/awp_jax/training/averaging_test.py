@@ -8,7 +8,7 @@ import pytest
 import awp_jax
 
 
-def test_average_is_the_weighted_sum_of_what_was_seen():
+def test_average_is_the_weighted_sum_of_all_weights():
   rng = np.random.default_rng(0)
   seen = rng.normal(size=(7, 3)).astype(np.float32)
   decay = 0.9
@@ -32,7 +32,7 @@ def test_decay_grows_to_its_value():
       0.995)
 
 
-def test_weights_that_stand_still_are_their_average_bit_for_bit():
+def test_constant_weights_are_their_average_bit_for_bit():
   w = {'w': jnp.asarray([0.1, 1e-30, 3e5], jnp.float32)}
   average = awp_jax.Average(w, {})
   for _ in range(3):
@@ -40,7 +40,7 @@ def test_weights_that_stand_still_are_their_average_bit_for_bit():
   np.testing.assert_array_equal(average.params['w'], w['w'])
 
 
-def test_types_stay():
+def test_dtypes_are_preserved():
   w = {'w': jnp.ones(2, jnp.bfloat16)}
   average = awp_jax.update_average(
       awp_jax.Average(w, {}), w, {}, awp_jax.ema_decay(0.9, 3))

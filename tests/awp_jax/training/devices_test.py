@@ -1,4 +1,4 @@
-"""One step, one batch, five ways to spread it over eight devices.
+"""One step on one batch, spread over eight devices in five ways.
 
 `jit` on one device, `pmap`, `shard_map` with and without tracking of varying
 values, `vmap` with an axis name, and `jit` on a sharded batch must all agree.
@@ -87,7 +87,7 @@ def test_comparison_rejects_a_gradient_that_is_too_large(way, x64):
 
 @pytest.mark.parametrize('way', ['pmap', 'vmap', 'shard_map_unchecked'])
 def test_comparison_rejects_devices_that_do_not_average(way, monkeypatch, x64):
-  # Without communication each device makes the step of its own two examples.
+  # Without communication each device makes a step on its own two examples.
   params, x, y = problem('float64')
   tx = optax.sgd(0.1)
   whole = jax.jit(step(tx, None))(params, x, y)

@@ -1,4 +1,4 @@
-"""`eval_step` on models whose every verdict is known, finite or not."""
+"""`eval_step` on models with known results, finite or not."""
 
 import functools
 
@@ -41,7 +41,7 @@ def waves():
   x = np.linspace(0.15, 0.85, 24)
   y = np.arange(24) // 2 % 2
   valid = np.arange(24) % 3 > 0
-  # The label's logit falls along +- the slope of the wave; away from the box.
+  # The attack follows the slope of the wave; the box is out of reach.
   sign = np.where(y == 1, 1, -1)
   x_adv = x - 0.1 * sign * np.sign(np.cos(36 * x))
   margins = [sign * (np.sin(36 * point) + 0.4) for point in (x, x_adv)]
@@ -53,7 +53,7 @@ def test_sums_are_those_of_the_valid_examples(x64):
   state, x, y, valid, (at_x, at_x_adv) = waves()
   kept = np.asarray(valid)
   natural, robust = at_x > 0, (at_x > 0) & (at_x_adv > 0)
-  # All four kinds are there, among the examples that count and the others.
+  # All four kinds occur among the valid and the invalid examples.
   for rows in (kept, ~kept):
     kinds = set(zip(natural[rows], at_x_adv[rows] > 0, strict=True))
     assert len(kinds) == 4
@@ -91,8 +91,8 @@ def test_devices_and_keys_draw_their_own_noise():
             attack=awp_jax.Attack(1e-9, 1, start=start)).robust_loss,
         axis_name='d')(x, y)[0]
 
-  # The sum over devices of log(1 + exp(2 x')): equal noise would give eight
-  # times the loss of one device, and sums of two keys would differ by chance.
+  # The sum over devices of log(1 + exp(2 x')). Equal noise would give eight
+  # times the loss of one device.
   start = THREAT.random_start
   keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(8)]
   wanted = sum(float(jnp.logaddexp(0, 2 * start(key, x[0])).sum())
@@ -108,16 +108,16 @@ def linear(params, stats, x):
 
 
 def with_nan_gradient(params, stats, x):
-  # The square root's value is 0 and its derivative 0 * inf.
+  # The value of the square root is 0 and its derivative is 0 * inf.
   return x @ params['w'] + jnp.sqrt(0 * x[:, :1])
 
 
-def test_a_nan_in_a_gradient_is_no_robustness():
-  # Label 0 is what the argmax of NaN logits would say.
+def test_a_nan_in_a_gradient_is_reported():
+  # Label 0 is the argmax of NaN logits.
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.uniform(0.2, 0.8, (64, 5)), jnp.float32)
   w = rng.standard_normal((5, 3))
-  # As good as the best of the other classes, at the middle of the images.
+  # At the middle of the images, class 0 ties with the best other class.
   w[:, 0] += (w.sum(axis=0).max() - w[:, 0].sum()) / 5
   w = jnp.asarray(w, jnp.float32).at[0].set(0)
   y = jnp.zeros(64, int)
@@ -132,8 +132,8 @@ def test_a_nan_in_a_gradient_is_no_robustness():
 
 @pytest.mark.parametrize('bad', [np.nan, np.inf])
 def test_logits_that_are_not_finite_are_wrong(bad):
-  # Class 0 everywhere, but with a bad logit to the right of a threshold; the
-  # attack walks to the right.
+  # Class 0 everywhere, with a bad logit to the right of a threshold. The attack
+  # moves to the right.
   def logits(params, stats, x):
     both = jnp.concatenate([2 - x, 0 * x], axis=1)
     return jnp.where(x > 0.5, jnp.asarray([bad, 0.0]), both)
@@ -143,7 +143,7 @@ def test_logits_that_are_not_finite_are_wrong(bad):
   got = evaluate(state, x, jnp.zeros(3, int))
   assert got.natural_correct == 2 and got.robust_correct == 1
   assert got.nonfinite == 2
-  # Restarts keep the point at which the model fails.
+  # Restarts keep a point where the model fails.
   often = evaluate(
       state, jnp.full((32, 1), 0.49), jnp.zeros(32, int),
       attack=awp_jax.Attack(1e-6, 1, restarts=8))
@@ -163,7 +163,7 @@ def test_products_run_in_float32():
   text = str(jax.make_jaxpr(functools.partial(evaluate, state))(
       jnp.ones((2, 5)), jnp.zeros(2, int)))
   products = text.count('dot_general[')
-  assert products >= 4  # two of the attack, two judgements
+  assert products >= 4  # two in the attack, two evaluations
   assert text.count('Precision.HIGHEST, Precision.HIGHEST') + text.count(
       'precision=HIGHEST') == products, text
 
@@ -181,7 +181,7 @@ def test_bad_arguments(x, keywords, message):
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
 def test_images_in_half_precision_are_attacked_in_float32(dtype):
-  # Steps of 0.001 at 0.75 are lost in bfloat16, whose numbers lie 0.004 apart.
+  # Steps of 0.001 at 0.75 vanish in bfloat16, whose spacing there is 0.004.
   state = make_state(
       lambda params, stats, x: jnp.concatenate([x - 0.745, 0 * x], axis=1),
       params={'w': jnp.zeros(1)})
@@ -192,8 +192,8 @@ def test_images_in_half_precision_are_attacked_in_float32(dtype):
 
 
 def test_any_restart_that_breaks_an_example_counts():
-  # At the left end the loss is large and the label first; it is not first in
-  # the middle, where the loss is small.
+  # At the left end the loss is large and the label correct. In the middle the
+  # loss is small and the label wrong.
   def logits(params, stats, x):
     label = jnp.where(jnp.abs(x - 0.5) < 0.02, 0.0, 1.0)
     spread = jnp.where(x < 0.45, 0.9, -5.0)

@@ -1,7 +1,7 @@
-"""Training steps beside the published algorithm in PyTorch, on a small file.
+"""Training steps against short trajectories of the published PyTorch code.
 
-The files are in the repository, so that parity is tested everywhere; PyTorch is
-needed only to make them again (benchmarks/parity_trajectory.py).
+The files are in the repository, so parity is tested everywhere. PyTorch is
+needed only to write them (benchmarks/parity_trajectory.py).
 """
 
 import importlib
@@ -19,10 +19,10 @@ DATA = ROOT / 'tests/data'
 
 CASES = {
     'at': ('at_awp_small', awp_jax.adversarial(), {
-        'statistics': 'reference', 'normalised': True}),
-    # The statistics move once for each of the two passes at w + v.
+        'statistics': 'reference', 'normalized': True}),
+    # Each of the two passes at w + v updates the statistics once.
     'trades': ('trades_awp_small', awp_jax.trades(6.0), {
-        'statistics': 'perturbed', 'normalised': False})}
+        'statistics': 'perturbed', 'normalized': False})}
 
 
 @pytest.mark.parametrize('kind', CASES)

@@ -1,7 +1,8 @@
-"""The state, and one step for models of any library."""
+"""The training state, and steps for models of several libraries."""
 
 import functools
 
+import chex
 import equinox as eqx
 from flax import linen as nn
 from flax import nnx
@@ -46,7 +47,7 @@ class NNXNet(nnx.Module):
 
 
 class EquinoxNet(eqx.Module):
-  """`LinenNet` in Equinox, its batch normalization by hand."""
+  """`LinenNet` in Equinox, with manual batch normalization."""
 
   hidden: eqx.nn.Linear
   scale: jax.Array
@@ -88,7 +89,7 @@ def nnx_state(variables):
     model = nnx.merge(graph, params, batch_stats, copy=True)
     return model(x, train), nnx.state(model, nnx.BatchStat)
 
-  # The names are those of linen, so the order of the leaves is, too.
+  # The names, and hence the order of the leaves, are those of linen.
   params, stats = (
       jax.tree.unflatten(jax.tree.structure(ours), jax.tree.leaves(theirs))
       for ours, theirs in zip((params, stats), variables.values(), strict=True))
@@ -110,7 +111,7 @@ def equinox_state(variables):
 
 
 def named(state):
-  """Kernels, biases and statistics of any of the three, by linen's names."""
+  """Kernels, biases and statistics of any model, in the order of linen."""
   if isinstance(state.params, EquinoxNet):
     p = state.params
     return [
@@ -140,7 +141,7 @@ def test_linen_nnx_and_equinox_train_alike(x64):
   for end in ends[1:]:
     for got, wanted in zip(end, ends[0], strict=True):
       np.testing.assert_allclose(got, wanted, atol=1e-6)
-  # All has moved but the bias ahead of the normalization, which is idle.
+  # All changed except the bias before the normalization, which has no effect.
   for before, after in zip(start[1:], ends[0][1:], strict=False):
     assert np.abs(before - after).max() > 1e-3
 
@@ -163,33 +164,32 @@ def trace(state, batch=BATCH, **keywords):
       functools.partial(STEP, **keywords), state, batch, jax.random.key(0))
 
 
-def test_the_method_makes_the_memory():
+def test_create_initializes_the_memory():
   method = methods.momentum_awp(0.5, None)
   state = small(method=method)
   assert int(state.step) == 0 and state.batch_stats == {}
-  jax.tree.map(
-      np.testing.assert_array_equal, state.memory,
-      method.init(state.params).memory)
+  chex.assert_trees_all_equal(
+      state.memory, method.init(state.params).memory)
   assert jax.tree.leaves(state.memory)
   moved, first = STEP(state, BATCH, jax.random.key(0), perturbation=method)
   _, second = STEP(moved, BATCH, jax.random.key(0), perturbation=method)
   # The momentum of the first step is zero.
   assert first.perturbation_ratio == 0
   np.testing.assert_allclose(second.perturbation_ratio, 0.5, rtol=1e-3)
-  # A plain step in between leaves it as it is.
+  # A plain step in between does not change it.
   plain, _ = STEP(moved, BATCH, jax.random.key(0))
-  jax.tree.map(np.testing.assert_array_equal, plain.memory, moved.memory)
+  chex.assert_trees_all_equal(plain.memory, moved.memory)
 
 
-def test_memory_and_method_must_fit():
+def test_memory_and_method_must_match():
   momentum = methods.momentum_awp()
   with pytest.raises(ValueError, match=r"memory of the state \(0 arrays\) .*"
-                     r"'momentum AWP', which carries 1 .*method=\.\.\."):
+                     r"'momentum AWP', which needs 1 .*method=\.\.\."):
     trace(small(), perturbation=momentum)
-  with pytest.raises(ValueError, match=r"\(1 arrays\) does not fit .*'AWP'"):
+  with pytest.raises(ValueError, match=r"\(1 arrays\) does not match .*'AWP'"):
     trace(small(method=momentum), perturbation=methods.awp(0.1))
   other = small(params={'w': jnp.ones((2, 4))}, method=momentum)
-  with pytest.raises(ValueError, match='does not fit'):
+  with pytest.raises(ValueError, match='does not match'):
     trace(small(memory=other.memory), perturbation=momentum)
   with pytest.raises(ValueError, match='method and memory were both given'):
     small(method=momentum, memory=())
@@ -204,7 +204,7 @@ class Untrained(nn.Module):
 
 
 class Broken(nn.Module):
-  """Has a mistake of its own."""
+  """Raises an unrelated TypeError."""
 
   @nn.compact
   def __call__(self, x, train):
@@ -236,7 +236,7 @@ def test_a_model_that_cannot_be_called():
     (lambda logits, stats: (logits, {'mean': logits[0]}), ValueError,
      r"it holds \[\], the model returned \['mean'\]"),
 ])
-def test_a_forward_function_that_returns_something_else(
+def test_bad_outputs_of_a_forward_function(
     returned, error, message):
   def forward_fn(params, batch_stats, x, train, key):
     return returned(*linear(params, batch_stats, x, train, key))
@@ -259,7 +259,7 @@ def test_modes_and_keys_of_the_passes():
   assert set(seen) == {(True, True)}
 
 
-def test_statistics_keep_their_types(x64):
+def test_statistics_keep_their_dtypes(x64):
   def forward_fn(params, batch_stats, x, train, key):
     return x @ params['w'], {'mean': batch_stats['mean'] + x.mean(axis=0)}
 

@@ -1,9 +1,8 @@
-"""The composed step: trajectories, policies, devices, compiled form."""
+"""The composed step: trajectories, formulas, arguments."""
 
 import functools
-import re
 
-from flax import linen as nn
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +14,13 @@ from awp_jax import objectives
 from awp_jax.core import loops
 from awp_jax.models import PreActResNet
 from tests.helpers import torch_layout
+from tests.helpers.train_step_problem import (
+    ATTACK,
+    OBJECTIVES,
+    THREAT,
+    run_tiny,
+    tiny_problem,
+)
 
 CIFAR10_MEAN, CIFAR10_STD = (.4914, .4822, .4465), (.2471, .2435, .2616)
 
@@ -31,13 +37,13 @@ def largest_difference(a, b):
       lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
-# One with the attack written out, as on the CPU, and two in a loop, as on
-# accelerators, which compiles faster.
+# One trajectory with the attack unrolled, as on the CPU, and two in a loop, as
+# on accelerators, which compiles faster.
 @pytest.mark.parametrize('name,norm,objective,statistics,unrolls', [
     ('at_awp_linf', 'Linf', awp_jax.adversarial(), 'reference', True),
     ('at_awp_l2', 'L2', awp_jax.adversarial(), 'reference', False),
-    # This trajectory moves the statistics once for each of the two passes at
-    # w + v; the published TRADES code makes its natural pass twice.
+    # In this trajectory each of the two passes at w + v updates the statistics
+    # once; the published TRADES code runs its natural pass twice.
     ('trades_awp_linf', 'Linf', awp_jax.trades(6.0), 'perturbed', False),
 ])
 def test_reference_trajectory(
@@ -46,11 +52,11 @@ def test_reference_trajectory(
   monkeypatch.setattr(loops, 'unrolls', lambda: unrolls)
   setting = {key[4:]: float(archive[key]) for key in archive.files
              if key.startswith('cfg/')}
-  normalised = name.startswith('at')
+  normalized = name.startswith('at')
   model = PreActResNet(
       10, width=4, param_dtype=jnp.float64,
-      mean=CIFAR10_MEAN if normalised else (0.0,),
-      std=CIFAR10_STD if normalised else (1.0,))
+      mean=CIFAR10_MEAN if normalized else (0.0,),
+      std=CIFAR10_STD if normalized else (1.0,))
   first = torch_layout.variables(archive, 'init/')
   state = awp_jax.TrainState.create(
       apply_fn=model.apply, params=first['params'],
@@ -58,7 +64,7 @@ def test_reference_trajectory(
           optax.add_decayed_weights(setting['weight_decay']),
           optax.sgd(setting['lr'], setting['momentum'])))
 
-  # XLA runs convolutions in float64 as plain loops, which LLVM must optimise.
+  # XLA compiles float64 convolutions to plain loops that need optimization.
   @functools.partial(
       jax.jit, compiler_options={'xla_backend_optimization_level': 2})
   def step(state, x, y, start):
@@ -79,51 +85,13 @@ def test_reference_trajectory(
         metrics.perturbation_ratio, setting['gamma'], rtol=1e-12)
   last = torch_layout.variables(archive, 'final/')
   momentum = torch_layout.variables(archive, 'momentum/')['params']
-  assert largest_difference(state.params, last['params']) < 1e-10
-  assert largest_difference(state.batch_stats, last['batch_stats']) < 1e-10
-  assert largest_difference(momentum_of(state.opt_state), momentum) < 1e-10
+  chex.assert_trees_all_close(
+      state.params, last['params'], rtol=0, atol=1e-10)
+  chex.assert_trees_all_close(
+      state.batch_stats, last['batch_stats'], rtol=0, atol=1e-10)
+  chex.assert_trees_all_close(
+      momentum_of(state.opt_state), momentum, rtol=0, atol=1e-10)
   assert largest_difference(first['params'], last['params']) > 1e-2
-
-
-class Tiny(nn.Module):
-  """A hidden layer with batch normalisation."""
-
-  dropout: float = 0.0
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    x = nn.Dense(6, param_dtype=x.dtype)(x.reshape(len(x), -1))
-    x = nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, param_dtype=x.dtype)(x)
-    x = nn.Dropout(self.dropout, deterministic=not train)(nn.tanh(x))
-    return nn.Dense(3, param_dtype=x.dtype)(x)
-
-
-THREAT = awp_jax.ThreatModel('Linf', 0.1)
-ATTACK = awp_jax.Attack(0.03, 4, start='zero')
-OBJECTIVES = {'AT': awp_jax.adversarial(), 'TRADES': awp_jax.trades(2.0),
-              'MART': awp_jax.mart(2.0)}
-
-
-def tiny_problem(dtype=jnp.float64, batch=8, model=None):
-  rng = np.random.default_rng(0)
-  model = model or Tiny()
-  x = jnp.asarray(rng.uniform(0.2, 0.8, (batch, 2, 3, 1)), dtype)
-  y = jnp.asarray(rng.integers(0, 3, batch))
-  variables = model.init(jax.random.key(1), x)
-  state = awp_jax.TrainState.create(
-      apply_fn=model.apply, params=variables['params'],
-      batch_stats=variables['batch_stats'], tx=optax.chain(
-          optax.add_decayed_weights(1e-2), optax.sgd(0.1, 0.9)))
-  return state, (x, y)
-
-
-def run(state, batch, *, key=0, **keywords):
-  arguments = {'objective': OBJECTIVES['AT'], 'threat': THREAT,
-               'attack': ATTACK}
-  return jax.jit(functools.partial(
-      awp_jax.train_step, **(arguments | keywords)))(
-          state, batch, jax.random.key(key))
 
 
 def train_logits(state, params, x):
@@ -133,7 +101,7 @@ def train_logits(state, params, x):
 
 
 def written_out(state, x, y, *, rounds, weight_steps, gamma):
-  """AT-AWP with alternation, straight from its formulas."""
+  """AT-AWP with alternation, directly from its formulas."""
   v, x_adv = jax.tree.map(jnp.zeros_like, state.params), x
 
   def loss(params, inputs):
@@ -171,11 +139,12 @@ def test_alternation_equals_its_formula(rounds, weight_steps, x64):
   state, (x, y) = tiny_problem()
   wanted_loss, wanted = written_out(
       state, x, y, rounds=rounds, weight_steps=weight_steps, gamma=0.3)
-  got, metrics = run(state, (x, y), alternations=rounds,
+  got, metrics = run_tiny(state, (x, y), alternations=rounds,
                      perturbation=awp_jax.methods.awp(
                          0.3, num_steps=weight_steps))
   np.testing.assert_allclose(metrics.loss, wanted_loss, rtol=1e-12)
-  assert largest_difference(got.params, wanted) < 1e-12
+  chex.assert_trees_all_close(
+      got.params, wanted, rtol=0, atol=1e-12)
   if (rounds, weight_steps) != (1, 1):
     _, other = written_out(
         state, x, y, rounds=1, weight_steps=1, gamma=0.3)
@@ -204,61 +173,12 @@ def test_objectives_equal_the_formula(name, x64):
   value, g = jax.value_and_grad(loss)(state.params)
   wanted = jax.tree.map(
       lambda w, g: w - 0.1 * (g + 1e-2 * w), state.params, g)
-  got, metrics = run(
+  got, metrics = run_tiny(
       state, (x, y), objective=objective,
       attack=ATTACK._replace(mode='eval', start=x + 1e-3))
   np.testing.assert_allclose(metrics.loss, value, rtol=1e-12)
-  assert largest_difference(got.params, wanted) < 1e-12
-
-
-def ema(stats, batches):
-  for batch in batches:
-    stats = 0.9 * stats + 0.1 * batch
-  return stats
-
-
-def hidden_mean(params, x):
-  layer = params['Dense_0']
-  return (x.reshape(len(x), -1) @ layer['kernel'] + layer['bias']).mean(axis=0)
-
-
-@pytest.mark.parametrize('statistics', ['perturbed', 'reference'])
-@pytest.mark.parametrize('name', ['TRADES', 'MART'])
-def test_statistics_policies_with_two_passes(name, statistics, x64):
-  # From a start of one step that is undone, x' is known: only means of the
-  # passes at the old weights (gamma 0) enter.
-  state, (x, y) = tiny_problem()
-  start = x + 1e-3
-  got, _ = run(
-      state, (x, y), objective=OBJECTIVES[name], statistics=statistics,
-      attack=awp_jax.Attack(1e-9, 1, start=start))
-  natural = hidden_mean(state.params, x)
-  adversarial = hidden_mean(state.params, start)
-  order = {
-      ('TRADES', 'perturbed'): [adversarial, natural],
-      ('TRADES', 'reference'): [adversarial, natural, natural],
-      ('MART', 'perturbed'): [natural, adversarial],
-      ('MART', 'reference'): [natural, adversarial]}[name, statistics]
-  np.testing.assert_allclose(
-      got.batch_stats['BatchNorm_0']['mean'],
-      ema(np.zeros(6), order), atol=1e-7)
-
-
-def test_statistics_of_at_under_both_policies(x64):
-  state, (x, y) = tiny_problem()
-  start = x + 1e-3
-  attack = awp_jax.Attack(1e-9, 3, start=start)
-  adversarial = hidden_mean(state.params, start)
-  simple, _ = run(state, (x, y), attack=attack)
-  np.testing.assert_allclose(
-      simple.batch_stats['BatchNorm_0']['mean'],
-      ema(np.zeros(6), [adversarial]), atol=1e-7)
-  published, _ = run(state, (x, y), attack=attack, statistics='reference')
-  # Three steps, one more pass, the pass at w + v, a natural one at the new w.
-  order = [adversarial] * 5 + [hidden_mean(published.params, x)]
-  np.testing.assert_allclose(
-      published.batch_stats['BatchNorm_0']['mean'],
-      ema(np.zeros(6), order), atol=1e-7)
+  chex.assert_trees_all_close(
+      got.params, wanted, rtol=0, atol=1e-12)
 
 
 def test_gamma_zero_makes_no_ascent_pass():
@@ -272,97 +192,6 @@ def test_gamma_zero_makes_no_ascent_pass():
     return str(jaxpr).count('dot_general')
 
   assert products(0) == products(0.0) < products(0.01)
-
-
-def pmap(step):
-  return jax.pmap(step, axis_name='d', in_axes=(None, 0, None), out_axes=None)
-
-
-def pmapped(**keywords):
-  arguments = {'objective': OBJECTIVES['AT'], 'threat': THREAT,
-               'attack': ATTACK}
-  return pmap(functools.partial(
-      awp_jax.train_step, axis_name='d', **(arguments | keywords)))
-
-
-class Linear(nn.Module):
-  """No batch statistics, so that devices can be compared with one device."""
-
-  @nn.compact
-  def __call__(self, x, train=False):
-    return nn.Dense(3, param_dtype=x.dtype)(
-        nn.tanh(nn.Dense(5, param_dtype=x.dtype)(x.reshape(len(x), -1))))
-
-
-# Not TRADES: from the natural images its attack has a gradient of zero, whose
-# rounding has other signs on other devices.
-@pytest.mark.parametrize('name', ['AT', 'MART'])
-def test_devices_agree_with_one(name, x64):
-  model = Linear()
-  _, (x, y) = tiny_problem(batch=16)
-  state = awp_jax.TrainState.create(
-      apply_fn=model.apply, params=model.init(jax.random.key(0), x)['params'],
-      batch_stats={}, tx=optax.sgd(0.1, 0.9))
-  keywords = {
-      'objective': OBJECTIVES[name], 'statistics': 'reference',
-      'perturbation': awp_jax.methods.awp(0.2, num_steps=2),
-      'alternations': 2}
-  wanted, wanted_metrics = run(state, (x, y), **keywords)
-  got, metrics = pmapped(**keywords)(
-      state, (x.reshape(8, 2, 2, 3, 1), y.reshape(8, 2)), jax.random.key(0))
-  assert largest_difference(got.params, wanted.params) < 1e-12
-  for a, b in zip(metrics, wanted_metrics, strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-6)
-
-
-def compiled_text(num_steps, gamma=0.01):
-  state, (x, y) = tiny_problem(jnp.float32, batch=16)
-  step = pmapped(
-      attack=awp_jax.Attack(0.03, num_steps), statistics='reference',
-      perturbation=awp_jax.methods.awp(gamma))
-  return step.lower(
-      state, (x.reshape(8, 2, 2, 3, 1), y.reshape(8, 2)),
-      jax.random.key(0)).compile().as_text()
-
-
-def collectives(text):
-  return len(re.findall(r' all-reduce(?:-start)?\(', text))
-
-
-def test_no_collective_inside_the_attack(monkeypatch):
-  unrolled = [collectives(compiled_text(k)) for k in (1, 5)]
-  assert unrolled[0] == unrolled[1] > 0
-  monkeypatch.setattr(loops, 'unrolls', lambda: False)
-  text = compiled_text(5)
-  computations = dict(re.findall(
-      r'^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}', text, re.M | re.S))
-  bodies = re.findall(r'while\([^\n]*body=%?([\w.\-]+)', text)
-  assert bodies, 'the attack is no loop here'
-  for body in bodies:
-    assert 'all-reduce' not in computations[body]
-  assert collectives(text) == unrolled[0]
-
-
-def test_second_call_does_not_recompile():
-  state, batch = tiny_problem(jnp.float32, batch=16)
-  parts = (batch[0].reshape(8, 2, 2, 3, 1), batch[1].reshape(8, 2))
-  traces = []
-
-  def counted(*arguments):
-    traces.append(1)
-    return awp_jax.train_step(
-        *arguments, objective=OBJECTIVES['AT'], threat=THREAT, attack=ATTACK,
-        perturbation=awp_jax.methods.awp(0.01), axis_name='d')
-
-  step = pmap(counted)
-  mesh = jax.sharding.Mesh(np.array(jax.devices()), ('d',))
-  everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  state = jax.device_put(state, everywhere)  # where the step leaves it, too
-  state, _ = step(state, parts, jax.random.key(0))
-  once = len(traces)
-  for _ in range(3):
-    state, _ = step(state, parts, jax.random.key(0))
-  assert len(traces) == once
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)
@@ -391,10 +220,10 @@ def test_bad_arguments(keywords, message):
   state, batch = tiny_problem(
       jnp.float32, batch=1 if 'halves' in message else 2)
   with pytest.raises(ValueError, match=message):
-    run(state, batch, **keywords)
+    run_tiny(state, batch, **keywords)
 
 
 def test_perturbation_must_be_a_method():
   state, batch = tiny_problem(jnp.float32)
   with pytest.raises(TypeError, match=r'must be a Method, .*or None, got 0\.1'):
-    run(state, batch, perturbation=0.1)
+    run_tiny(state, batch, perturbation=0.1)

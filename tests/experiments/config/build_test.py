@@ -1,4 +1,4 @@
-"""Tests of what configs describe, and of what they must not say."""
+"""Tests of the objects built from configs, and of invalid configs."""
 
 from fractions import Fraction
 
@@ -16,7 +16,7 @@ from experiments.util import errors
 
 
 def changed(**fields):
-  """`digits_awp` with other values; `a__b` stands for `a.b`."""
+  """`digits_awp` with other values; `a__b` sets `a.b`."""
   config = digits_awp.get_config()
   with config.ignore_type():
     config.update_from_flattened_dict(
@@ -143,7 +143,7 @@ def test_bad_values(fields, shown, allowed):
   assert '\n' not in text
 
 
-#: Group of fields -> the least value that is allowed, the greatest that is not.
+#: Group of fields -> smallest valid value, largest invalid value.
 EDGES = {
     ('threat.epsilon', 'attack.step_size', 'eval.step_size'): (1e-30, 0.0),
     ('beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup'):
@@ -212,7 +212,7 @@ def test_values_together(fields, allowed):
     return
   with pytest.raises(errors.UserError) as error:
     build.build(changed(**fields))
-  # The value that cannot be is shown.
+  # The error shows the invalid value.
   assert any(
       repr(value) in str(error.value) or str(value) in str(error.value)
       for value in fields.values() if value != ''), error.value

@@ -1,4 +1,4 @@
-"""Every config builds, and trains three steps as `main.py` would let it."""
+"""Tests that every config builds and trains three steps."""
 
 import importlib
 import pathlib
@@ -49,7 +49,7 @@ def files(tmp_path_factory):
 
 
 def on_little_data(config, files):
-  """The config on a few small images, with a short attack."""
+  """The config with a few small images and a short attack."""
   config.update_from_flattened_dict({
       'dataset': 'npz', 'npz_path': str(files / 'mine.npz'), 'num_train': 0,
       'num_test': 0, 'num_validation': 8 if config.num_validation else 0,
@@ -92,7 +92,7 @@ def test_every_config_builds(stem):
   assert method.ball.size == config.awp.gamma
   assert method.is_off != ('awp' in stem or 'strong' in stem)
   model = build.build_model(config, datasets.load('digits', num_train=10))
-  # Its own network, in full width, without computing anything.
+  # The config's network at full width, without computation.
   shapes = jax.eval_shape(
       lambda: model.init(
           jax.random.key(0), np.zeros((1, 32, 32, 1), np.float32)))
@@ -154,7 +154,7 @@ def test_the_paper_s_settings_of_other_data():
   assert (tuned.epochs, tuned.optimizer.learning_rate) == (5, 0.001)
 
 
-#: Options that no config of the paper turns on, and their values when off.
+#: Options that no config of the paper enables, with their values when off.
 OPTIONS = {
     'label_smoothing': 0.0, 'ema_decay': 0.0, 'model.activation': 'relu',
     'model.dtype': 'float32', 'model.sync_batch_norm': False,
@@ -163,7 +163,7 @@ OPTIONS = {
     'augmentation.mixup': 0.0, 'num_validation': 0, 'select_on': 'test',
     'statistics': 'reference', 'guard.action': 'stop'}
 
-#: Of these, those that strong recipes turn on.
+#: Those enabled in strong recipes.
 STRONG = {
     'label_smoothing': 0.1, 'ema_decay': 0.995, 'model.activation': 'silu',
     'model.dtype': 'bfloat16', 'optimizer.decay': 'weights',
@@ -184,7 +184,7 @@ def test_the_recipes_of_today_are_on_in_strong_configs_only(stem):
 def test_headers_name_their_own_file_and_no_other(stem):
   text = importlib.import_module(f'experiments.configs.{stem}').__doc__
   named = set(re.findall(r'experiments/configs/(\w+)\.py', text))
-  # Without a config `main.py` takes this one.
+  # The default config of `main.py`.
   assert named == ({stem} if stem != 'digits_awp' else set())
 
 

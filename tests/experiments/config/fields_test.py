@@ -1,18 +1,40 @@
-"""Every field of a config, changed alone: what it reaches, and nothing else."""
+"""Tests the effects of every config field, changed separately."""
 
 import dataclasses
 import functools
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 from experiments.config import build
 from experiments.configs import base
-from tests.helpers.config_effects import LABELS, LOGITS, effects, same
+from tests.helpers.config_effects import effects, same
+from tests.helpers.field_oracles import (
+  ADV,
+  BOX,
+  EPS,
+  EXTRA,
+  KEYS,
+  NATURAL,
+  SERIES,
+  SHRINK,
+  STEP,
+  cosine,
+  cross_entropy,
+  divergence,
+  eval_key,
+  landscape,
+  of_steps,
+  rates,
+  rescheduled,
+  shorter,
+  shrunk,
+  threats,
+  updates,
+)
 
-#: `base` made small: 56 training images are three batches of 16 and one of 8.
+#: A small `base`: 56 training images are three batches of 16 and one of 8.
 SMALL = {
     'batch_size': 16, 'epochs': 4, 'eval.batch_size': 16, 'eval.num_train': 24,
     'log_every_steps': 2, 'awp.gamma': 0.01, 'model.depth': 10,
@@ -24,140 +46,17 @@ SMALL = {
 
 @dataclasses.dataclass
 class Row:
-  """A field's change.
+  """The change of a field.
 
   Attributes:
-    value: the field's new value.
-    changes: what changes, by the name of the effect; nothing else may.
-    given: other fields, set before and after.
+    value: the new value.
+    changes: the changed effects by name; no other effect may change.
+    given: other fields, set before and after the change.
   """
 
   value: Any
   changes: dict[str, Any]
   given: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def log_softmax(z):
-  z = z.astype(float)
-  return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-
-
-ADV, NATURAL = map(log_softmax, LOGITS)
-ONE_HOT = np.eye(4)[LABELS]
-
-
-def cross_entropy(log_p, smoothing=0.0):
-  return -(((1 - smoothing) * ONE_HOT + smoothing / 4) * log_p).sum(axis=1)
-
-
-def divergence():
-  return (np.exp(NATURAL) * (NATURAL - ADV)).sum(axis=1)
-
-
-def rates(steps_per_epoch, epochs=4, rate=0.1, factor=0.1, at=(0.5, 0.75)):
-  """The rate of time (k + 1) / n, times `factor` for each fraction reached."""
-  total = epochs * steps_per_epoch
-  return [
-      rate * factor ** sum(k >= fraction * total for fraction in at)
-      for k in range(1, total + 1)]
-
-
-def rescheduled(schedule, **changes):
-  """Three steps an epoch show it, and four train; a line has its last rate."""
-  return {'schedule': schedule(3), 'rates': schedule(4)[3::4]} | changes
-
-
-def cosine(steps_per_epoch):
-  total = 4 * steps_per_epoch
-  return [
-      0.05 * (1 + np.cos(np.pi * k / total)) for k in range(total)]
-
-
-def of_steps(total, per_epoch, log_every=2, checkpoint_every=0, best=(1, 2)):
-  """What the loop does in `total` steps, by its rules."""
-  looks, saves, evaluations = [], [], []
-  for step in range(1, total + 1):
-    position = (step - 1) % per_epoch + 1
-    is_last = position == per_epoch
-    is_saved = checkpoint_every and step % checkpoint_every == 0
-    if is_last or is_saved or position % log_every == 0:
-      looks.append(step)
-    if is_last or is_saved:
-      saves.append(('last', step))
-    if is_last:
-      evaluations.append(step)
-      if step // per_epoch in best:
-        saves.append(('best', step))
-  return {'looks': looks, 'saves': saves, 'evaluations': evaluations}
-
-
-def updates(
-    name='sgd', at=None, momentum=0.9, nesterov=False, b2=0.999,
-    weight_decay=5e-4, l1=0.0, decay='all', clip_norm=np.inf):
-  """SGD or AdamW by their formulas, at given rates: `of_optimizer`."""
-  w = np.concatenate([LOGITS[0].ravel().astype(float), np.ones(3)])
-  is_weight = np.arange(27) < 24
-  decayed = weight_decay * w * (is_weight if decay == 'weights' else 1)
-  found, mean, square = [], 0.0, 0.0
-  for step, rate in enumerate((at or rates(4))[:8]):
-    g = np.cos((3 + step) * w)
-    g = g * min(1, clip_norm / np.linalg.norm(g)) + l1 * np.sign(w) * is_weight
-    if name == 'adamw':
-      mean = momentum * mean + (1 - momentum) * g
-      square = b2 * square + (1 - b2) * g ** 2
-      unbiased = mean / (1 - momentum ** (step + 1))
-      root = np.sqrt(square / (1 - b2 ** (step + 1)))
-      found.append(-rate * (unbiased / (root + 1e-8) + decayed))
-      continue
-    g = g + decayed
-    mean = momentum * mean + g
-    found.append(-rate * (g + momentum * mean if nesterov else mean))
-  return np.stack(found)
-
-
-def shorter(total, per_epoch, **more):
-  return of_steps(total, per_epoch) | {
-      'steps': list(range(total)), 'factors': [1.0] * total} | more
-
-
-def shrunk(factor, times):
-  """The factors of a run that diverges at step 6, saved at step 4."""
-  return [1.0] * 7 + [
-      factor ** n for n in range(1, times + 1) for _ in range(3)]
-
-
-EPS, STEP = 8 / 255, 2 / 255
-SHRINK = {'guard.action': 'shrink'}
-EXTRA = {'extra.path': 'a.npz', 'extra.fraction': 0.5}
-KEYS = [jax.random.key_data(key)
-        for key in jax.random.split(jax.random.key(3), 5)]
-
-
-def eval_key(seed, step, split):
-  """Of the evaluation of a split after a step."""
-  key = jax.random.split(jax.random.key(seed), 5)[4]
-  for number in (step, split):
-    key = jax.random.fold_in(key, number)
-  return jax.random.key_data(key)
-
-
-BOX = {'lower': 0.0, 'upper': 1.0}
-SERIES = {  # three random directions on two splits, the worst one, the plane
-    'directions': (1,) * 8 + (2,), 'points': (3,) * 8 + (9,),
-    'reach': (1.0,) * 6 + (0.05,) * 2 + (1.0,),
-    'images': (8, 16) * 4 + (8,), 'batch_size': (16,) * 9,
-    'key': ([0, 0],) * 9}
-
-
-def landscape(**changes):
-  return {f'landscape.{name}': value for name, value in changes.items()}
-
-
-def threats(threat):
-  """The threat of four evaluations, a landscape, its two gradients."""
-  return {
-      'judged.threat': (threat,) * 4, 'landscape.threat': threat,
-      'landscape.gradient.threat': [threat] * 2}
 
 
 #: Field -> its change.
@@ -192,7 +91,7 @@ TABLE = {
     'model.activation': Row('silu', {'model.activation': 'silu'}),
     'model.normalize': Row(
         False, {'model.mean': (0.0,), 'model.std': (1.0,)}),
-    # Not the type that accuracies are computed in.
+    # Accuracies are still computed in float32.
     'model.dtype': Row('bfloat16', {'model.dtype': np.dtype('bfloat16')}),
     'model.param_dtype': Row(
         'bfloat16', {'model.param_dtype': np.dtype('bfloat16')}),
@@ -334,7 +233,7 @@ def changed(fields):
 
 @pytest.fixture(scope='module')
 def before():
-  """The effects of `SMALL` with some fields set, found once."""
+  """The effects of `SMALL` with some fields set, cached."""
   known = {}
 
   def find(given):

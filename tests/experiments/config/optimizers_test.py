@@ -115,7 +115,7 @@ def test_the_cosine_stays_at_zero_behind_its_end():
     (cifar10_mart.get_config('WRN-34-10'), 90, (75,), 0.1),
 ], ids=['TRADES', 'TRADES wide', 'MART', 'MART wide'])
 def test_schedules_of_trades_and_mart(config, epochs, at, rate):
-  """The rate of an epoch, counted from 1, as their loops set it."""
+  """The rate of an epoch, counted from 1, as in the reference loops."""
   schedule = optimizers.build_schedule(config, 391)
   wanted = np.repeat([
       rate * 0.1 ** sum(epoch >= start for start in at)
@@ -123,7 +123,7 @@ def test_schedules_of_trades_and_mart(config, epochs, at, rate):
   assert config.epochs == epochs
   got = np.asarray(schedule(jnp.arange(epochs * 391)))
   np.testing.assert_allclose(got, wanted, rtol=1e-6)
-  # Not a step earlier, as by the rule of AT.
+  # Not a step earlier, unlike the rule of AT.
   assert got[(at[0] - 1) * 391 - 1] > 2 * got[(at[0] - 1) * 391]
 
 
@@ -234,7 +234,7 @@ def test_adamw_clips_adds_signs_and_may_be_nesterov():
       m, v = memory.get(name, (0, 0))
       m, v = 0.8 * m + 0.2 * d, 0.95 * v + 0.05 * d ** 2
       memory[name] = m, v
-      # Dozat's look ahead, with each moment's own correction.
+      # Dozat's look-ahead, with separate bias corrections.
       ahead = 0.8 * m / (1 - 0.8 ** (k + 2)) + 0.2 * d / (1 - 0.8 ** (k + 1))
       result[name] = w[name] - 0.1 * ahead / (
           np.sqrt(v / (1 - 0.95 ** (k + 1))) + 1e-8)
@@ -279,6 +279,6 @@ def test_epochs_drop_behind_a_fraction_that_is_no_whole_epoch():
       epochs=5, optimizer__schedule='epochs', optimizer__decay_at=(0.5,),
       optimizer__decay_factor=0.1, optimizer__learning_rate=1.0)
   rate = optimizers.build_schedule(config, 2)
-  # 2.5 epochs are over in the third; the fourth begins at step 6.
+  # 2.5 epochs end in the third; the fourth starts at step 6.
   np.testing.assert_allclose(
       [rate(k) for k in range(10)], 6 * [1.0] + 4 * [0.1])

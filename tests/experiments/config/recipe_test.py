@@ -23,7 +23,7 @@ def prepared(tmp_path, monkeypatch, **fields):
 
 
 def batch_of(run, step):
-  """Images and labels of a step, as the compiled one makes them."""
+  """Images and labels of a step, as in the compiled step."""
   keys = run_lib.keys(run.config)
   order = step_lib.make_order_fn(run)(
       keys['order'], step_lib.order_number(run, step))
@@ -53,7 +53,7 @@ def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
     compiled = make(*arguments)
 
     class Recording:
-      """Takes the weights of each step down."""
+      """Records the weights after each step."""
 
       def lower(self, *given):
         step = compiled.lower(*given).compile()
@@ -88,7 +88,7 @@ def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
           got, wanted, rtol=1e-5, atol=1e-7),
       (tree['average']['params'], tree['average']['batch_stats']), average)
 
-  # The accuracy in the log is the average's: NumPy counts.
+  # The logged accuracy is that of the average, recomputed in NumPy.
   pixels = run.dataset.x_test.astype(np.float32) / 255
   network = tree['average']
   logits = run.model.apply(
@@ -96,7 +96,7 @@ def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
   (line,) = metrics_lib.read_metrics(run.workdir)
   hits = np.argmax(logits, axis=-1) == run.dataset.y_test
   assert line['test_natural_accuracy'] == pytest.approx(np.mean(hits))
-  # AWP came with the third step: 16 of 48 images.
+  # AWP started at the third step: 16 of 48 images.
   assert line['perturbation_ratio'] == pytest.approx(0.01 / 3, rel=1e-3)
 
 
@@ -112,12 +112,12 @@ def test_batches_hold_their_share_of_extra_images(tmp_path, monkeypatch):
   images, labels = batch_of(run, 0)
   white = (np.asarray(images) == 1).all(axis=(1, 2, 3))
   assert white.sum() == 4 and (np.asarray(labels)[white] == 3).all()
-  # Two devices of eight rows each have two of them.
+  # Each of two devices has eight rows, two of them extra.
   assert white[:8].sum() == white[8:].sum() == 2
 
 
 @pytest.mark.parametrize('fraction, per_pass', [(0.25, 4), (0.75, 12)])
-def test_a_pass_sees_each_labelled_image_once(
+def test_a_pass_sees_each_labeled_image_once(
     fraction, per_pass, tmp_path, monkeypatch):
   extra = tmp_path / 'extra.npz'
   np.savez(
@@ -125,7 +125,7 @@ def test_a_pass_sees_each_labelled_image_once(
       labels=np.zeros(5, int))
   run = prepared(
       tmp_path, monkeypatch, extra__path=str(extra), extra__fraction=fraction)
-  # Image i is i everywhere, in place of noise.
+  # Image i has the constant value i.
   dataset = run.dataset._replace(x_train=np.broadcast_to(
       np.arange(48, dtype=np.uint8)[:, None, None, None], (48, 8, 8, 1)))
   run = run._replace(dataset=dataset)
@@ -166,7 +166,7 @@ def test_a_fraction_that_leaves_no_image_of_a_kind(
   extra = tmp_path / 'extra.npz'
   np.savez(
       extra, images=np.zeros((2, 8, 8, 1), np.uint8), labels=np.zeros(2, int))
-  with pytest.raises(ValueError, match='leaves no image of the other kind'):
+  with pytest.raises(ValueError, match='leaves no images of the other kind'):
     prepared(
         tmp_path, monkeypatch, extra__path=str(extra),
         extra__fraction=fraction)
@@ -191,7 +191,7 @@ def test_other_weight_perturbations(text, kept, tmp_path, monkeypatch):
   train.train(run)
   (line,) = metrics_lib.read_metrics(run.workdir)
   assert np.isfinite(line['train_loss']) and line['perturbation_ratio'] > 0
-  # What the method carries is in the checkpoint, and no longer zero.
+  # The state of the method is in the checkpoint, and not zero.
   like = step_lib.to_tree(run_lib.initial_state(run), step_lib.zero_sums())
   assert ('memory' in like) == kept
   store = checkpoints.Checkpoints(run.workdir, 'last')
@@ -220,7 +220,8 @@ def test_steps_left_out_are_plain_ones(tmp_path, monkeypatch):
   assert made == [0, 1]  # two compiled steps, for all six
   # Steps 1, 3 and 5 of 0 to 5 perturb: one in the first epoch of three.
   ratios = [
-      line['perturbation_ratio'] for line in metrics_lib.read_metrics(run.workdir)]
+      line['perturbation_ratio']
+      for line in metrics_lib.read_metrics(run.workdir)]
   np.testing.assert_allclose(ratios, [0.02 / 3, 0.04 / 3], rtol=1e-3)
 
 

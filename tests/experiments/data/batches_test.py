@@ -12,7 +12,7 @@ KEY = jax.random.key(3)
 
 
 def epoch_indices(key, epoch, num=22, batch=8):
-  """The batches of one epoch, the smaller last one included."""
+  """The batches of one epoch, including the smaller last one."""
   sizes = [batch] * (num // batch) + ([num % batch] if num % batch else [])
   order = batches_lib.permutation(key, epoch, num)
   return [
@@ -41,7 +41,8 @@ def test_order_and_crops_do_not_depend_on_devices():
   policy = augmentation.Augmentation(2, 'reflect', True)
 
   def batches(device, num_devices):
-    indices = batches_lib.batch_indices(batches_lib.permutation(KEY, 0, 16), 1, 8, 8)
+    indices = batches_lib.batch_indices(
+        batches_lib.permutation(KEY, 0, 16), 1, 8, 8)
     batch = augmentation.augment(KEY, images[indices], policy)
     return batches_lib.device_part(batch, device, num_devices)
 
@@ -59,7 +60,7 @@ def test_device_parts_make_up_the_batch():
 
 
 def numpy_augment(key, images, pad, mode, flip):
-  """Each image padded, cut and mirrored by itself, with np.pad and slices."""
+  """Pads, crops and mirrors each image with np.pad and slices."""
   rows, columns, flips = jax.random.split(key, 3)
   n, height, width, _ = images.shape
   rows = np.asarray(jax.random.randint(rows, (n,), 0, 2 * pad + 1))
@@ -86,12 +87,12 @@ def test_augment_against_numpy(pad, mode, flip, dtype):
       KEY, jnp.asarray(images), augmentation.Augmentation(pad, mode, flip))
   assert got.dtype == dtype
   np.testing.assert_array_equal(got, wanted)
-  # Every offset is drawn, the two axes apart, and both sides.
+  # Every offset occurs, independently on both axes, and both flips.
   assert set(rows) == set(columns) == set(range(2 * pad + 1))
   assert 10 < flips.sum() < 54
   if pad:
     assert (rows != columns).any()
-    # Black margins where they were asked for; images here hold no zero.
+    # Black margins only with constant padding; the images contain no zero.
     assert (np.asarray(got) == 0).any() == (mode == 'constant')
   if not pad and not flip:
     np.testing.assert_array_equal(got, images)
@@ -126,17 +127,17 @@ def test_to_pixels_in_float64(x64):
 
 
 def numpy_rotated(image, angle):
-  """Each pixel from the nearest place of the old image, black outside."""
+  """Nearest-neighbor rotation, black outside."""
   height, width, _ = image.shape
   turn = np.deg2rad(angle)
-  centre = np.array([(height - 1) / 2, (width - 1) / 2])
+  center = np.array([(height - 1) / 2, (width - 1) / 2])
   result = np.zeros_like(image)
   for i in range(height):
     for j in range(width):
-      y, x = np.array([i, j]) - centre
+      y, x = np.array([i, j]) - center
       row, column = np.array([
           np.cos(turn) * y + np.sin(turn) * x,
-          np.cos(turn) * x - np.sin(turn) * y]) + centre
+          np.cos(turn) * x - np.sin(turn) * y]) + center
       row, column = int(np.round(row)), int(np.round(column))
       if 0 <= row < height and 0 <= column < width:
         result[i, j] = image[row, column]
@@ -151,7 +152,7 @@ def test_rotation_against_numpy_and_quarter_turns():
   for image, angle, turned in zip(images, angles, got, strict=True):
     np.testing.assert_array_equal(turned, numpy_rotated(image, angle))
   np.testing.assert_array_equal(got[0], images[0])
-  # Anticlockwise, as np.rot90 turns.
+  # Counterclockwise, like np.rot90.
   np.testing.assert_array_equal(got[1], np.rot90(images[1]))
   np.testing.assert_array_equal(got[2], np.rot90(images[2], -1))
   assert (got[3] == 0).any()
@@ -162,7 +163,7 @@ def test_rotations_fill_their_range():
   bar = np.zeros((400, 15, 15, 1), np.uint8)
   bar[:, :, 7] = 255
   turned = np.asarray(augmentation.augment(KEY, jnp.asarray(bar), policy))
-  # Where the bar meets the line three above the centre: tan(angle) * 3.
+  # The bar crosses the line three above the center at tan(angle) * 3.
   places = turned[:, 4, :, 0].argmax(axis=1) - 7
   assert set(places) == {-3, -2, -1, 0, 1, 2, 3}
 
@@ -173,7 +174,7 @@ def test_cutout_is_one_black_square_cut_off_at_the_border():
   black = np.asarray(augmentation.augment(KEY, images, policy)) == 0
   assert (black == black[..., :1]).all()
   rows, columns = black[..., 0].any(axis=2), black[..., 0].any(axis=1)
-  # The square is the product of its rows and its columns.
+  # The square is the outer product of its rows and columns.
   np.testing.assert_array_equal(
       black[..., 0], rows[:, :, None] & columns[:, None, :])
   assert set(rows.sum(axis=1)) == set(columns.sum(axis=1)) == {2, 3, 4}
@@ -184,7 +185,7 @@ def test_mixup_is_one_share_of_images_and_labels_alike():
   images = jnp.eye(8, dtype=jnp.float32).reshape(8, 2, 4, 1)
   labels = jnp.arange(8)
   mixed, targets = augmentation.mix(KEY, images, labels, 8, 0.7)
-  # Image i is the unit vector of label i, so both must be the same numbers.
+  # Image i is the one-hot vector of label i, so both must be equal.
   np.testing.assert_allclose(mixed.reshape(8, 8), targets, rtol=1e-6)
   np.testing.assert_allclose(targets.sum(axis=1), 1, rtol=1e-6)
   share = np.asarray(targets)[np.arange(8), np.arange(8)]
@@ -194,7 +195,7 @@ def test_mixup_is_one_share_of_images_and_labels_alike():
       float(augmentation.mix(
           jax.random.fold_in(KEY, i), images, labels, 8, 0.2)[1].max())
       for i in range(40)]
-  # Beta(0.2, 0.2) is nearly a coin: most shares are near 0 or 1.
+  # For Beta(0.2, 0.2) most shares are near 0 or 1.
   assert np.mean(np.asarray(shares) > 0.9) > 0.5
 
 
@@ -207,7 +208,7 @@ def test_extra_rows_are_spread_over_devices(size, fraction, count):
   assert abs(parts[0] - parts[1]) <= 1
 
 
-def test_mixed_batches_visit_each_labelled_example_once_a_pass():
+def test_mixed_batches_visit_each_labeled_example_once_a_pass():
   is_extra = batches_lib.extra_rows(8, 0.5)
   seen, drawn = [], []
   for step in range(6):  # three batches of four are a pass over eleven

@@ -1,4 +1,4 @@
-"""Extra images from files: every format, and nothing that runs."""
+"""Tests of extra images: every format, and refusal of code."""
 
 import io
 import os
@@ -30,7 +30,7 @@ def assert_same(extra):
 
 
 def as_numpy_1(raw):
-  """The same pickle with NumPy 1's names; lengths within it are kept right."""
+  """The same pickle with NumPy 1's names and adjusted lengths."""
   for module in (b'multiarray', b'numeric'):
     old, new = b'numpy._core.' + module, b'numpy.core.' + module
     for length in (bytes([len(old)]), struct.pack('<I', len(old))):
@@ -41,7 +41,7 @@ def as_numpy_1(raw):
 
 
 def without_frames(raw):
-  """Protocol 4 and 5 without FRAME, whose length a changed name would break."""
+  """Protocols 4 and 5 without FRAME, whose length depends on the names."""
   at = raw.index(b'\x95')
   return raw[:at] + raw[at + 9:]
 
@@ -83,7 +83,7 @@ def test_values_come_back(protocol, value):
 
 
 def test_pickle_of_python_2():
-  # {'a': array([1, 2], uint8)} as Python 2 wrote it: strings for bytes.
+  # {'a': array([1, 2], uint8)} written by Python 2, with str for bytes.
   raw = (b"\x80\x02}U\x01acnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray"
          b"\nK\x00\x85U\x01b\x87R(K\x01K\x02\x85cnumpy\ndtype\nU\x02u1K\x00K"
          b"\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
@@ -131,7 +131,7 @@ def test_large_files_are_in_memory_once(tmp_path):
 
 
 class Runs:
-  """Pickled, a call."""
+  """Pickles as a call."""
 
   def __init__(self, function, *args):
     self.call = function, args
@@ -141,7 +141,7 @@ class Runs:
 
 
 def attacks(flag):
-  """Pickles by what they name; each that ran would leave the file `flag`."""
+  """Malicious pickles by name; each would create the file `flag` if run."""
   touch = f'touch {flag}'
   code = f'open({str(flag)!r}, "w").close()'
   nested = {'data': IMAGES, 'extrapolated_targets': [[Runs(os.system, touch)]]}
@@ -153,7 +153,7 @@ def attacks(flag):
   yield 'builtins.exec', b'cbuiltins\nexec\n(V' + code.encode() + b'\ntR.'
   yield '__builtin__.eval', b'(V' + code.encode() + b'\ni__builtin__\neval\n.'
   yield 'posix.system', b'(cposix\nsystem\nV' + touch.encode() + b'\no.'
-  # A name with dots would be an attribute of an attribute.
+  # A dotted name is an attribute of an attribute.
   yield 'numpy.f2py.os.system', (
       b'\x80\x04\x8c\x05numpy\x8c\x0ef2py.os.system\x93' + _text(touch)
       + b'\x85R.')
@@ -185,7 +185,7 @@ def test_malicious_pickles(tmp_path, number):
   shown, raw = list(attacks(flag))[number]
   path = tmp_path / 'extra.pickle'
   path.write_bytes(raw)
-  with pytest.raises(DataError, match='is a pickle that is not read') as caught:
+  with pytest.raises(DataError, match='is an unsupported pickle') as caught:
     load(path)
   message = str(caught.value)
   assert shown in message and str(path) in message
@@ -207,7 +207,7 @@ def test_attacks_would_have_run(tmp_path):
 
 
 @pytest.mark.parametrize('raw', [
-    # BUILD on a global, and on what stands for an array: no attribute is set.
+    # BUILD on a global or on a stand-in for an array sets no attribute.
     b'\x80\x02cnumpy\ndtype\n}X\x01\x00\x00\x00aK\x01sb.',
     b'\x80\x02cnumpy\nndarray\nN}X\x05\x00\x00\x00_makeK\x01s\x86b.',
     b'\x80\x02cnumpy.core.multiarray\n_reconstruct\nK\x00K\x00K\x00\x87R}b.',

@@ -1,4 +1,4 @@
-"""The landscape of a finished run: numbers, records, resuming, refusals."""
+"""The landscape of a finished run: numbers, records, resuming, errors."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 import awp_jax
 from experiments.configs import digits_awp
-from experiments.evaluation import landscape_records
+from experiments.evaluation import landscape, landscape_records
 from experiments.modes import landscape as landscape_mode
 from experiments.modes import train
 from experiments.runs import precision, restore, workdirs
@@ -51,7 +51,7 @@ def test_writes_what_it_returns(measured):
 
 
 @pytest.mark.parametrize('split,wanted', [('train', 20), ('test', 12)])
-def test_centre_is_the_checkpoint(measured, split, wanted):
+def test_center_is_the_checkpoint(measured, split, wanted):
   run, values = measured
   images = getattr(run.dataset, f'x_{split}')
   rows = np.linspace(0, len(images) - 1, wanted).astype(int)
@@ -86,7 +86,7 @@ def test_moments_and_rise(measured):
   np.testing.assert_allclose(part['robust_loss']['mean'], table.mean(axis=0))
   np.testing.assert_allclose(  # of two values
       part['robust_loss']['std'], np.abs(table[0] - table[1]) / np.sqrt(2))
-  # Trapezoids: half of the mean of both ends, less the centre.
+  # Trapezoids: half of the mean of both ends, minus the center.
   np.testing.assert_allclose(
       part['mean_rise']['directions'],
       (table[:, 0] + table[:, 2]) / 4 - table[:, 1] / 2, rtol=1e-12)
@@ -95,21 +95,21 @@ def test_moments_and_rise(measured):
 def test_adversarial_direction_ascends(measured):
   _, values = measured
   curve = values['subjects']['last']['adversarial']['train']['robust_loss']
-  left, centre, right = curve['mean']
-  assert right > centre and right > left
+  left, center, right = curve['mean']
+  assert right > center and right > left
 
 
-def test_goes_on_behind_the_measured_points(measured, monkeypatch):
+def test_resumes_after_the_measured_points(measured, monkeypatch):
   run, values = measured
   calls = []
-  measure = landscape_mode._Subject.measure
+  measure = landscape.Checkpoint.measure
   monkeypatch.setattr(
-      landscape_mode._Subject, 'measure',
+      landscape.Checkpoint, 'measure',
       lambda self, series, points, progress: calls.append(
           (series.name, series.split, points)) or measure(
               self, series, points, progress))
   assert landscape_mode.measure(run) == values and not calls
-  # A process that was killed has not written the last lines, or half of one.
+  # A killed process leaves out the last lines, or truncates one.
   path = sorted(run.workdir.glob('landscape/*.jsonl'))[-1]
   whole = path.read_text()
   lines = whole.splitlines(keepends=True)
@@ -117,7 +117,7 @@ def test_goes_on_behind_the_measured_points(measured, monkeypatch):
   assert landscape_mode.measure(run) == values
   assert calls == [('plane', 'train', [[0.5, 0.0], [0.5, 0.5]])]
   assert path.read_text() == whole
-  # One direction more: only that one is measured.
+  # Only an additional direction is measured.
   calls.clear()
   config = run.config.copy_and_resolve_references()
   config.landscape.num_directions = 3
@@ -127,7 +127,7 @@ def test_goes_on_behind_the_measured_points(measured, monkeypatch):
       'directions']
   assert directions[:2] == values['subjects']['best']['random']['test'][
       'robust_loss']['directions']
-  # Another attack has its own records.
+  # Another attack gets its own records.
   calls.clear()
   config.landscape.num_steps = 1
   landscape_mode.measure(run._replace(config=config))
@@ -136,7 +136,7 @@ def test_goes_on_behind_the_measured_points(measured, monkeypatch):
 
 def test_not_finite_is_null():
   points = [[{name: float('nan') for name in landscape_records.METRICS}] * 3]
-  entry = landscape_mode._curves(points, [-1, 0, 1])
+  entry = landscape._curves(points, [-1, 0, 1])
   assert entry['robust_loss']['mean'] == [None] * 3
   assert entry['mean_rise']['mean'] is None
   json.dumps(entry, allow_nan=False)
@@ -161,7 +161,7 @@ def test_several_runs(measured, tmp_path, monkeypatch, capsys):
       (together / 'landscape_random_train_robust_loss.json').read_text())
   assert list(numbers['numbers']) == [
       'run, best', 'run, last', 'AT, best', 'AT, last']
-  with pytest.raises(ValueError, match='names a workdir twice'):
+  with pytest.raises(ValueError, match='contains a workdir twice'):
     landscape_mode.run_all(
         run.config, str(run.workdir), [str(other), f'{other}/'])
 
@@ -169,18 +169,18 @@ def test_several_runs(measured, tmp_path, monkeypatch, capsys):
 def test_moved_images_are_not_measured_again(measured, tmp_path, monkeypatch):
   run, values = measured
   monkeypatch.setattr(
-      landscape_mode._Subject, 'measure',
+      landscape.Checkpoint, 'measure',
       lambda *a: pytest.fail('a point was measured again'))
   moved = run._replace(
       workdir=shutil.copytree(run.workdir, tmp_path / 'moved'),
       dataset=run.dataset._replace(source='elsewhere'))
   found = landscape_mode.measure(moved)
   assert found['subjects'] == values['subjects']
-  # Other images of the same number are other points.
+  # Other images get other records, even if their number is the same.
   other = run._replace(dataset=run.dataset._replace(
       x_train=run.dataset.x_train[::-1]))
   monkeypatch.undo()
-  facts = [landscape_mode._facts(one, {}, landscape_mode._images(one), 8)
+  facts = [landscape.record_facts(one, {}, landscape.select_images(one), 8)
            for one in (run, moved, other)]
   assert facts[0] == facts[1] != facts[2]
 
@@ -208,7 +208,7 @@ def test_stored_config(measured, tmp_path):
     ({'landscape__num_train': -1}, 'num_train must .* got -1'),
     ({'landscape__num_steps': 0}, 'num_steps must .* got 0'),
     ({}, 'holds no checkpoints: train there first')])
-def test_refuses_before_data_are_read(fields, shown, tmp_path):
+def test_settings_are_checked_before_data_are_read(fields, shown, tmp_path):
   with pytest.raises(ValueError, match=shown):
     landscape_mode.check(train_test.small(**fields), tmp_path)
 
@@ -235,21 +235,23 @@ def test_batches_are_spread_over_every_device(measured, monkeypatch):
   assert seen and all(devices == set(jax.devices()) for devices in seen)
 
 
-def test_every_point_says_who_judged(measured):
+def test_every_point_records_its_environment(measured):
   run, values = measured
   for entry in values['subjects'].values():
-    (judge,) = entry['judged_by']
-    assert judge['precision'] == judge['matmul_precision'] == 'float32'
-    assert judge['devices'] == [d.device_kind for d in jax.devices()]
-    assert judge['versions']['jax'] == jax.__version__
-    assert judge['versions']['awp_jax'] == awp_jax.__version__
+    (environment,) = entry['judged_by']
+    assert environment['precision'] == 'float32'
+    assert environment['matmul_precision'] == 'float32'
+    assert environment['devices'] == [d.device_kind for d in jax.devices()]
+    assert environment['versions']['jax'] == jax.__version__
+    assert environment['versions']['awp_jax'] == (
+        awp_jax.__version__)
   for path in run.workdir.glob('landscape/*.jsonl'):
     first, *others = map(json.loads, path.read_text().splitlines())
-    assert first == {'judged_by': judge}
+    assert first == {'judged_by': environment}
     assert others and not any('judged_by' in line for line in others)
 
 
-def test_a_later_judge_is_told_apart(tmp_path, monkeypatch):
+def test_a_later_environment_is_kept_apart(tmp_path, monkeypatch):
   series = landscape_records.Series('plane', 'train', [[0.0], [1.0], [2.0]])
   point = dict.fromkeys(landscape_records.METRICS, 1.0)
   path = tmp_path / 'a.jsonl'

@@ -17,7 +17,7 @@ from experiments.training import step
 
 
 def write_images(path, num_train=48, num_test=20, seed=0):
-  """Images of 8 x 8 whose brightness tells the class, and noise."""
+  """8 x 8 images: brightness by class, plus noise."""
   rng = np.random.default_rng(seed)
   arrays = {}
   for part, num in (('train', num_train), ('test', num_test)):
@@ -30,7 +30,7 @@ def write_images(path, num_train=48, num_test=20, seed=0):
 
 
 def small(config=None, **fields):
-  """A config that compiles fast; `a__b` stands for `a.b`."""
+  """A config that compiles fast; `a__b` sets `a.b`."""
   config = config or digits_awp.get_config()
   fields = {
       'attack.num_steps': 2, 'eval.num_steps': 2, 'eval.batch_size': 24,
@@ -44,7 +44,7 @@ def small(config=None, **fields):
 
 
 class TinyNet(nn.Module):
-  """A network that compiles in a moment; the loop cannot tell."""
+  """A network that compiles fast."""
 
   @nn.compact
   def __call__(self, x, train=False):
@@ -58,12 +58,12 @@ def use_tiny_net(monkeypatch):
 
 
 def without_report(monkeypatch):
-  """Leaves out the page at the end, where a test is about something else."""
-  monkeypatch.setattr(page, 'write_or_say_why', lambda run, mode: None)
+  """Skips the report, for tests of other things."""
+  monkeypatch.setattr(page, 'write_or_warn', lambda run, mode: None)
 
 
 class Watched:
-  """What one run did: its folder, its summary, and who was called when."""
+  """Trains one run and records its calls and compilations."""
 
   def __init__(self, folder, monkeypatch):
     self.made, self.compiled, self.output = [], 0, []
@@ -88,8 +88,8 @@ class Watched:
 
     evaluate = step.evaluate
 
-    def judged(run, eval_fn, state):
-      # The first epoch is the best on test, the third on validation images.
+    def evaluated(run, eval_fn, state):
+      # Epoch 1 is the best on test images, epoch 3 on validation images.
       values = evaluate(run, eval_fn, state)
       epoch = int(state.step) // run.steps_per_epoch
       for split, best in (('test', 1), ('validation', 3)):
@@ -98,7 +98,7 @@ class Watched:
       return values
 
     use_tiny_net(monkeypatch)
-    monkeypatch.setattr(step, 'evaluate', judged)
+    monkeypatch.setattr(step, 'evaluate', evaluated)
     monkeypatch.setattr(step, 'make_train_fn', make_train_fn)
     monkeypatch.setattr(metrics.MetricsLog, 'append', counted_append)
     jax.monitoring.register_event_duration_secs_listener(count)
@@ -126,8 +126,8 @@ def test_files(watched):
 def test_lines(watched):
   lines = metrics.read_metrics(watched.run.workdir)
   assert [line['epoch'] for line in lines] == [1, 2, 3, 4]
-  # 0.1 of the rate from the middle of the run on, 0.01 from three quarters;
-  # an epoch's line has the rate of its last step.
+  # The rate drops to 0.1 at half of the run and to 0.01 at three quarters. A
+  # line has the rate of the epoch's last step.
   np.testing.assert_allclose(
       [line['learning_rate'] for line in lines], [0.1, 0.01, 0.001, 0.001],
       rtol=1e-6)
@@ -151,7 +151,7 @@ def test_the_smaller_last_batch_is_kept(watched):
   last.close()
 
 
-def test_what_the_devices_do_not_divide_is_left_out(watched):
+def test_remainder_over_the_devices_is_dropped(watched):
   dataset = watched.run.dataset
   shorter = dataset._replace(x_train=dataset.x_train[:37])
   assert watched.run._replace(dataset=shorter).batch_sizes == [32]
@@ -159,7 +159,7 @@ def test_what_the_devices_do_not_divide_is_left_out(watched):
   assert watched.run._replace(dataset=shorter).batch_sizes == [16]
 
 
-def test_warm_up_costs_and_does_nothing(watched):
+def test_warm_up_has_no_perturbation(watched):
   assert watched.made == [(32, 0), (8, 0), (32, 1), (8, 1)]
   ratios = [
       line['perturbation_ratio']
@@ -172,7 +172,7 @@ def test_warm_up_costs_and_does_nothing(watched):
 def test_later_epochs_compile_nothing(watched):
   first, second, *later = watched.compiled_by_epoch
   assert 0 < first < second
-  # Epoch 2 is the first that all code paths have behind them.
+  # All code paths have run by the end of epoch 2.
   assert later[1] == later[0], watched.compiled_by_epoch
 
 
@@ -193,7 +193,7 @@ def test_summary_and_best_checkpoint(watched):
   assert summary['dataset']['num_test'] == 20
   assert len(summary['devices']) == 8
 
-  # The stored weights are those of that epoch: NumPy counts the hits.
+  # The stored weights are those of that epoch.
   state = run_lib.initial_state(watched.run)
   store = checkpoints.Checkpoints(watched.run.workdir, 'best')
   tree, notes = store.load(step.to_tree(state, step.zero_sums()))
@@ -206,7 +206,7 @@ def test_summary_and_best_checkpoint(watched):
   assert np.mean(hits) == pytest.approx(best['test_natural_accuracy'])
 
 
-def test_a_finished_run_is_left_as_it_is(watched, monkeypatch):
+def test_a_finished_run_is_not_changed(watched, monkeypatch):
   before = (watched.run.workdir / 'metrics.jsonl').read_bytes()
   use_tiny_net(monkeypatch)
   monkeypatch.setattr(step, 'make_train_fn', None)
@@ -215,7 +215,7 @@ def test_a_finished_run_is_left_as_it_is(watched, monkeypatch):
   assert (watched.run.workdir / 'metrics.jsonl').read_bytes() == before
 
 
-def test_other_images_are_not_gone_on_with(watched):
+def test_resuming_with_other_images_is_an_error(watched):
   dataset = watched.run.dataset
   other = dataset._replace(x_train=dataset.x_train[::-1])
   with pytest.raises(checkpoints.CheckpointError, match='training_data_crc32'):
@@ -231,7 +231,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
       batch_size=16, log_every_steps=1000, checkpoint_every_steps=1,
       optimizer__decay_at=(0.75,), optimizer__decay_factor=1e40)
   run = run_lib.prepare(config, tmp_path / 'run')
-  # The third of four steps has a rate of infinity; its loss is still finite.
+  # The third of four steps has an infinite rate; its loss is still finite.
   with pytest.raises(train.Diverged) as error:
     train.train(run)
   text = str(error.value)
@@ -270,7 +270,7 @@ def test_digits_train_with_their_own_network(tmp_path):
      'num_validation must leave a training image'),
     ({'model__depth': 11}, '6 n + 4'),
 ])
-def test_prepare_refuses_and_claims_no_folder(fields, shown, tmp_path):
+def test_prepare_rejects_and_claims_no_folder(fields, shown, tmp_path):
   with pytest.raises(ValueError) as error:
     run_lib.prepare(small(**fields), tmp_path / 'run')
   assert shown in str(error.value)

@@ -1,12 +1,10 @@
-"""The report: what is in it, and how a real browser shows it."""
+"""The report: its content, and how a real browser shows it."""
 
 import html.parser
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
 
 import jax
 import numpy as np
@@ -17,15 +15,13 @@ import awp_jax
 from experiments import compare
 from experiments.evaluation import probe
 from experiments.modes import landscape, train
-from experiments.reports import figures, gallery, tables
+from experiments.reports import gallery, tables
 from experiments.reports import page as page_lib
 from experiments.runs import metrics, restore
 from experiments.runs import run as run_lib
 from experiments.util import atomic
 from tests.experiments.modes import landscape_test, train_test
-
-BROWSER = next(filter(None, map(shutil.which, (
-    'chromium', 'chromium-browser', 'google-chrome'))), None)
+from tests.experiments.reports.browser import browse
 
 
 def attack(name, broken, after):
@@ -33,7 +29,7 @@ def attack(name, broken, after):
           'largest_distance': 0.1, 'broken': broken}
 
 
-def judged(accuracy, attacks, warnings=()):
+def evaluation(accuracy, attacks, warnings=()):
   return {
       'robust': {'accuracy': accuracy, 'interval_95': [0.125, 0.625]},
       'seconds': 1.5 * len(attacks), 'largest_distance': 0.1,
@@ -46,19 +42,19 @@ def judged(accuracy, attacks, warnings=()):
               'awp_jax': '1', 'jax': '2', 'jaxlib': '3', 'flax': '4'}}]}
 
 
-#: As `evaluate` writes it, for 8 images of which 7 are classified right.
+#: As written by `evaluate`, for 8 images of which 7 are classified correctly.
 EVALUATION = {'num_examples': 8, 'subjects': {'last': {
     'origin': {}, 'natural': {'accuracy': 0.875, 'interval_95': [0.5, 1.0]},
     'evaluations': {
-        'fgsm': judged(0.5, [attack('fgsm', [0, 1, 2], 0.5)]),
-        'aa-fast': judged(0.375, [
+        'fgsm': evaluation(0.5, [attack('fgsm', [0, 1, 2], 0.5)]),
+        'aa-fast': evaluation(0.375, [
             attack('apgd-ce', [1, 2], 0.625), attack('apgd-t', [5, 7], 0.375)],
             ['there are <few> classes'])}}}}
 
 
 @pytest.fixture(scope='module')
 def reported(tmp_path_factory):
-  """A run with all there can be in a report, and one without most of it."""
+  """A report and a comparison with all sections, and a report with few."""
   folder = tmp_path_factory.mktemp('report')
   config = train_test.small(
       dataset='npz', npz_path=train_test.write_images(folder / 'images.npz'),
@@ -82,7 +78,7 @@ def reported(tmp_path_factory):
 
 
 class Reader(html.parser.HTMLParser):
-  """What a page refers to, its figures, and its text."""
+  """The references, figures and text of a page."""
 
   def __init__(self, text):
     super().__init__()
@@ -148,48 +144,48 @@ def test_numbers_are_those_of_the_run(reported):
   assert 'awp.gamma' in text and jax.__version__ in text
   for wanted in (
       '37.50\N{NO-BREAK SPACE}%', '12.50 to 62.50', 'there are <few> classes',
-      'Who broke what in aa-fast (last)',
-      'Judged in float32 (matrix products in float32) on 2 x abacus, with '
+      'Images broken by aa-fast (last)',
+      'Evaluated in float32 (matrix products in float32) on 2 x abacus, with '
       'awp_jax 1, jax 2, jaxlib 3.',
       f'on 8 x {jax.devices()[0].device_kind}, with awp_jax '
       f'{awp_jax.__version__}, jax {jax.__version__}'):
     assert wanted in text
 
 
-def test_who_broke_what():
-  (first, within), (second, between) = tables.who_broke_what(EVALUATION)
-  assert first == 'Who broke what in aa-fast (last)' and '(last)' in second
+def test_broken_images():
+  (first, within), (second, between) = tables.broken_images(EVALUATION)
+  assert first == 'Images broken by aa-fast (last)' and '(last)' in second
   assert [row[:2] for row in within[1:]] == [['apgd-ce', '2'], ['apgd-t', '2']]
   assert between == [
-      ['broken by', 'not by fgsm', 'not by aa-fast', 'in all'],
+      ['broken by', 'not by fgsm', 'not by aa-fast', 'total'],
       ['fgsm', '', '1', '3'], ['aa-fast', '2', '', '4']]
 
 
 def test_gallery_is_the_best_checkpoint_attacked(reported):
   run, _, _ = reported
-  look = probe.look(run)
+  found = probe.measure(run)
   ((_, step, variables),) = restore.load_variables(run, ('best',))
-  assert look.step == step and len(look.labels) == probe.GALLERY
-  assert set(look.labels[:4]) == {0, 1, 2, 3}
-  change = np.abs(look.adversarial - look.images)
+  assert found.step == step and len(found.labels) == probe.GALLERY
+  assert set(found.labels[:4]) == {0, 1, 2, 3}
+  change = np.abs(found.adversarial - found.images)
   assert 0.02 < change.max() <= run.config.threat.epsilon + 1e-6
   for images, seen in (
-      (look.images, look.before), (look.adversarial, look.after)):
+      (found.images, found.before), (found.adversarial, found.after)):
     logits = run.model.apply(variables, images, train=False)
     np.testing.assert_array_equal(np.argmax(logits, axis=-1), seen)
   cards = json.loads((run.workdir / 'figures/gallery.json').read_text())
   assert cards['magnification'] == pytest.approx(5)  # 0.5 / 0.1
   for card, label, after in zip(
-      cards['images'], look.labels, look.after, strict=True):
+      cards['images'], found.labels, found.after, strict=True):
     assert (card['label'], card['after']) == (str(label), str(after))
 
 
 def test_layers_are_perturbed_by_gamma(reported):
   run, _, _ = reported
-  look = probe.look(run)
-  assert list(look.layers) == ['Conv_0', 'Dense_0']
-  np.testing.assert_allclose(look.ratios, run.config.awp.gamma, rtol=1e-5)
-  assert np.all(look.rises > 0)
+  found = probe.measure(run)
+  assert list(found.layers) == ['Conv_0', 'Dense_0']
+  np.testing.assert_allclose(found.ratios, run.config.awp.gamma, rtol=1e-5)
+  assert np.all(found.rises > 0)
 
 
 def test_gradient_does_not_depend_on_the_batches(reported):
@@ -197,7 +193,7 @@ def test_gradient_does_not_depend_on_the_batches(reported):
   ((_, _, variables),) = restore.load_variables(run, ('best',))
 
   def gradient(size):
-    # A start at random would differ from batch to batch: 60 steps forget it.
+    # The random start depends on the batch; 30 steps make it irrelevant.
     return probe.robust_gradient(
         jax.random.key(0), run.model, variables, run.dataset.x_train[:10],
         run.dataset.y_train[:10], run.setup.threat, step_size=0.02,
@@ -208,16 +204,16 @@ def test_gradient_does_not_depend_on_the_batches(reported):
     np.testing.assert_allclose(a, b, rtol=0.02, atol=2e-3)
 
 
-def test_second_report_looks_at_nothing_again(reported, monkeypatch):
+def test_second_report_reuses_the_probe(reported, monkeypatch):
   run, _, _ = reported
   before = (run.workdir / 'report.html').read_text()
   monkeypatch.setattr(
-      probe, '_look', lambda *a: pytest.fail('looked at the model again'))
+      probe, '_measure', lambda *a: pytest.fail('probed the model again'))
   page_lib.write(run)
   assert (run.workdir / 'report.html').read_text() == before
 
 
-def test_failing_report_costs_a_line(reported, monkeypatch, capsys):
+def test_failing_report_prints_one_line(reported, monkeypatch, capsys):
   run, _, _ = reported
   before = (run.workdir / 'report.html').read_text()
   monkeypatch.setattr(
@@ -227,96 +223,16 @@ def test_failing_report_costs_a_line(reported, monkeypatch, capsys):
   assert summary == json.loads((run.workdir / 'summary.json').read_text())
   out = capsys.readouterr().out
   assert re.search(
-      r'^report\.html could not be written \(KeyError: .*\); nothing else is '
-      r'lost\.$', out, re.M)
+      r'^report\.html could not be written \(KeyError: .*\); all results are '
+      r'saved\.$', out, re.M)
   assert (run.workdir / 'report.html').read_text() == before
 
 
-def test_comparison_tells_what_differs(reported):
+def test_comparison_lists_differences(reported):
   text = Reader(reported[2].read_text()).text
-  assert 'AT against AT-AWP' in text
+  assert 'AT vs. AT-AWP' in text
   assert re.search(r'awp\.gamma\s*0\.0\s*0\.01', text)
   assert 'landscape.points' not in text
-
-
-@pytest.mark.parametrize('values', [[1.0, None, 2.0], [0.001, 1.0, 9.0]])
-def test_lines_take_what_is_not_finite_and_what_is_steep(tmp_path, values):
-  drawn = figures.lines(
-      tmp_path, 'a', [figures.Curve('one', [0, 1, 2], values, 0)], title='<A>',
-      caption='', xlabel='x', ylabel='y')
-  assert 'aria-label="&lt;A&gt;"' in drawn.svg
-  assert 'var(--c0, #0072b2)' in drawn.svg and 'var(--ink' in drawn.svg
-
-
-# A browser opens copies of the pages that carry a script and a policy which
-# forbids every request; both stay out of the pages themselves.
-
-POLICY = (
-    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
-    "style-src 'unsafe-inline'; img-src data:; script-src 'unsafe-inline'\">")
-SCRIPT = '''<script>
-const seen = {errors: [], requests: []};
-addEventListener('error', e => seen.errors.push(e.message || e.target.outerHTML
-  .slice(0, 90)), true);
-addEventListener('securitypolicyviolation', e => seen.requests.push(
-  e.blockedURI));
-addEventListener('load', () => {
-  const all = query => [...document.querySelectorAll(query)];
-  seen.width = innerWidth;
-  seen.content = document.documentElement.scrollWidth;
-  seen.dark = matchMedia('(prefers-color-scheme: dark)').matches;
-  seen.resources = performance.getEntriesByType('resource')
-    .map(e => e.name).filter(name => !name.startsWith('data:'));
-  seen.figures = all('figure[id]').map(f => {
-    const svg = f.querySelector('svg'), box = svg.getBoundingClientRect();
-    return {name: f.id, width: box.width, height: box.height,
-      right: box.right, paths: svg.querySelectorAll('path').length,
-      text: svg.querySelectorAll('text').length};
-  });
-  seen.images = all('img').map(i => i.naturalWidth);
-  seen.ink = getComputedStyle(document.querySelector('svg text')).fill;
-  seen.page = getComputedStyle(document.body).backgroundColor;
-  parent.postMessage(JSON.stringify(seen), '*');
-});
-</script>'''
-
-#: The window of a browser without a head is 500 pixels wide at least; a frame
-#: in it is a window of any width to the page inside.
-FRAME = '''<html><meta name="color-scheme" content="light dark"><body><script>
-addEventListener('message', e => {
-  const out = document.createElement('pre');
-  out.id = 'seen';
-  out.textContent = e.data;
-  document.body.append(out);
-});
-</script><iframe src="page.html" style="border: 0; width: %dpx; height: 900px">
-</iframe></body></html>'''
-
-
-def browse(text, folder, width, dark=False):
-  """What a browser of that width sees in a page, and its console."""
-  if BROWSER is None:
-    pytest.skip('no chromium, chromium-browser or google-chrome on the PATH')
-  (folder / 'page.html').write_text(
-      text.replace('<head>', f'<head>{POLICY}{SCRIPT}', 1))
-  path = folder / 'frame.html'
-  path.write_text(FRAME % width)
-  process = subprocess.run([
-      BROWSER, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run',
-      '--disable-background-networking', '--disable-component-update',
-      '--disable-sync', '--disable-dev-shm-usage', '--hide-scrollbars',
-      f'--user-data-dir={folder / "profile"}', '--window-size=1500,900',
-      f'--blink-settings=preferredColorScheme={0 if dark else 1}',
-      '--enable-logging=stderr', '--virtual-time-budget=9000', '--dump-dom',
-      path.as_uri()],
-      capture_output=True, text=True, timeout=100, check=True,
-      env=os.environ | {'HOME': str(folder)})
-  found = re.search(r'<pre id="seen">(.*?)</pre>', process.stdout, re.S)
-  assert found, process.stderr
-  seen = json.loads(html.unescape(found[1]))
-  seen['console'] = [
-      line for line in process.stderr.splitlines() if 'CONSOLE' in line]
-  return seen
 
 
 @pytest.mark.parametrize('name', ['report', 'comparison'])
@@ -357,32 +273,9 @@ def test_logits_that_are_not_finite_have_no_class():
   logits = np.array([[0, 1.0], [np.nan, 0], [1, np.inf], [1, 0]])
   np.testing.assert_array_equal(probe._classes(logits), [1, -1, -1, 0])
   assert gallery._verdict(0, 0, -1) == 'broken'
-  assert gallery._verdict(0, -1, -1) == 'wrong from the start'
+  assert gallery._verdict(0, -1, -1) == 'misclassified'
 
 
 def test_templates_are_where_the_code_looks():
   names = {path.name for path in pathlib.Path(page_lib.TEMPLATES).iterdir()}
   assert {'report.html.j2', 'comparison.html.j2'} <= names
-
-
-@pytest.mark.parametrize('name, columns', [
-    ('AT', 2), ('cifar10_awp-seed0', 1), ('a_folder_with_a_long_name' * 3, 1)])
-def test_names_of_curves_stay_inside_the_figure(name, columns, tmp_path):
-  curves = [
-      figures.Curve(f'{name}{run}, {which}', [0, 1], [0, 1], run)
-      for run in (0, 1) for which in ('best', 'last')]
-  seen = []
-
-  def look(figure):
-    name_curves(figure)
-    (legend,) = figure.legends
-    seen.append((legend.get_window_extent(), figure.bbox, legend._ncols))
-
-  name_curves = figures.name_curves
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(figures, 'name_curves', look)
-    figures.lines(
-        tmp_path, 'panel', curves, title='', caption='', xlabel='', ylabel='')
-  (box, page, found), = seen
-  assert page.x0 <= box.x0 and box.x1 <= page.x1
-  assert found == columns

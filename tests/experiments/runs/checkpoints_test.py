@@ -1,4 +1,4 @@
-"""Tests of checkpoints: exact, atomic, and of this model only."""
+"""Tests of checkpoints: exact, atomic, and checked against the model."""
 
 import shutil
 import threading
@@ -14,7 +14,7 @@ from experiments.runs import checkpoints
 
 
 def make_tree(width=3, seed=0):
-  """Parameters of several types with the state of an optimizer."""
+  """Parameters of several dtypes with an optimizer state."""
   keys = jax.random.split(jax.random.key(seed), 3)
   params = nn.Dense(width).init(keys[0], jnp.ones((1, 4)))['params']
   params['half'] = jax.random.normal(keys[1], (2,), jnp.bfloat16)
@@ -63,7 +63,7 @@ def test_saving_a_step_twice_keeps_the_first(tmp_path):
 
 
 def contents(folder):
-  """The files below a folder, with their times."""
+  """The files in a folder, with their times."""
   return {path: path.stat().st_mtime_ns for path in folder.rglob('*')}
 
 
@@ -105,7 +105,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
 
 
 def test_reading_while_a_trainer_replaces(tmp_path):
-  """Every read is one whole checkpoint; no save fails."""
+  """Every read returns one complete checkpoint; no save fails."""
   trees = [{'step': np.array(n), 'w': np.full(50, n)} for n in range(1, 13)]
   store = checkpoints.Checkpoints(tmp_path, 'last')
   store.save(1, trees[0], {'n': 1})
@@ -142,7 +142,7 @@ def test_half_written_checkpoint_is_ignored(tmp_path):
   store = checkpoints.Checkpoints(tmp_path, 'last')
   store.save(3, make_tree(), {})
   store.close()
-  # What a killed process leaves: a temporary folder of a later step.
+  # Left by a killed process: a temporary folder of a later step.
   folder = tmp_path / 'checkpoints/last'
   part = folder / '9.orbax-checkpoint-tmp'
   (part / 'state').mkdir(parents=True)
@@ -160,7 +160,7 @@ def test_half_deleted_checkpoint_is_ignored(tmp_path, caplog):
   store = checkpoints.Checkpoints(tmp_path, 'last')
   store.save(3, make_tree(), {})
   store.close()
-  # What a process leaves that was killed while it removed an older step.
+  # Left by a process killed while it removed an older step.
   folder = tmp_path / 'checkpoints/last'
   (folder / '2/state').mkdir(parents=True)
   (folder / '2/state/d').write_bytes(b'half')

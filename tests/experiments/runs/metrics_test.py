@@ -1,4 +1,4 @@
-"""Tests of what a run leaves behind, from lines made by hand."""
+"""Tests of the outputs of a run, on constructed metrics."""
 
 import json
 import struct
@@ -11,14 +11,12 @@ from tensorboardX.proto import event_pb2
 
 import awp_jax
 from experiments.reports import curves
-from experiments.util import atomic
-from experiments.util import console
-from experiments.util import environment
 from experiments.runs import metrics, precision
+from experiments.util import atomic, console, environment
 
 
 def line(epoch, robust=None, natural=0.5, **more):
-  """A line of `metrics.jsonl`; without `robust`, of an epoch not evaluated."""
+  """A line of `metrics.jsonl`; without `robust`, of an unevaluated epoch."""
   values = {
       'epoch': epoch, 'train_loss': 2.0 / epoch, 'images': 40,
       'seconds_training': 2.0, 'seconds_evaluating': 0.5 * (robust is not None),
@@ -114,7 +112,7 @@ def test_the_gap_is_of_the_last_evaluation_and_may_be_negative():
     (3, 2, False), (4, 2, True), (5, 2, True), (4, 3, False), (5, 3, True),
     (2, 1, False), (3, 1, True), (5, 0, False)])
 def test_early_stopping_counts_epochs_since_the_best(epochs, patience, stops):
-  # The second epoch is the best; later ones only equal it.
+  # The second epoch is the best; later ones tie with it.
   lines = [line(1, 0.25)] + [line(k, 0.5) for k in range(2, epochs + 1)]
   assert metrics.stops_early(lines, 'test', patience) is stops
 
@@ -137,9 +135,10 @@ def test_speed_of_a_run_without_training_time_is_zero():
   assert metrics.summarize(lines, 'test', {})['images_per_second'] == 6.0
 
 
-def test_what_judged_is_in_the_summary():
-  summary = metrics.summarize(
-      [*LINES[:-1], LINES[-1] | {'judged_by': precision.judged_by()}], 'test', {})
+def test_precision_of_the_evaluation_is_in_the_summary():
+  summary = metrics.summarize([
+      *LINES[:-1], LINES[-1] | {'judged_by': precision.judged_by()}],
+      'test', {})
   assert summary['judged_by'] == {
       'precision': 'float32', 'matmul_precision': 'float32',
       'devices': environment.devices(), 'versions': environment.versions()}
@@ -249,7 +248,7 @@ def test_words_are_logged_but_are_no_scalars(tmp_path):
 
 
 def drawn(monkeypatch, draw, *arguments):
-  """The figure that would be saved."""
+  """The figure before it is saved."""
   kept = []
   monkeypatch.setattr(curves.plt, 'close', kept.append)
   draw(*arguments)
@@ -308,7 +307,7 @@ def test_comparisons_tell_runs_apart(count, tmp_path, monkeypatch):
       assert curve.get_linewidth() == (2, 1.2)[k % 2]
       looks.add((curve.get_color(), curve.get_marker(), curve.get_linestyle()))
     assert len(looks) == 2 * count
-  # More than three runs: the legend is beside the curves.
+  # More than three runs: the legend is next to the curves.
   assert bool(figure.legends) == (count > 3)
   assert (figure.axes[0].get_legend() is None) == (count > 3)
 

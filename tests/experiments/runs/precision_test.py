@@ -1,4 +1,4 @@
-"""In which precision networks train and are judged, and whose statistics."""
+"""Tests of the precision of training and evaluation, and of statistics."""
 
 from flax import linen as nn
 import jax
@@ -9,21 +9,25 @@ import pytest
 import awp_jax
 from awp_jax import models
 from awp_jax.models import layers
-from experiments.reports import curves
-from experiments.util import environment
 from experiments.config import build as build_lib
 from experiments.modes import train
+from experiments.reports import curves
 from experiments.runs import (
-    metrics as metrics_lib,
-    precision as precision_lib,
-    run as run_lib,
+  metrics as metrics_lib,
+)
+from experiments.runs import (
+  precision as precision_lib,
+)
+from experiments.runs import (
+  run as run_lib,
 )
 from experiments.training import step as step_lib
+from experiments.util import environment
 from tests.experiments.modes import train_test
 
 
 class TypedNet(nn.Module):
-  """A tiny network of the layers of ours, with their types."""
+  """A tiny network of our layers, with their dtypes."""
 
   dtype: str = 'float32'
   axis_name: str | None = None
@@ -33,7 +37,7 @@ class TypedNet(nn.Module):
     parts = layers.Parts(
         dtype=jnp.dtype(self.dtype), axis_name=self.axis_name,
         param_dtype=jnp.promote_types(self.dtype, jnp.float32))
-    x = layers.normalise_pixels(x, (0.5,), (1.0,), jnp.dtype(self.dtype))
+    x = layers.normalize_pixels(x, (0.5,), (1.0,), jnp.dtype(self.dtype))
     x = parts.activate(parts.conv(4, 3, 1, 'conv')(x), train, 'bn')
     return nn.Dense(4, dtype=self.dtype, param_dtype=parts.param_dtype)(
         x.mean(axis=(1, 2))).astype(parts.param_dtype)
@@ -64,7 +68,7 @@ def prepared(tmp_path, monkeypatch):
 
 
 def products(jaxpr):
-  """(type of the factors, precision) of each product in a program."""
+  """(dtype of the factors, precision) of each product in a program."""
   for equation in jaxpr.eqns:
     if equation.primitive.name in ('dot_general', 'conv_general_dilated'):
       yield (
@@ -143,7 +147,7 @@ def test_the_summary_of_older_lines_does_not_claim_a_precision():
   assert metrics_lib.summarize([line], 'test', {})['judged_by'] == {}
 
 
-#: Objective -> whose attack runs with batch statistics, or with running ones.
+#: Objectives whose attacks use batch statistics or running statistics.
 OBJECTIVES = {'AT': awp_jax.adversarial(), 'TRADES': awp_jax.trades(6.0)}
 
 
@@ -161,17 +165,17 @@ def step_of(model, state, objective, axis_name):
 
 
 @pytest.mark.parametrize('objective', OBJECTIVES)
-def test_synchronised_statistics_are_those_of_one_device(
+def test_synchronized_statistics_are_those_of_one_device(
     objective, prepared, x64):
   run = prepared(model__sync_batch_norm=True, model__dtype='float64')
   assert run.model.axis_name == build_lib.AXIS
   state = jax.tree.map(np.asarray, run_lib.initial_state(run))
-  # Flax starts them in float32, and a step keeps their type.
+  # Flax initializes them in float32, and a step keeps their dtype.
   state = state.replace(batch_stats=jax.tree.map(
       np.float64, state.batch_stats))
   rng = np.random.default_rng(0)
   labels = np.arange(16) % 4
-  # Devices see different classes: their own statistics would differ.
+  # Devices get different classes, so local statistics would differ.
   images = (rng.random((16, 8, 8, 1)) * (1 + labels[:, None, None, None])
             / 4)[np.argsort(labels, kind='stable')]
   labels = np.sort(labels)
@@ -183,8 +187,9 @@ def test_synchronised_statistics_are_those_of_one_device(
 
   def spread(model):
     return jax.pmap(
-        step_of(model, state, objective, build_lib.AXIS), axis_name=build_lib.AXIS,
-        out_axes=None)(*(x.reshape(8, 2, *x.shape[1:]) for x in batch))
+        step_of(model, state, objective, build_lib.AXIS),
+        axis_name=build_lib.AXIS, out_axes=None)(
+            *(x.reshape(8, 2, *x.shape[1:]) for x in batch))
 
   found, its_metrics = spread(run.model)
   for name in ('params', 'batch_stats'):

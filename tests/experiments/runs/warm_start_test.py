@@ -1,4 +1,4 @@
-"""Tests of starting from another run's or PyTorch's weights."""
+"""Tests of initialization from another run or a PyTorch file."""
 
 import jax
 import numpy as np
@@ -8,7 +8,8 @@ from awp_jax import models
 from awp_jax.models import torch_exchange
 from awp_jax.models.torch_exchange import files
 from experiments.modes import train
-from experiments.runs import checkpoints, metrics, run as run_lib, warm_start
+from experiments.runs import checkpoints, metrics, warm_start
+from experiments.runs import run as run_lib
 from experiments.training import step
 from tests.experiments.modes import train_test
 
@@ -44,7 +45,7 @@ def test_a_run_starts_from_the_best_of_another(decay, tmp_path, monkeypatch):
         (a != b).any() for a, b in zip(
             jax.tree.leaves(wanted), jax.tree.leaves(tree['params']),
             strict=True))
-  # It trains on: the first loss is no longer that of the start.
+  # Training continues: the loss is lower than in the first run.
   train.train(second)
   losses = [
       metrics.read_metrics(run.workdir)[0]['train_loss']

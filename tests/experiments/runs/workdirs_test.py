@@ -1,4 +1,4 @@
-"""Tests of a run's folder: made, recognised, or refused."""
+"""Tests of opening, claiming, locking and reading a run's folder."""
 
 import json
 import re
@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from experiments.config import build
+from experiments.configs import base, digits_awp
 from experiments.runs import workdirs
 from experiments.util import atomic
-from experiments.configs import base, digits_awp
 
 
 def claimed(folder, config):
@@ -28,7 +28,7 @@ def test_new_folder_holds_the_config(tmp_path):
   assert stored.keys() == build.flatten(config).keys()
 
 
-def test_same_config_is_taken_up(tmp_path):
+def test_same_config_is_opened_again(tmp_path):
   claimed(tmp_path, digits_awp.get_config())
   (tmp_path / 'metrics.jsonl').write_text('')
   before = (tmp_path / 'config.json').read_bytes()
@@ -89,6 +89,26 @@ def test_fields_of_a_later_version_have_their_defaults(tmp_path):
     workdirs.open_workdir(tmp_path, config)
 
 
+@pytest.mark.parametrize('old, new', workdirs.RENAMED.items())
+def test_renamed_fields_keep_their_values(tmp_path, old, new):
+  config = digits_awp.get_config()
+  config.update_from_flattened_dict({new: False})
+  assert build.flatten(digits_awp.get_config())[new] is True
+  claimed(tmp_path, config)
+  edit(tmp_path, **{new: None, old: False})
+  stored = json.loads((tmp_path / 'config.json').read_text())
+  assert old in stored and new not in stored
+  fields = workdirs.with_defaults(stored)
+  assert fields[new] is False and old not in fields
+  assert workdirs.stored_config(tmp_path).to_dict() == config.to_dict()
+  assert workdirs.reader_config(
+      tmp_path, base.get_config(), {}).to_dict() == config.to_dict()
+  workdirs.open_workdir(tmp_path, config)  # resumes
+  with pytest.raises(
+      ValueError, match=rf'{new} \(False there, True now\)'):
+    workdirs.open_workdir(tmp_path, digits_awp.get_config())
+
+
 def test_seed_of_an_older_run_chose_its_images(tmp_path):
   config = digits_awp.get_config()
   config.seed = 3
@@ -105,7 +125,7 @@ def test_reading_needs_the_folder_only(tmp_path):
   config = digits_awp.get_config()
   config.seed, config.evaluation.attacks = 7, ('fgsm', 'pgd-3')
   claimed(tmp_path, config)
-  # A field of an earlier version, which says nothing of how to read.
+  # A field of an earlier version that does not affect reading.
   edit(tmp_path, awp__of_old=3, num_validation=None)
   before = (tmp_path / 'config.json').read_bytes()
   found = workdirs.reader_config(tmp_path, base.get_config(), {})
@@ -145,7 +165,7 @@ def test_second_trainer_is_refused_and_readers_are_not(tmp_path):
         '  fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)\n'
         'except BlockingIOError:\n'
         '  sys.exit(7)\n')], timeout=60, check=False).returncode
-    assert code == 7  # another process sees the lock too
+    assert code == 7  # the lock holds in another process too
     assert workdirs.stored_config(tmp_path).seed == 0
   with workdirs.locked(tmp_path):
     pass
@@ -188,13 +208,13 @@ def test_config_that_is_none(tmp_path, text):
 
 
 def test_of_two_that_claim_a_folder_at_once_one_gets_it(tmp_path, monkeypatch):
-  """Both find it empty; the second to write must not replace the first."""
+  """Both open it empty; the second writer must not replace the first."""
   first, second = digits_awp.get_config(), digits_awp.get_config()
   second.seed = 5
   folder = workdirs.open_workdir(tmp_path / 'run', first)
   workdirs.open_workdir(tmp_path / 'run', second)
   with monkeypatch.context() as patch:
-    # As the second sees it: not there when it looks.
+    # The second finds no file when it checks.
     workdirs.claim(folder, first)
     before = (folder / 'config.json').read_bytes()
     patch.setattr(workdirs.pathlib.Path, 'exists', lambda path: False)

@@ -1,4 +1,4 @@
-"""Tests of the guard: by hand, and with runs that really collapse."""
+"""Tests of collapse detection: on given metrics, and in collapsing runs."""
 
 import json
 import math
@@ -17,8 +17,8 @@ SETTINGS = ml_collections.ConfigDict({
     'action': 'stop', 'grace_steps': 10, 'stretch_steps': 20, 'factor': 0.5,
     'most_shrinks': 2})
 LEVEL = collapse.chance(np.arange(1000) % 10, 10)
-LOST = collapse.Look(math.log(10), 0.1, 1.0, 1000)
-WELL = collapse.Look(2.1, 0.2, 1.0, 1000)
+LOST = collapse.Window(math.log(10), 0.1, 1.0, 1000)
+WELL = collapse.Window(2.1, 0.2, 1.0, 1000)
 
 
 def test_chance_is_that_of_the_labels():
@@ -41,7 +41,7 @@ def test_faults(look, shown):
 
 @pytest.mark.parametrize('look', [
     WELL,
-    WELL._replace(loss=2.29),  # near chance, and yet it tells classes apart
+    WELL._replace(loss=2.29),  # near chance, but it separates classes
     LOST._replace(loss=2.0),
     LOST._replace(loss=3.0, accuracy=0.02),  # attacked, not constant
     LOST._replace(loss=2.5, accuracy=0.14),
@@ -54,12 +54,12 @@ def test_a_jump_of_the_loss_is_a_fault_and_a_high_one_is_not():
   high = WELL._replace(loss=4.0)  # MART's may be
   assert collapse.fault(high, LEVEL) == collapse.fault(high, LEVEL, 2.1) == ''
   assert 'was 1.4000 before' in collapse.fault(high, LEVEL, 1.4)
-  # Twice as large, but still better than a constant answer.
+  # Twice as large, but still better than constant outputs.
   assert collapse.fault(WELL, LEVEL, 0.5) == ''
-  watch = collapse.Watch(SETTINGS, LEVEL, first_step=10)
-  watch.see(20, WELL._replace(loss=1.4))
-  watch.see(30, high)
-  assert not watch.is_well
+  detector = collapse.Detector(SETTINGS, LEVEL, first_step=10)
+  detector.update(20, WELL._replace(loss=1.4))
+  detector.update(30, high)
+  assert detector.is_suspicious
 
 
 def test_few_images_need_a_greater_distance():
@@ -69,25 +69,25 @@ def test_few_images_need_a_greater_distance():
 
 
 def test_a_stretch_is_needed_and_one_good_look_ends_it():
-  watch = collapse.Watch(SETTINGS, LEVEL, first_step=10)
+  detector = collapse.Detector(SETTINGS, LEVEL, first_step=10)
   for step in (5, 10):
-    watch.see(step, LOST)
-    assert watch.is_well  # too early to judge
-  watch.see(15, LOST)
-  assert not watch.is_well
-  watch.see(25, LOST)
-  watch.see(29, WELL)
-  assert watch.is_well
-  watch.see(35, LOST)
-  watch.see(48, LOST)
+    detector.update(step, LOST)
+    assert not detector.is_suspicious  # too early for suspicion
+  detector.update(15, LOST)
+  assert detector.is_suspicious
+  detector.update(25, LOST)
+  detector.update(29, WELL)
+  assert not detector.is_suspicious
+  detector.update(35, LOST)
+  detector.update(48, LOST)
   with pytest.raises(collapse.Collapsed, match='since step 29, for 20 steps'):
-    watch.see(49, LOST)
+    detector.update(49, LOST)
 
 
 def test_zero_gradient_is_a_collapse_at_once():
-  watch = collapse.Watch(SETTINGS, LEVEL, first_step=10)
+  detector = collapse.Detector(SETTINGS, LEVEL, first_step=10)
   with pytest.raises(collapse.Collapsed, match='gradient is zero'):
-    watch.see(1, WELL._replace(gradient_norm=0.0))
+    detector.update(1, WELL._replace(gradient_norm=0.0))
 
 
 def test_the_record_survives(tmp_path):
@@ -103,7 +103,7 @@ def test_the_record_survives(tmp_path):
 
 
 def collapsing(tmp_path, monkeypatch, **fields):
-  """A run whose gamma, from its third epoch on, is far too large."""
+  """A run with a far too large gamma from its third epoch on."""
   train_test.use_tiny_net(monkeypatch)
   train_test.without_report(monkeypatch)
   return run_lib.prepare(train_test.small(
@@ -120,7 +120,7 @@ def test_a_collapse_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     train.train(run)
   text = str(error.value)
   last = checkpoints.Checkpoints(run.workdir, 'last')
-  # Three steps an epoch; AWP begins behind the sixth.
+  # Three steps per epoch; AWP starts after the sixth.
   assert last.step() == 6, text
   assert f'state of step 6 is in {last.folder}' in text
   last.close()
@@ -143,7 +143,7 @@ def test_a_collapse_goes_back_with_a_smaller_gamma(tmp_path, monkeypatch):
   np.testing.assert_allclose(ratios, [0] * 2 + [0.03] * 6, rtol=1e-3)
   assert lines[-1]['train_loss'] < lines[0]['train_loss']
 
-  # Taken up again, it is still finished and still knows its gamma.
+  # Resumed, it is still finished and keeps its gamma.
   assert train.train(run) == summary
 
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped at awkward moments, and what goes on from there."""
+"""Tests of runs that are stopped at various moments and resumed."""
 
 import signal
 
@@ -19,11 +19,11 @@ NET = train_test.TinyNet()
 
 
 class Killed(BaseException):
-  """Stands for a process that ends without a chance to save."""
+  """Simulates a process that ends without saving."""
 
 
 class Compiled:
-  """A training step that is compiled once for all runs of this file."""
+  """A training step compiled once for all runs of this file."""
 
   def __init__(self, step):
     self.step, self.compiled = step, None
@@ -38,10 +38,10 @@ class Compiled:
 
 
 def shared(patch, owner, name, wrap=lambda made: made):
-  """Makes `owner.name` once for each number of devices and further arguments.
+  """Caches `owner.name` by number of devices and further arguments.
 
-  All runs of this file have the same config but for the seed, which reaches the
-  compiled steps as an argument.
+  All runs of this file share a config except for the seed, which is an argument
+  of the compiled steps.
   """
   known, make = {}, getattr(owner, name)
 
@@ -55,7 +55,7 @@ def shared(patch, owner, name, wrap=lambda made: made):
 
 
 def shared_start(patch):
-  """Initialises the network once for each seed."""
+  """Initializes the network once for each seed."""
   known, make = {}, run_lib.initial_state
 
   def get(run):
@@ -95,7 +95,7 @@ def config_of(images, **fields):
 
 @pytest.fixture(scope='module')
 def whole(images, tmp_path_factory):
-  """A run that nothing disturbs: two steps an epoch."""
+  """An uninterrupted run with two steps per epoch."""
   run = run_lib.prepare(config_of(images), tmp_path_factory.mktemp('whole'))
   train.train(run)
   return run
@@ -238,7 +238,7 @@ def test_another_number_of_devices_goes_on_and_says_so(
     summary = train.train(run)
     assert 'with 2 devices instead of 8' in capsys.readouterr().out
     assert len(summary['devices']) == 2
-  # The epoch before is as it was; noise is per device from there on.
+  # The first epoch is unchanged; later noise is per device.
   lines, wanted = without_times(run), without_times(whole)
   assert [line['epoch'] for line in lines] == [1, 2, 3]
   assert lines[0] == wanted[0] and lines[1] != wanted[1]

@@ -1,4 +1,4 @@
-"""Tests of files that are written whole or not at all."""
+"""Tests of atomic file writes."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ def test_replaces_and_leaves_nothing_behind(tmp_path):
   atomic.write_text(path, 'two')
   assert path.read_text() == 'two'
   assert list(tmp_path.iterdir()) == [path]
-  # Readable for whom any new file is readable, not for this user alone.
+  # Has the permissions of any new file, not those of a private one.
   (tmp_path / 'usual').write_text('')
   assert path.stat().st_mode == (tmp_path / 'usual').stat().st_mode
 

@@ -1,4 +1,4 @@
-"""What a command shows of errors: one line for users, a traceback for bugs."""
+"""Tests of error output: one line for user errors, a traceback for bugs."""
 
 import inspect
 import re
@@ -17,14 +17,14 @@ from experiments.runs import run as run_lib
 from experiments.util import errors
 from tests.experiments.modes.train_test import small
 
-#: Of ml_collections, which reads configs so.
+#: Raised by ml_collections when it reads configs.
 pytestmark = pytest.mark.filterwarnings(
     'ignore:the load_module:DeprecationWarning')
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-  """`main.py` in this process: (exit code or None, what it printed)."""
+  """Runs `main.py` in this process: (exit code or None, its output)."""
   monkeypatch.setattr(sys, 'argv', sys.argv[:])
 
   def call(*arguments):

@@ -1,4 +1,4 @@
-"""The finished groups of one evaluation on disk, and their progress."""
+"""Records of the finished groups of one evaluation, and a progress bar."""
 
 from collections.abc import Iterator
 import json
@@ -16,20 +16,21 @@ from experiments.util import atomic, digests
 
 
 class Records:
-  """Finished groups of examples of one evaluation, in their order.
+  """Finished groups of examples of one evaluation on disk, in order.
 
   Attributes:
-    done: the records.
+    done: the records so far.
   """
 
   def __init__(
       self, folder: pathlib.Path, name: str, facts: dict[str, Any]) -> None:
-    """Opens the records, or starts new ones.
+    """Reads the existing records, if any.
 
     Args:
-      folder: of the run's evaluations.
+      folder: the run's folder `evaluation`.
       name: of the evaluation.
-      facts: plain values that the records depend on. Others have their own.
+      facts: plain values that the records depend on. Their digest is part of
+        the folder's name, so other facts get other records.
     """
     self._folder = folder / f'{name}-{digests.of_values(facts)}'
     self._folder.mkdir(parents=True, exist_ok=True)
@@ -37,13 +38,13 @@ class Records:
     if not path.exists():
       atomic.write_text(path, json.dumps(facts, indent=2) + '\n')
     self.done: list[awp_jax.BatchResult] = []
-    self._judges: list[str] = []
+    self._environments: list[str] = []
     for path in self._paths():
       found = _read(path)
       if found is None:
         break
       self.done.append(found[0])
-      self._judges.append(found[1])
+      self._environments.append(found[1])
 
   def _paths(self) -> Iterator[pathlib.Path]:
     number = 0
@@ -53,22 +54,22 @@ class Records:
 
   @property
   def judged_by(self) -> list[dict[str, Any]]:
-    """The different precisions, devices and versions that judged."""
-    return [json.loads(text) for text in dict.fromkeys(self._judges)]
+    """The distinct precisions, devices and versions used."""
+    return [json.loads(text) for text in dict.fromkeys(self._environments)]
 
   def append(self, record: awp_jax.BatchResult) -> None:
-    """Adds a record, on disk before this returns."""
-    judge = json.dumps(precision.judged_by(), sort_keys=True)
+    """Writes a record to disk."""
+    environment = json.dumps(precision.judged_by(), sort_keys=True)
     path = self._folder / f'{len(self.done):05d}.npz'
     with atomic.replacing(path) as file:
       arrays: dict[str, Any] = record.to_arrays()
-      np.savez(file, **arrays, judged_by=np.array(judge))
+      np.savez(file, **arrays, judged_by=np.array(environment))
     self.done.append(record)
-    self._judges.append(judge)
+    self._environments.append(environment)
 
 
 def _read(path: pathlib.Path) -> tuple[awp_jax.BatchResult, str] | None:
-  """A record and who judged it; None if it is not one of this version."""
+  """A record and its environment; None if broken or of another version."""
   try:
     with np.load(path, allow_pickle=False) as archive:
       return (awp_jax.BatchResult.from_arrays(archive),
@@ -78,10 +79,10 @@ def _read(path: pathlib.Path) -> tuple[awp_jax.BatchResult, str] | None:
 
 
 class Progress:
-  """A bar in a terminal, a line a group elsewhere."""
+  """A progress bar in a terminal, otherwise one line per group."""
 
   def __init__(self, label: str, total: int, correct: int) -> None:
-    """Starts with `correct` of `total` examples classified right."""
+    """Starts with `correct` of `total` examples classified correctly."""
     self._label, self._total, self._robust = label, total, correct
     self._seconds = 0.0
     self._bar = tqdm.tqdm(
@@ -89,10 +90,10 @@ class Progress:
         disable=not sys.stderr.isatty())
 
   def add(self, record: awp_jax.BatchResult) -> None:
-    """Shows what is left after a group."""
+    """Shows the robust accuracy after a group."""
     self._robust -= int(record.broken.sum())
     self._seconds += record.seconds
-    text = (f'{record.attack}: {self._robust} of {self._total} stand '
+    text = (f'{record.attack}: {self._robust} of {self._total} robust '
             f'({100 * self._robust / self._total:.2f} %), '
             f'{self._seconds:.0f} s')
     self._bar.update(len(record.indices))
@@ -101,5 +102,5 @@ class Progress:
       print(f'{self._label}  {text}', flush=True)
 
   def close(self) -> None:
-    """Leaves the bar as it is."""
+    """Closes the bar and leaves it on the screen."""
     self._bar.close()

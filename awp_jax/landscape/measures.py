@@ -1,0 +1,87 @@
+"""What to measure at each point: per-example losses and accuracies."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from awp_jax import objectives
+from awp_jax.attacks import pgd as pgd_lib
+from awp_jax.core import checks, numerics
+from awp_jax.threat import ThreatModel
+from awp_jax.types import Array, Params
+
+
+class Measure(Protocol):
+  """Per-example values to measure at a point.
+
+  `measure(params, batch, key)` returns a dict of arrays [B]. `batch` holds the
+  rows of one batch of examples, and `key` is specific to the batch. Compute
+  everything that depends on the weights here, adversarial examples included.
+  """
+
+  def __call__(
+      self, params: Params, batch: Any, key: Array, /) -> dict[str, Array]:
+    """Returns values [B] by name."""
+    ...
+
+
+def robust_measure(
+    logits_fn: Callable[[Params, Array], Array], threat: ThreatModel, *,
+    step_size: float, num_steps: int, start: pgd_lib.Start = 'random',
+    restarts: int = 1) -> Measure:
+  """Measures natural and robust loss and accuracy of a classifier under PGD.
+
+  Args:
+    logits_fn: (params, images [B, ...]) -> logits [B, C], in evaluation mode:
+      running statistics, no dropout.
+    threat: the ball and the box.
+    step_size: the step size of PGD on the cross-entropy, > 0.
+    num_steps: the number of PGD steps, >= 1.
+    start: as in `awp_jax.pgd`.
+    restarts: as in `awp_jax.pgd`.
+
+  Returns:
+    A `Measure` of batches (images [B, ...], labels [B]) with the values
+    'natural_loss', 'robust_loss', 'natural_accuracy', 'robust_accuracy' and
+    'nonfinite'. An example counts as robust if it is classified correctly, with
+    finite logits, at x and at x'. 'nonfinite' is 1 if the logits or a gradient
+    of the attack had a non-finite entry. Such gradient entries are set to 0,
+    which weakens the attack. Images narrower than float32 are cast to float32,
+    and matrix products run at `jax.default_matmul_precision('float32')`.
+    Reuse the returned object: it compiles once for all points, models and
+    directions.
+
+  Raises:
+    ValueError: if `step_size` or `num_steps` is out of range.
+  """
+  checks.positive('step_size', step_size)
+  checks.count('num_steps', num_steps)
+
+  def measure(params: Params, batch: Any, key: Array) -> dict[str, Array]:
+    images, labels = numerics.wide(batch[0]), batch[1]
+
+    def loss_fn(x: Array, state: Any) -> tuple[Array, Any]:
+      return objectives.cross_entropy(logits_fn(params, x), labels), state
+
+    def broken_fn(x: Array) -> Array:
+      return ~objectives.is_correct(logits_fn(params, x), labels)
+
+    # Accelerators multiply float32 in lower precision by default.
+    with jax.default_matmul_precision('float32'):
+      out = pgd_lib.run_pgd(
+          key, loss_fn, (), images, threat, step_size=step_size,
+          num_steps=num_steps, start=start, restarts=restarts,
+          broken_fn=broken_fn)
+      natural, robust = logits_fn(params, images), logits_fn(params, out.x_adv)
+    is_natural = objectives.is_correct(natural, labels)
+    is_finite = jnp.all(jnp.isfinite(natural) & jnp.isfinite(robust), axis=-1)
+    return {
+        'natural_loss': objectives.cross_entropy(natural, labels),
+        'robust_loss': objectives.cross_entropy(robust, labels),
+        'natural_accuracy': is_natural,
+        'robust_accuracy': is_natural & objectives.is_correct(robust, labels),
+        'nonfinite': out.nonfinite | ~is_finite}
+
+  return measure

@@ -1,0 +1,248 @@
+"""Strong attacks on a trained model: their names, one evaluation, its records.
+
+An evaluation is a single attack ('fgsm', 'pgd-20', 'cw-100', 'spsa', 'square',
+...) or a version of AutoAttack ('aa-standard', 'aa-fast', ...), in which each
+attack sees the examples that survived the earlier attacks. Finished groups of
+examples are on disk. A process that was killed resumes after the last one and
+gets the same result.
+"""
+
+from collections.abc import Sequence
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+import awp_jax
+from awp_jax.attacks import autoattack, fixed_step, spsa
+from awp_jax.core import checks, loops
+from awp_jax.evaluation import evaluate as evaluate_lib
+from awp_jax.evaluation import fingerprint
+from awp_jax.evaluation.protocol import AttackSpec
+from experiments.data import batches
+from experiments.evaluation import attack_records
+from experiments.runs import precision, restore
+from experiments.runs import run as run_lib
+from experiments.util import atomic, digests
+from experiments.util.errors import UserError, user_errors
+
+#: Prefix of the versions of AutoAttack in a config's list.
+_AUTO = 'aa-'
+
+#: Batches per group of examples on disk.
+_BATCHES_PER_GROUP = 8
+
+_STEPPED = re.compile(r'(pgd|cw)-([1-9][0-9]*)')
+
+
+def allowed_names() -> list[str]:
+  """Names allowed in `config.evaluation.attacks`; N is a number of steps."""
+  return ['fgsm', 'pgd-N', 'cw-N', 'spsa', *autoattack.ATTACKS,
+          *(_AUTO + version for version in autoattack.VERSIONS
+            if version != 'rand')]
+
+
+@user_errors()
+def check_names(names: Sequence[str]) -> None:
+  """Raises ValueError for an empty list, a duplicate or an unknown name."""
+  if not names:
+    raise ValueError(
+        'evaluation.attacks is empty; allowed are '
+        f'{", ".join(allowed_names())}.')
+  if len(set(names)) != len(names):
+    raise ValueError(
+        f'evaluation.attacks contains a duplicate: {tuple(names)}.')
+  for name in names:
+    if name == f'{_AUTO}rand':
+      raise ValueError(
+          f'evaluation.attacks: {name!r} is for randomized models, but this '
+          f'model is deterministic. Use {_AUTO + "standard"!r}.')
+    if not _STEPPED.fullmatch(name):
+      checks.one_of('evaluation.attacks', name, allowed_names())
+    if name.endswith('-N'):
+      raise ValueError(
+          f'evaluation.attacks: {name!r} needs a number for N, as in '
+          f'{name[:-1] + "20"!r}.')
+
+
+def make_specs(
+    name: str, config: ml_collections.ConfigDict
+) -> tuple[AttackSpec, ...]:
+  """The attacks of one evaluation, in order."""
+  norm, epsilon = config.threat.norm, config.threat.epsilon
+  if name.startswith(_AUTO):
+    version: Any = name.removeprefix(_AUTO)
+    return autoattack.make_specs(
+        autoattack.VERSIONS[version], norm, version)
+  if name in autoattack.ATTACKS:
+    return autoattack.make_specs((name,), norm, 'standard')
+  if name == 'spsa':
+    return (spsa.spsa_spec(),)
+  if name == 'fgsm':
+    return (fixed_step.pgd_spec(
+        name, step_size=epsilon, num_steps=1, random_start=False),)
+  kind, steps = name.split('-')
+  return (fixed_step.pgd_spec(
+      name, step_size=config.eval.step_size, num_steps=int(steps),
+      loss='margin' if kind == 'cw' else 'ce'),)
+
+
+def load_test_set(run: run_lib.Run) -> tuple[np.ndarray, np.ndarray]:
+  """The first `evaluation.num_examples` test images and their labels.
+
+  Args:
+    run: the run.
+
+  Returns:
+    Images [N, H, W, C], float32 in [0, 1], and labels [N].
+
+  Raises:
+    UserError: if the test set has fewer images.
+  """
+  available = len(run.dataset.y_test)
+  count = run.config.evaluation.num_examples or available
+  if count > available:
+    raise UserError(
+        f'evaluation.num_examples={count}: there are {available} test images; '
+        '0 uses all of them.')
+  images = run.dataset.x_test[:count]
+  pixels = batches.to_pixels(jnp.asarray(images), jnp.dtype(jnp.float32))
+  return np.asarray(pixels), run.dataset.y_test[:count]
+
+
+def evaluate_model(
+    run: run_lib.Run, model: restore.RestoredModel,
+    test_set: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+  """Runs all evaluations of the config on one model.
+
+  Args:
+    run: the run.
+    model: the restored model.
+    test_set: images in [0, 1] and labels.
+
+  Returns:
+    The model's entry in `evaluation.json`.
+  """
+  correct = _count_correct(model, *test_set)
+  entry: dict[str, Any] = {
+      'origin': model.origin, 'weights': model.facts['weights'],
+      'evaluations': {}}
+  for name in run.config.evaluation.attacks:
+    result, judged_by = _evaluate_one(run, model, name, test_set, correct)
+    entry['natural'] = _accuracy(result.natural) | {
+        'judged_by': [precision.judged_by()]}
+    entry['evaluations'][name] = _summarize(result) | {'judged_by': judged_by}
+    if result.adversarial is not None and run.config.evaluation.save_examples:
+      path = run.workdir / 'evaluation' / f'{model.name}-{name}.npz'
+      with atomic.replacing(path) as file:
+        np.savez_compressed(
+            file, adversarial=result.adversarial, robust=result.robust,
+            natural=result.natural)
+      entry['evaluations'][name]['examples'] = str(
+          path.relative_to(run.workdir))
+  return entry
+
+
+def _evaluate_one(
+    run: run_lib.Run, model: restore.RestoredModel, name: str,
+    test_set: tuple[np.ndarray, np.ndarray], correct: int
+) -> tuple[awp_jax.AttackResult, list[dict[str, Any]]]:
+  """One evaluation of one model; finished groups are read from disk.
+
+  Args:
+    run: the run.
+    model: the restored model.
+    name: of the evaluation.
+    test_set: images in [0, 1] and labels.
+    correct: number of images classified correctly without an attack.
+
+  Returns:
+    The result, and the distinct precisions, devices and versions used.
+  """
+  images, labels = test_set
+  batch_size = _batch_size(run)
+  records = attack_records.Records(
+      run.workdir / 'evaluation', name, _facts(run, model, name, test_set))
+  bar = attack_records.Progress(f'{model.name} {name}', len(labels), correct)
+  done = tuple(records.done)
+  for record in done:
+    bar.add(record)
+
+  def progress(record: awp_jax.BatchResult) -> None:
+    records.append(record)
+    bar.add(record)
+
+  options = evaluate_lib.EvalOptions(
+      batch_size=batch_size, group_size=_BATCHES_PER_GROUP * batch_size,
+      devices=jax.devices() if jax.device_count() > 1 else None,
+      progress=progress, done=done)
+  try:
+    result = evaluate_lib.evaluate(
+        jax.random.key(run.config.seed), model.logits_fn, images, labels,
+        run.setup.threat, make_specs(name, run.config), options=options)
+  finally:
+    bar.close()
+  return result, records.judged_by or [precision.judged_by()]
+
+
+def _facts(
+    run: run_lib.Run, model: restore.RestoredModel, name: str,
+    test_set: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+  """Everything that the records of an evaluation depend on.
+
+  The images are identified by content, not by path, so the data may move. Batch
+  size and versions are included because the library rejects records of others.
+  """
+  return model.facts | {
+      'evaluation': name, 'threat': run.config.threat.to_dict(),
+      'step_size': run.config.eval.step_size, 'seed': run.config.seed,
+      'test_set': digests.of_arrays(test_set),
+      'precision': precision.PRECISION, 'batch_size': _batch_size(run),
+      'versions': fingerprint.versions()}
+
+
+def _batch_size(run: run_lib.Run) -> int:
+  """Examples per batch, over all devices."""
+  if run.config.evaluation.batch_size:
+    return run.config.evaluation.batch_size
+  size = 64 if loops.unrolls() else 512
+  return -(-size // run.num_devices) * run.num_devices
+
+
+def _count_correct(
+    model: restore.RestoredModel, images: np.ndarray, labels: np.ndarray,
+    size: int = 256) -> int:
+  """Correctly classified images; non-finite logits count as wrong."""
+  logits_fn, correct = jax.jit(model.logits_fn), 0
+  for begin in range(0, len(labels), size):
+    part = images[begin:begin + size]
+    padded = np.pad(
+        part, [(0, size - len(part))] + [(0, 0)] * (part.ndim - 1))
+    logits = np.asarray(logits_fn(padded))[:len(part)]
+    is_right = logits.argmax(axis=-1) == labels[begin:begin + size]
+    correct += int(np.sum(is_right & np.isfinite(logits).all(axis=-1)))
+  return correct
+
+
+def _accuracy(hits: np.ndarray) -> dict[str, Any]:
+  low, high = awp_jax.confidence_interval(int(hits.sum()), hits.size)
+  return {'accuracy': float(hits.mean()), 'interval_95': [low, high]}
+
+
+def _summarize(result: awp_jax.AttackResult) -> dict[str, Any]:
+  """An evaluation's entry in `evaluation.json`."""
+  return {
+      'robust': _accuracy(result.robust),
+      'seconds': sum(attack.seconds for attack in result.attacks),
+      'largest_distance': max(a.largest_distance for a in result.attacks),
+      'attacks': [
+          {'name': attack.name, 'seconds': attack.seconds,
+           'robust_accuracy_after': attack.robust_accuracy,
+           'largest_distance': attack.largest_distance,
+           'broken': attack.broken.tolist(),
+           'anomalies': attack.anomalies._asdict()}
+          for attack in result.attacks],
+      'warnings': [warning._asdict() for warning in result.warnings]}

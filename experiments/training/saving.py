@@ -1,0 +1,109 @@
+"""Saves and restores the state of a training run."""
+
+from typing import Any
+
+import awp_jax
+from experiments.runs import checkpoints
+from experiments.runs import run as run_lib
+from experiments.training import step as step_lib
+
+
+class Saving:
+  """The last and the best checkpoint of a run.
+
+  Attributes:
+    last: the checkpoint that training resumes from.
+    best: the checkpoint with the highest robust accuracy.
+  """
+
+  def __init__(self, run: run_lib.Run) -> None:
+    """Opens both checkpoints, which need not exist.
+
+    Args:
+      run: the run.
+    """
+    self._run, self._order = run, run.order
+    self.last = checkpoints.Checkpoints(run.workdir, 'last')
+    self.best = checkpoints.Checkpoints(run.workdir, 'best')
+
+  def restore(self) -> tuple[awp_jax.TrainState, step_lib.Sums, dict[str, Any]]:
+    """The state to continue from, on all devices.
+
+    Returns:
+      State, sums and notes of the last checkpoint. Without a checkpoint, the
+      initial state, zero sums and no notes.
+
+    Raises:
+      CheckpointError: if the checkpoint belongs to other images or another
+        network.
+    """
+    notes: dict[str, Any] = {}
+    if self.last.step() is not None:
+      state, sums = run_lib.initial_state(self._run), step_lib.zero_sums()
+      stored, notes = self.last.load(step_lib.to_tree(state, sums))
+      state, sums = step_lib.from_tree(state, stored)
+      self._check_order(notes)
+    else:
+      state, message = run_lib.first_state(self._run)
+      sums = step_lib.zero_sums()
+      if message:
+        print(message, flush=True)
+    return step_lib.replicate(state), step_lib.replicate(sums), notes
+
+  def _check_order(self, notes: dict[str, Any]) -> None:
+    """Raises CheckpointError if the order of images changed."""
+    now = self._order
+    then = {name: notes.get(name) for name in now}
+    if then != now:
+      raise checkpoints.CheckpointError(
+          f'the checkpoint in {self.last.folder} was written with {then}, this '
+          f'run has {now}: use the same images and devices '
+          f'({notes.get("num_devices")}, now {self._run.num_devices}), or '
+          'another workdir.')
+    if notes['num_devices'] != self._run.num_devices:
+      print(
+          f'resuming with {self._run.num_devices} devices instead of '
+          f'{notes["num_devices"]}: noise and batch statistics are per device, '
+          'so results will differ from those of an uninterrupted run.',
+          flush=True)
+
+  def save_last(
+      self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums, *,
+      seconds: float, is_suspicious: bool) -> None:
+    """Writes the last checkpoint.
+
+    Args:
+      step: number of completed steps.
+      state: the state after them.
+      sums: metrics of the epoch so far.
+      seconds: training time of the epoch so far.
+      is_suspicious: whether a collapse is suspected.
+    """
+    self.last.save(
+        step, step_lib.to_tree(state, sums),
+        {'seconds_training': seconds, 'suspicious': is_suspicious,
+         'num_devices': self._run.num_devices, **self._order})
+
+  def save_best(
+      self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums,
+      line: dict[str, Any]) -> None:
+    """Writes the best checkpoint.
+
+    Args:
+      step: number of completed steps.
+      state: the state after them.
+      sums: metrics of the epoch.
+      line: the epoch's line of `metrics.jsonl`.
+    """
+    self.best.save(step, step_lib.to_tree(state, sums), line)
+
+  def describe_last(self) -> str:
+    """A sentence on the last checkpoint, for an error."""
+    step = self.last.step()
+    return ('No state was saved before.' if step is None else
+            f'The state of step {step} is in {self.last.folder}.')
+
+  def close(self) -> None:
+    """Closes both checkpoints."""
+    self.last.close()
+    self.best.close()

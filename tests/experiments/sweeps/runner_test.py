@@ -1,0 +1,251 @@
+"""The processes of a sweep: failures, signals, locks, and a real run."""
+
+import fcntl
+import json
+import os
+import pathlib
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+
+from PIL import Image
+import pytest
+
+from experiments import table
+from experiments.sweeps import jobs, runner
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+CONFIGS = ROOT / 'experiments/configs'
+
+
+#: Replaces `main.py`; the config's argument sets what it does.
+FAKE = '''
+import json, os, pathlib, signal, sys, time
+
+flags = dict(a.lstrip('-').split('=', 1) for a in sys.argv[1:])
+folder = pathlib.Path(flags['workdir'])
+with (folder.parent / 'calls').open('a') as calls:
+  calls.write(json.dumps(sys.argv[1:]) + chr(10))
+argument = flags['config'].partition(':')[2]
+if argument == 'fail':
+  print('WARNING: all is well', file=sys.stderr)
+  print('error: awp.gamma must be small.', file=sys.stderr)
+  sys.exit('Exception ignored in: something else')
+if argument == 'crash':
+  print('Traceback', file=sys.stderr)
+  print('KeyError: 3', file=sys.stderr)
+  sys.exit(1)
+if argument == 'silent':
+  sys.exit(3)
+if argument == 'kill':
+  os.kill(os.getpid(), signal.SIGKILL)
+folder.mkdir()
+if argument == 'quit':
+  sys.exit(0)
+seed = int(flags['config.seed'])
+config = {'epochs': 1, 'batch_size': 16, 'select_on': 'test', 'seed': seed}
+line = {'epoch': 1, 'images': 40, 'seconds_training': 6.0}
+for split, shift in (('train', 0.25), ('test', 0.0)):
+  line[split + '_robust_accuracy'] = 0.25 + shift + seed / 8
+  line[split + '_natural_accuracy'] = 0.5 + shift + seed / 8
+(folder / 'config.json').write_text(json.dumps(config))
+if argument == 'wait':
+  caught = []
+  signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+  (folder / 'ready').write_text('')
+  while not caught:
+    time.sleep(0.01)
+  time.sleep(0.2)
+  (folder / 'caught').write_text(str(len(caught)))
+  sys.exit(0)
+(folder / 'metrics.jsonl').write_text(json.dumps(line))
+(folder / 'summary.json').write_text('{}')
+'''
+
+
+@pytest.fixture
+def fake(tmp_path):
+  path = tmp_path / 'fake_main.py'
+  path.write_text(FAKE)
+  return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return tmp_path / 'runs'
+
+
+def calls(folder):
+  return [json.loads(text) for text in (folder / 'calls').open()]
+
+
+def check_table(folder):
+  """Checks the files of the sweep with failures below."""
+  text = (folder / 'table.md').read_text()
+  deviation = statistics.stdev([25, 37.5])
+  assert f'| mine:good | 0, 1 | 31.25 ± {deviation:.2f} | - |' in text
+  assert 'mine:crash, seed 0: failed: KeyError: 3' in text
+  stored = json.loads((folder / 'table.json').read_text())
+  assert [run['measured']['best'] for run in stored['mine:good']['runs']] == [
+      25.0, 37.5]
+  assert stored['mine:kill, seed 0']['runs'][0]['error'] == (
+      'failed: killed by SIGKILL')
+  with Image.open(folder / 'table.png') as image:
+    assert image.format == 'PNG' and image.width > 900
+
+
+def test_failures_are_listed_and_other_runs_continue(
+    folder, fake, tmp_path, capsys):
+  config = tmp_path / 'mine.py'
+  config.write_text('')
+  kinds = ('fail', 'crash', 'silent', 'kill', 'quit', 'good')
+  arguments = [
+      '--configs=' + ','.join(f'{config}:{kind}' for kind in kinds),
+      f'--workdir={folder}', '--seeds=0,1', '--config.epochs=1']
+  assert table.main(arguments, fake) == 1
+  states = {
+      kind: runner.state_of(folder, f'mine+{kind}-seed1') for kind in kinds}
+  assert states == {
+      'fail': ('failed', 0, 'failed: error: awp.gamma must be small.'),
+      'crash': ('failed', 0, 'failed: KeyError: 3'),
+      'silent': ('failed', 0, 'failed: exit code 3, no output'),
+      'kill': ('failed', 0, 'failed: killed by SIGKILL'),
+      'quit': ('stopped', 0, ''), 'good': ('finished', 1, '')}
+  assert calls(folder)[-1] == [
+      f'--config={config}:good', f'--workdir={folder}/mine+good-seed1',
+      '--config.seed=1', '--config.epochs=1']
+  out = capsys.readouterr().out
+  assert 'mine:fail, seed 1: failed: error: awp.gamma must be small.' in out
+  check_table(folder)
+
+  # Finished runs are not repeated; failed ones are.
+  before = len(calls(folder))
+  assert table.main(
+      [*arguments[:2], '--seeds=1', f'--configs={config}:good,{config}:fail'],
+      fake) == 1
+  assert [call[0] for call in calls(folder)[before:]] == [
+      f'--config={config}:fail']
+
+  # A finished run is not reported for other values.
+  with pytest.raises(ValueError, match=r'a run with epochs=1; choose another'):
+    runner.run_jobs(
+        [jobs.Job(f'{config}:good', 0)], folder, ['--config.epochs=2'], fake)
+
+  # Without --configs, the table lists all runs and starts none.
+  before = len(calls(folder))
+  assert table.main([f'--workdir={folder}', '--only_table'], fake) == 0
+  out = capsys.readouterr().out
+  assert all(f'mine:{kind}' in out for kind in kinds)
+  assert len(calls(folder)) == before
+
+
+@pytest.mark.parametrize('stored, text, same', [
+    (1, '1', True), (1, '2', False), (0.01, '1e-2', True), (0.5, '0.51', False),
+    (True, 'true', True), (True, 'False', False), ('AT', 'AT', True),
+    ('AT', 'MART', False), ([0.5, 0.75], '(0.5, 0.75)', True),
+    ([0.5, 0.75], '(0.5,)', False), ('', '', True), ('', 'x y', False)])
+def test_values_as_flags(stored, text, same, tmp_path):
+  job = jobs.Job('a.py', 0)
+  (tmp_path / job.name).mkdir()
+  (tmp_path / job.name / 'config.json').write_text(
+      json.dumps({'b.c': stored, 'data_dir': 'x', 'evaluation.d': 1}))
+  free = ['--config.data_dir=y', '--config.evaluation.d=2', '--config.new=3']
+  runner.check_overrides([job], tmp_path, free)
+  if same:
+    runner.check_overrides([job], tmp_path, [f'--config.b.c={text}'])
+  else:
+    with pytest.raises(ValueError, match='choose another --workdir'):
+      runner.check_overrides([job], tmp_path, [f'--config.b.c={text}'])
+
+
+def test_the_table_leaves_accelerators_to_the_runs(folder, fake, tmp_path):
+  config = tmp_path / 'mine.py'
+  config.write_text('')
+  runner.run_jobs([jobs.Job(f'{config}:good', 0)], folder, main=fake)
+  # Asking JAX for a device would be an error.
+  done = subprocess.run(
+      [sys.executable, ROOT / 'experiments/table.py', '--only_table',
+       f'--workdir={folder}'],
+      env=os.environ | {'JAX_PLATFORMS': 'nowhere'}, capture_output=True,
+      text=True, check=False)
+  assert done.returncode == 0 and done.stderr == ''
+  assert 'mine:good' in done.stdout and (folder / 'table.png').exists()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_the_run_gently(number, folder, fake, tmp_path):
+  config = tmp_path / 'mine.py'
+  config.write_text('')
+  listed = [jobs.Job(f'{config}:wait', seed) for seed in (0, 1)]
+  ready, state = folder / listed[0].name / 'ready', []
+
+  def interrupt():
+    end = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < end:
+      time.sleep(0.01)
+    state.append(runner.state_of(folder, listed[0].name).kind)
+    os.kill(os.getpid(), number)
+
+  # Background jobs of a shell ignore SIGINT, and the sweep respects that.
+  before = signal.signal(number, signal.SIG_DFL)
+  try:
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert runner.run_jobs(listed, folder, main=fake) == number.name
+    thread.join()
+    assert signal.getsignal(number) == signal.SIG_DFL
+  finally:
+    signal.signal(number, before)
+  assert state == ['running']
+  assert (ready.parent / 'caught').read_text() == '1'
+  assert runner.state_of(folder, listed[0].name).kind == 'stopped'
+  assert runner.state_of(folder, listed[1].name).kind == 'not started'
+  assert len(calls(folder)) == 1
+
+
+def test_a_run_of_another_process_is_left_alone(folder, fake, tmp_path, capsys):
+  config = tmp_path / 'mine.py'
+  config.write_text('')
+  job = jobs.Job(str(config), 0)
+  folder.mkdir()
+  with (folder / f'{job.name}.stderr').open('w') as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    assert runner.run_jobs([job], folder, main=fake) is None
+    assert runner.state_of(folder, job.name).kind == 'running'
+  assert 'running in another process' in capsys.readouterr().out
+  assert not (folder / 'calls').exists()
+  runner.run_jobs([job], folder, main=fake)
+  assert runner.state_of(folder, job.name).kind == 'finished'
+
+
+TINY = [f'--config.{field}' for field in (
+    'num_train=32', 'num_test=32', 'batch_size=32', 'epochs=1',
+    'attack.num_steps=1', 'eval.num_steps=1', 'eval.batch_size=32',
+    'eval.num_train=32', 'eval.every_epochs=1')]
+
+
+def test_real_runs(folder, monkeypatch, capfd):
+  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
+  arguments = [f'--configs={CONFIGS}/digits_at.py', f'--workdir={folder}']
+  assert table.main([*arguments, *TINY], runner.MAIN) == 0
+  out, err = capfd.readouterr()
+  assert 'robust accuracy: best' in out and err == ''
+  summary = json.loads((folder / 'digits_at-seed0/summary.json').read_text())
+  stored = json.loads((folder / 'table.json').read_text())['digits_at']
+  (run,) = stored['runs']
+  assert run['kind'] == 'finished'
+  assert run['measured']['best'] == (
+      100 * summary['best']['robust_accuracy'])
+  assert run['measured']['gap'] == (
+      100 * summary['robust_generalisation_gap'])
+  assert stored['changed']['num_train'] == 32
+  assert stored['published'] is None
+
+  arguments[0] = f'--configs={CONFIGS}/digits_awp.py'
+  assert table.main([*arguments, '--config.awp.gama=1'], runner.MAIN) == 1
+  out, err = capfd.readouterr()
+  assert "failed: error: the config has an unknown field 'awp.gama'" in out
+  assert '\ndigits_at ' in out and err == ''
