@@ -179,7 +179,8 @@ def check_smoothing(smoothing: float) -> None:
 
 def _cached(make: Callable[..., Objective]) -> Callable[..., Objective]:
   """Caches objectives, so that equal arguments give one static object."""
-  cached = functools.cache(make)
+  # 3.0 and np.float64(3.0) are equal but promote differently.
+  cached = functools.lru_cache(maxsize=None, typed=True)(make)
 
   def find(*arguments: float) -> Objective:
     try:

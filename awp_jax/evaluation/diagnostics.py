@@ -103,7 +103,7 @@ def check_batch_dependence(
 
 
 def check_logits(logits: np.ndarray) -> tuple[int, bool]:
-  """Number of rows that are not finite; whether rows look like probabilities."""
+  """Counts rows that are not finite; checks for rows of probabilities."""
   finite = np.all(np.isfinite(logits), axis=-1)
   rows = logits[finite]
   sums = np.abs(rows.sum(axis=-1) - 1) < 1e-5

@@ -146,9 +146,9 @@ def apply_at_perturbed(
     gradients: the gradients at w + v.
     update_at: the parameters passed to `tx`, on which its weight decay acts:
       'perturbed' (w + v, as in the code of AWP) or 'natural' (w).
-    value: the loss at w + v, for optimizers that take it as an extra argument,
-      such as `optax.contrib.reduce_on_plateau`. Optimizers that evaluate the
-      loss by a `value_fn` are not supported.
+    value: the loss that the method descends, for optimizers that take it as an
+      extra argument, such as `optax.contrib.reduce_on_plateau`. Optimizers
+      that evaluate the loss by a `value_fn` are not supported.
 
   Returns:
     The next w and the next optimizer state.

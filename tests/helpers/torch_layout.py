@@ -152,9 +152,9 @@ def random_variables(model, channels=3, seed=0):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def assert_same(got, wanted):
-  assert jax.tree.structure(got) == jax.tree.structure(wanted)
-  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+def assert_same(got, expected):
+  assert jax.tree.structure(got) == jax.tree.structure(expected)
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
     assert x.dtype == y.dtype and x.shape == y.shape
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 

@@ -179,3 +179,18 @@ def test_mean_rise():
 def test_mean_rise_refuses(alphas, losses, shown):
   with pytest.raises(ValueError, match=shown):
     awp_jax.mean_rise(alphas, losses)
+
+
+def test_batches_draw_for_themselves_and_points_alike():
+
+  def measure(params, batch, key):
+    del params
+    draws = jax.random.uniform(key, batch.shape)
+    return {str(turn): draws * (batch == turn) for turn in range(2)}
+
+  points = landscape.evaluate_points(
+      jax.random.key(0), measure, {'w': jnp.ones((2, 2))},
+      [{'w': jnp.ones((2, 2))}], [[0.0], [1.0]], np.repeat([0, 1], 4),
+      batch_size=4)
+  assert points[0] == points[1]
+  assert abs(points[0]['0'] - points[0]['1']) > 1e-3

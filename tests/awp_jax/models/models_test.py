@@ -1,4 +1,4 @@
-"""Networks: sizes known from the papers, shapes, types, initialisers."""
+"""Networks: published parameter counts, shapes, types, initializers."""
 
 import jax
 import jax.numpy as jnp
@@ -56,18 +56,18 @@ def test_types(make, dtype):
   assert logits.dtype == jnp.float32
 
 
-def test_normalisation_is_inside():
+def test_normalization_is_inside():
   plain = PreActResNet(3, width=2)
   inside = PreActResNet(3, width=2, mean=(0.2, 0.3, 0.4), std=(0.5, 0.25, 2.0))
   x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3))
   variables = jax.jit(plain.init)(jax.random.key(1), x)
-  normalised = (x - jnp.array([0.2, 0.3, 0.4])) / jnp.array([0.5, 0.25, 2.0])
-  wanted = plain.apply(variables, normalised)
-  np.testing.assert_allclose(inside.apply(variables, x), wanted, atol=1e-5)
-  assert np.abs(plain.apply(variables, x) - wanted).max() > 1e-3
+  normalized = (x - jnp.array([0.2, 0.3, 0.4])) / jnp.array([0.5, 0.25, 2.0])
+  expected = plain.apply(variables, normalized)
+  np.testing.assert_allclose(inside.apply(variables, x), expected, atol=1e-5)
+  assert np.abs(plain.apply(variables, x) - expected).max() > 1e-3
 
 
-def test_initialisers_have_their_scale():
+def test_initializers_have_their_scale():
   x = jnp.ones((1, 8, 8, 3))
   params = jax.jit(PreActResNet(10, width=32).init)(
       jax.random.key(0), x)['params']

@@ -155,9 +155,9 @@ def test_normalization_in_the_state_dict(small, names):
   for name, values in zip(names, CIFAR.values(), strict=True):
     state_dict = state_dict | {
         name: np.asarray(values, np.float32)[None, :, None, None]}
-  for got, wanted in zip(
+  for got, expected in zip(
       normalization(state_dict), CIFAR.values(), strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-7)
+    np.testing.assert_allclose(got, expected, rtol=1e-7)
   found = model_from_torch(state_dict)
   assert found.mean == normalization(state_dict)[0]
   assert_same(from_torch(state_dict, found), variables)

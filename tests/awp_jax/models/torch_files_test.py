@@ -18,7 +18,8 @@ from awp_jax.models.torch_exchange.files import (
   _literal,
   _tensor_opcodes,
 )
-from tests.helpers.torch_layout import assert_same
+from tests.helpers.torch_layout import assert_same, prepared
+
 
 def write_archive(path, data, storages=(), compression=zipfile.ZIP_STORED):
   with zipfile.ZipFile(path, 'w', compression) as archive:
@@ -79,12 +80,12 @@ STREAM = b''.join([
 
 
 def test_files_as_pytorch_wrote_them(tmp_path):
-  wanted = np.arange(6, dtype=np.float32).reshape(2, 3).T
+  expected = np.arange(6, dtype=np.float32).reshape(2, 3).T
   path = tmp_path / 'a.pt'
   write_archive(path, PICKLE % (b'X\x01\x00\x00\x000', b''), [NUMBERS])
-  assert_same(read_state_dict(path), {'a': wanted})
+  assert_same(read_state_dict(path), {'a': expected})
   path.write_bytes(STREAM)
-  assert_same(read_state_dict(path), {'a': wanted})
+  assert_same(read_state_dict(path), {'a': expected})
   for length in range(len(STREAM)):
     path.write_bytes(STREAM[:length])
     with pytest.raises(ValueError, match=r'cannot read .*: it is '):
@@ -183,10 +184,10 @@ def test_views_of_storages(tmp_path, offset, size, stride):
       dictionary(_literal('a') + tensor_of(offset, size, stride)),
       [np.arange(6, dtype='<f4').tobytes()])
   got = read_state_dict(tmp_path / 'a.pth')['a']
-  wanted = np.empty(size, np.float32)
+  expected = np.empty(size, np.float32)
   for index in np.ndindex(size):
-    wanted[index] = offset + np.dot(index, stride)
-  np.testing.assert_array_equal(got, wanted)
+    expected[index] = offset + np.dot(index, stride)
+  np.testing.assert_array_equal(got, expected)
 
 
 @pytest.mark.parametrize('offset,size,stride', [
@@ -220,9 +221,9 @@ def test_storages_shared_and_of_a_wrong_size(tmp_path):
     read_state_dict(tmp_path / 'a.pth')
 
 
-def test_truncated_files(small, tmp_path):
+def test_truncated_files(tmp_path):
   path = tmp_path / 'a.pth'
-  write_state_dict(path, small[2])
+  write_state_dict(path, prepared('WRN-10-1')[1])
   whole = path.read_bytes()
   for length in (0, 3, 40, len(whole) // 2, len(whole) - 1):
     path.write_bytes(whole[:length])

@@ -12,6 +12,7 @@ from experiments.config import build
 from experiments.modes import evaluate
 from experiments.runs import metrics
 from experiments.runs import run as run_lib
+from experiments.util import atomic
 from experiments.util.errors import UserError
 from tests.experiments.modes import train_test
 from tests.experiments.modes.evaluated_run import (
@@ -132,7 +133,7 @@ def test_a_pytorch_checkpoint(evaluated, tmp_path):
   from awp_jax.models import WideResNet, torch_exchange
   from awp_jax.models.torch_exchange.files import write_state_dict
 
-  run, _ = evaluated
+  run, values = evaluated
   model = WideResNet(4, depth=10, width=1)
   images = run.dataset.x_test / np.float32(255)
   variables = jax.jit(model.init)(jax.random.key(0), images[:1])
@@ -141,7 +142,8 @@ def test_a_pytorch_checkpoint(evaluated, tmp_path):
   config = run.config.copy_and_resolve_references()
   config.evaluation.torch_checkpoint = str(path)
   config.evaluation.attacks = ('fgsm',)
-  before = json.loads((run.workdir / 'evaluation.json').read_text())
+  before = json.loads(json.dumps(values))
+  atomic.write_json(run.workdir / 'evaluation.json', before)
   subjects = evaluate.evaluate(run._replace(config=config))['subjects']
   entry = subjects.pop('torch-net')
   assert subjects == before['subjects']  # those of the checkpoints are kept

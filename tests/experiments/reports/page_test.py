@@ -279,3 +279,21 @@ def test_logits_that_are_not_finite_have_no_class():
 def test_templates_are_where_the_code_looks():
   names = {path.name for path in pathlib.Path(page_lib.TEMPLATES).iterdir()}
   assert {'report.html.j2', 'comparison.html.j2'} <= names
+
+
+def test_batches_of_the_gradient_start_at_points_of_their_own(reported):
+  run, _, _ = reported
+  ((_, _, variables),) = restore.load_variables(run, ('best',))
+  rows = [0, 1, 2, 3]
+
+  def gradient(rows):
+    return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(
+        probe.robust_gradient(
+            jax.random.key(0), run.model, variables, run.dataset.x_train[rows],
+            run.dataset.y_train[rows], run.setup.threat, step_size=1e-6,
+            num_steps=1, batch_size=4))])
+
+  # A second batch of the same images from the same starts would not show.
+  one, two = gradient(rows), gradient(rows + rows)
+  assert np.abs(two - one).max() > 1e-3 * np.abs(one).max()
+  np.testing.assert_array_equal(gradient(rows + rows), two)
