@@ -544,7 +544,7 @@ def test_a_pytorch_checkpoint(evaluated, tmp_path):
   from awp_jax.models import WideResNet, torch_exchange
   from awp_jax.models.torch_files import write_state_dict
 
-  run, _ = evaluated
+  run, values = evaluated
   model = WideResNet(4, depth=10, width=1)
   images = run.dataset.x_test / np.float32(255)
   variables = jax.jit(model.init)(jax.random.key(0), images[:1])
@@ -553,7 +553,8 @@ def test_a_pytorch_checkpoint(evaluated, tmp_path):
   config = run.config.copy_and_resolve_references()
   config.evaluation.torch_checkpoint = str(path)
   config.evaluation.attacks = ('fgsm',)
-  before = json.loads((run.workdir / 'evaluation.json').read_text())
+  before = json.loads(json.dumps(values))
+  results.write_json(run.workdir / 'evaluation.json', before)
   subjects = evaluate.evaluate(run._replace(config=config))['subjects']
   entry = subjects.pop('torch-net')
   assert subjects == before['subjects']  # those of the checkpoints stay

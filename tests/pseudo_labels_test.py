@@ -183,7 +183,7 @@ def test_a_pytorch_file(trained, unlabelled, tmp_path):
   write_state_dict(file, torch_exchange.to_torch(variables, model))
   run = pseudo_labels.prepare(trained.workdir, file)
   subject = pseudo_labels.load_subject(run, 'best')
-  assert subject.name == 'net'
+  assert subject.name == 'torch-net'
   # The file holds no normalisation, so that of the data is taken.
   model = PreActResNet(
       4, width=2, mean=tuple(run.dataset.mean), std=tuple(run.dataset.std))

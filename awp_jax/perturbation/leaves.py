@@ -29,6 +29,7 @@ or wider; nothing is stored for the others:
 
 from collections.abc import Mapping
 import fnmatch
+import inspect
 from typing import Any, TypeAlias
 
 import jax
@@ -165,6 +166,19 @@ def _by_predicate(
       bool(mask(path, leaf)) for path, leaf in zip(paths, layers, strict=True)])
 
 
+def _is_predicate(mask: Any) -> bool:
+  """Whether `mask` can be called with (path, leaf)."""
+  if not callable(mask):
+    return False
+  try:
+    inspect.signature(mask).bind('path', None)
+  except TypeError:
+    return False
+  except ValueError:  # some builtins have no signature
+    return True
+  return True
+
+
 def weight_mask(
     params: Params, mask: Mask = is_weight, stack_axes: StackAxes = 0
 ) -> Params:
@@ -200,7 +214,7 @@ def weight_mask(
   # may be a pytree.
   is_tree = got == wanted and all(
       isinstance(flag, bool | np.bool_) for flag in jax.tree.leaves(mask))
-  if callable(mask) and not is_tree:
+  if not is_tree and _is_predicate(mask):
     return _by_predicate(params, mask, stack_axes)
   if not is_tree:
     raise ValueError(
