@@ -30,7 +30,7 @@ or wider; nothing is stored for the others:
 from collections.abc import Mapping
 import fnmatch
 import inspect
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -166,7 +166,7 @@ def _by_predicate(
       bool(mask(path, leaf)) for path, leaf in zip(paths, layers, strict=True)])
 
 
-def _is_predicate(mask: Any) -> bool:
+def _is_predicate(mask: Any) -> TypeGuard[LeafPredicate]:
   """Whether `mask` can be called with (path, leaf)."""
   if not callable(mask):
     return False
