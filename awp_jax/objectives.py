@@ -179,7 +179,8 @@ def check_smoothing(smoothing: float) -> None:
 
 def _cached(make: Callable[..., Objective]) -> Callable[..., Objective]:
   """One object for equal arguments, which a jitted step takes as static."""
-  cached = functools.cache(make)
+  # 3.0 and np.float64(3.0) are equal, and promote differently.
+  cached = functools.lru_cache(maxsize=None, typed=True)(make)
 
   def find(*arguments: float) -> Objective:
     try:

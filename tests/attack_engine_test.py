@@ -253,3 +253,36 @@ def test_programs_hold_no_weights(wrap, chunked, monkeypatch):
   longest = max(
       len(word) for text in texts for word in text.split())
   assert longest < 1000, longest
+
+
+def test_keys_differ_by_example_and_run_whatever_the_batch():
+  indices, runs = np.array([0, 0, 1, 1, 7, 2]), np.array([0, 1, 0, 1, 2, 7])
+
+  def keys_of(rows):
+    return np.asarray(jax.random.key_data(
+        contract.run_keys(KEY, indices[rows], runs[rows])))
+
+  keys = keys_of(np.arange(6))
+  assert len(np.unique(keys, axis=0)) == 6
+  for rows in ([3], [5, 3, 0]):
+    np.testing.assert_array_equal(keys_of(rows), keys[rows])
+
+
+@pytest.mark.filterwarnings(
+    'ignore::awp_jax.attacks.results.RobustnessWarning')
+def test_a_restart_starts_elsewhere():
+  # Flat logits, so only the start counts: half of the ball is class 1.
+  def flat_fn(x):
+    return jax.lax.stop_gradient(jnp.sign(threshold(x)))
+
+  images = np.full((16, 1), 0.499, np.float32)
+  stands = [
+      evaluate(
+          KEY, flat_fn, images, np.zeros(16, int), THREAT,
+          (fixed_step.pgd_spec(
+              'pgd', step_size=0.1, num_steps=1, restarts=restarts),),
+          options=QUIET).robust
+      for restarts in (1, 2)]
+  # The first run is the same; the second breaks others.
+  assert not (stands[1] & ~stands[0]).any()
+  assert 2 <= stands[1].sum() <= stands[0].sum() - 2

@@ -320,13 +320,14 @@ def test_rand_follows_the_policy_of_the_reference():
   def noisy_fn(x, key):
     return (x + noise * jax.random.normal(key, x.shape)) @ weights
 
-  # Draws depend on an example's index, so three copies are three seeds.
   spec = apgd.apgd_spec('apgd-ce', loss='ce', num_steps=16)
-  result = autoattack.auto_attack(
-      KEY, noisy_fn, np.tile(images, (3, 1)), np.tile(labels, 3),
-      ThreatModel('Linf', epsilon), version='rand', attacks=(spec,),
-      options=dataclasses.replace(KEYED, batch_size=900, num_draws=4))
-  ours = result.robust.reshape(3, count).mean(-1)
+  ours = np.asarray([
+      autoattack.auto_attack(
+          jax.random.key(seed), noisy_fn, images, labels,
+          ThreatModel('Linf', epsilon), version='rand', attacks=(spec,),
+          options=dataclasses.replace(KEYED, batch_size=900, num_draws=4)
+      ).robust.mean() for seed in (1, 2, 3)])
+  assert len(set(ours)) > 1
   # Two means of 900 verdicts of probability p differ by sqrt(2 p (1 - p) / 900)
   # = 0.02 in standard deviation.
   assert np.abs(ours - expected).max() < 0.06, (ours, expected)

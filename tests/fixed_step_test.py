@@ -3,12 +3,13 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from awp_jax.attacks import fixed_step, spsa
 from awp_jax.attacks import model as models
-from awp_jax.attacks.evaluation import EvalOptions
+from awp_jax.attacks.evaluation import EvalOptions, evaluate
 from awp_jax.threat import ThreatModel
 from tests import attack_oracles
 
@@ -195,3 +196,24 @@ def test_what_a_spec_says_of_its_attack():
       'p', step_size=1, num_steps=2, source_fn=lambda x: x)
   assert not black.white_box
   assert spsa.spsa_spec().name == 'spsa' and not spsa.spsa_spec().white_box
+
+
+def test_cw_ascends_the_margin():
+  # Class 1 wins at larger x. The cross-entropy follows 20 unlikelier classes
+  # to smaller x, where none of them wins.
+  def logits_fn(x):
+    x = x - 0.5
+    return jnp.concatenate([0 * x, x - 0.05] + [-1 - x] * 20, axis=1)
+
+  images, labels = np.full((4, 1), 0.5, np.float32), np.zeros(4, int)
+  threat = ThreatModel('Linf', 0.1)
+  options = EvalOptions(batch_size=4, check_model=False)
+  settings = {'step_size': 0.05, 'num_steps': 6}
+  found = fixed_step.cw_attack(
+      attack_oracles.KEY, logits_fn, images, labels, threat, options=options,
+      **settings)
+  assert not found.robust.any()
+  plain = evaluate(
+      attack_oracles.KEY, logits_fn, images, labels, threat,
+      (fixed_step.pgd_spec('cw-6', loss='ce', **settings),), options=options)
+  assert plain.robust.all()

@@ -384,3 +384,18 @@ def test_stacked_layers_have_norms_of_their_own(norm):
         {'kernel': d[layer]}, {'kernel': w[layer]}, norm=norm)
     np.testing.assert_allclose(
         whole['layers/kernel'][layer], alone['kernel'], rtol=1e-6)
+
+
+def test_batches_draw_for_themselves_and_points_alike():
+
+  def measure(params, batch, key):
+    del params
+    draws = jax.random.uniform(key, batch.shape)
+    return {str(turn): draws * (batch == turn) for turn in range(2)}
+
+  points = landscape.evaluate_points(
+      jax.random.key(0), measure, {'w': jnp.ones((2, 2))},
+      [{'w': jnp.ones((2, 2))}], [[0.0], [1.0]], np.repeat([0, 1], 4),
+      batch_size=4)
+  assert points[0] == points[1]
+  assert abs(points[0]['0'] - points[0]['1']) > 1e-3

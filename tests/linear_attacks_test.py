@@ -22,14 +22,32 @@ DUAL = {'Linf': 1, 'L2': 2, 'L1': np.inf}
 SHAPE = (5, 6, 1)
 
 
+def distances(logits, labels, weights, norm):
+  """To the boundary with each class, [N, C]; inf for the label."""
+  found = np.full(logits.shape, np.inf)
+  for i, label in enumerate(labels):
+    for k in set(range(logits.shape[1])) - {label}:
+      found[i, k] = (logits[i, label] - logits[i, k]) / np.linalg.norm(
+          weights[:, label] - weights[:, k], DUAL[norm])
+  return found
+
+
 @functools.cache
-def problem(norm, classes):
+def problem(norm, classes, twins=False):
   """A model, its weights, images, labels, distances to the boundary, a radius.
 
   About half of the examples lie beyond the radius, and none within 1 % of it.
+
+  Args:
+    norm: of the distances.
+    classes: how many.
+    twins: whether the classes are pairs of much the same weights. The logit of
+      a twin is the nearest, though its boundary need not be.
   """
   rng = np.random.default_rng(1)
   weights = rng.normal(size=(30, classes)).astype(np.float32)
+  if twins:
+    weights[:, 1::2] = weights[:, ::2] + 0.1 * weights[:, 1::2]
   images = rng.uniform(0.4, 0.6, size=(32, 30)).astype(np.float32)
 
   def logits_fn(x):
@@ -37,12 +55,7 @@ def problem(norm, classes):
 
   logits = logits_fn(images)
   labels = logits.argmax(-1)
-  distance = np.full((32, classes), np.inf)
-  for i, label in enumerate(labels):
-    for k in set(range(classes)) - {label}:
-      distance[i, k] = (logits[i, label] - logits[i, k]) / np.linalg.norm(
-          weights[:, label] - weights[:, k], DUAL[norm])
-  distance = distance.min(-1)
+  distance = distances(logits, labels, weights, norm).min(-1)
   middle = np.log(np.sort(distance)[10:22])
   widest = np.argmax(np.diff(middle))
   radius = float(np.exp((middle[widest] + middle[widest + 1]) / 2))
@@ -51,8 +64,8 @@ def problem(norm, classes):
       logits_fn, weights, images.reshape(-1, *SHAPE), labels, distance, radius)
 
 
-def run(spec, norm, classes):
-  logits_fn, _, images, labels, _, radius = problem(norm, classes)
+def run(spec, norm, classes, twins=False):
+  logits_fn, _, images, labels, _, radius = problem(norm, classes, twins)
   threat = ThreatModel(norm, radius)
   result = evaluate(
       attack_oracles.KEY, logits_fn, images, labels, threat, (spec,),
@@ -123,3 +136,22 @@ def test_five_classes(name, norm):
           'apgd-t', loss='dlr-targeted', num_steps=30),
       'fab': lambda: fab.fab_spec('fab', targeted=False, num_steps=20)}[name]()
   np.testing.assert_array_equal(run(spec, norm, 5), distance > radius)
+
+
+@pytest.mark.parametrize('name', ('apgd-t', 'fab-t'))
+def test_targets_beyond_the_likeliest_wrong_class(name):
+  # Within the radius of several examples lies no boundary but that of the third
+  # class or of a later one.
+  norm = 'L2'
+  logits_fn, weights, images, labels, distance, radius = problem(
+      norm, 10, twins=True)
+  logits = logits_fn(images)
+  second = np.argsort(-logits, axis=-1)[:, 1]
+  of_second = distances(logits, labels, weights, norm)[range(32), second]
+  assert np.sum((distance < radius) & (of_second > 1.2 * radius)) >= 5
+  spec = {
+      'apgd-t': lambda: apgd.apgd_spec(
+          'apgd-t', loss='dlr-targeted', num_steps=30),
+      'fab-t': lambda: fab.fab_spec('fab-t', targeted=True, num_steps=20)}
+  np.testing.assert_array_equal(
+      run(spec[name](), norm, 10, twins=True), distance > radius)

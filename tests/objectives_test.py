@@ -1,5 +1,7 @@
 """The losses against NumPy in float64, at extreme logits too."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -245,3 +247,45 @@ def test_half_precision_is_widened():
                objectives.cw_margin(z, jnp.array([0])) + jnp.log(8.0)):
     assert loss.dtype == jnp.float32
     np.testing.assert_allclose(loss, np.log(8), rtol=1e-6)
+
+
+@pytest.mark.parametrize('make,arguments', [
+    (objectives.natural, ()), (objectives.natural, (0.1,)),
+    (objectives.standard, ()), (objectives.standard, (0.1,)),
+    (objectives.trades, (3.0,)), (objectives.trades, (3.0, 0.1)),
+    (objectives.mart, (3.0,)), (objectives.mart, (3.0, 0.1))])
+def test_equal_arguments_give_one_object(make, arguments):
+  traces = []
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def mean(objective, z):
+    traces.append(1)
+    return jnp.mean(objective.train_loss(z, z, jnp.array([0])))
+
+  objective = make(*arguments)
+  assert make(*arguments) is objective
+  for _ in range(2):
+    mean(make(*arguments), jnp.ones((1, 3)))
+  assert len(traces) == 1
+  assert make(*arguments[:-1], 0.25) != objective
+
+
+@pytest.mark.parametrize('make', [objectives.trades, objectives.mart])
+def test_beta_may_be_traced_or_on_a_device(make, x64):
+  z, other, y = logits_and_labels(1.0)
+
+  def losses(beta):
+    return make(beta).train_loss(z, other, y)
+
+  compiled = jax.jit(losses)
+  for beta in (2.0, 5.0):
+    wanted = losses(beta)
+    for got in (losses(jnp.asarray(beta)), losses(np.float64(beta)),
+                compiled(beta)):
+      np.testing.assert_allclose(got, wanted, rtol=1e-12)
+  # The cache keeps no tracer for the next trace.
+  again = jax.jit(lambda beta: losses(beta) + 0)
+  np.testing.assert_allclose(again(2.0), losses(2.0), rtol=1e-12)
+  slope = jax.grad(lambda beta: jnp.sum(losses(beta)))(2.0)
+  np.testing.assert_allclose(
+      slope, np.sum(losses(1.0) - losses(0.0)), rtol=1e-10)

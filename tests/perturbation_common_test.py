@@ -148,8 +148,10 @@ def test_devices_agree_on_one_perturbation(name, way, x64):
   assert np.any(wanted[2]['dense']['kernel'])
 
 
-def test_parameters_that_vary_over_the_axis_are_an_error():
-  mesh = Mesh(np.array(jax.devices()[:4]), ('d',))
+@pytest.mark.parametrize('axis', ['d', 'm'])
+def test_parameters_that_vary_over_an_axis_are_an_error(axis):
+  # Over another axis than that of the examples, too.
+  mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ('d', 'm'))
   tx = optax.sgd(0.1)
 
   def step(params, x):
@@ -159,8 +161,10 @@ def test_parameters_that_vary_over_the_axis_are_an_error():
 
   params, x = {'kernel': jnp.ones((4, 8))}, jnp.ones((8, 4))
   spread = jax.shard_map(
-      step, mesh=mesh, in_specs=(P(None, 'd'), P('d')), out_specs=P(None, 'd'))
-  with pytest.raises(ValueError, match=r"replicated over axis 'd'.*: kernel"):
+      step, mesh=mesh, in_specs=(P(None, axis), P('d')),
+      out_specs=P(None, axis))
+  with pytest.raises(
+      ValueError, match=r"replicated where axis_name='d'.*: kernel"):
     jax.jit(spread)(params, x)
 
 

@@ -37,8 +37,19 @@ def linen_params():
       nn.Dense(3).init, jax.random.key(0), jnp.ones((1, 2)))['params']
 
 
+def boxed_params():
+  """Of linen, the kernel in an `nn.Partitioned`."""
+  dense = nn.Dense(3, kernel_init=nn.with_partitioning(
+      nn.initializers.ones, (None, 'model')))
+  params = jax.eval_shape(
+      dense.init, jax.random.key(0), jnp.ones((1, 2)))['params']
+  assert isinstance(params['kernel'], nn.Partitioned)
+  return params
+
+
 MODELS = {
     'linen': (linen_params, ['bias', 'kernel']),
+    'boxed linen': (boxed_params, ['bias', 'kernel']),
     'nnx': (lambda: nnx.split(Block())[1], [
         'dense/bias', 'dense/kernel', 'norm/bias', 'norm/scale']),
     'nnx module': (lambda: Block(), [
@@ -50,7 +61,7 @@ MODELS = {
             'layer/query', 'layer/value', 'layer/bias']),
     'list': (lambda: [{'w': jnp.ones((2, 2))}, jnp.ones(2)], ['0/w', '1'])}
 WEIGHTS = {
-    'linen': {'kernel'}, 'nnx': {'dense/kernel'},
+    'linen': {'kernel'}, 'boxed linen': {'kernel'}, 'nnx': {'dense/kernel'},
     'nnx module': {'dense/kernel'}, 'equinox': {'weight'},
     'dataclass': {'layer/query', 'layer/value'}, 'list': {'0/w'}}
 
@@ -120,6 +131,43 @@ def test_a_callable_pytree_of_bools_is_a_mask():
   assert np.any(v.bias) and not np.any(v.weight)
   with pytest.raises(ValueError, match='mask must be a predicate'):
     leaves.weight_mask({'kernel': jnp.ones((2, 2))}, flags)
+
+
+class Named(eqx.Module):
+  """A predicate that is a pytree with a bool."""
+
+  name: str
+  wanted: bool
+
+  def __call__(self, path, leaf):
+    return (path.split('/')[-1] == self.name) == self.wanted
+
+
+@pytest.mark.parametrize('wanted', [True, False])
+def test_a_predicate_that_is_a_pytree_is_called(wanted):
+  mask = Named('kernel', wanted)
+  assert jax.tree.leaves(mask)[-1] is wanted
+  # In the last its structure, of two leaves, is that of the parameters.
+  for params in ({'kernel': jnp.ones((2, 2)), 'bias': jnp.ones(2)},
+                 {'kernel': jnp.ones((2, 2))},
+                 Named(jnp.ones(2), jnp.ones((2, 2)))):
+    paths = set(leaves.leaf_paths(params))
+    kernels = {'kernel'} & paths
+    assert chosen(params, mask) == (kernels if wanted else paths - kernels)
+
+
+def test_a_list_of_bools_is_a_mask_of_a_list():
+  params = [jnp.ones((2, 2)), jnp.ones((2, 2)), jnp.ones(2)]
+
+  def loss_fn(p):
+    return jnp.sum((p[0] @ p[1]) ** 2) + jnp.sum(p[2] ** 2)
+
+  mask = [False, True, True]
+  method = methods.awp(0.1, mask=mask)
+  for v in (awp_jax.awp_perturbation(loss_fn, gamma=0.1, mask=mask)(params),
+            steps.find_perturbation(method, loss_fn)(
+                params, method.init(params))):
+    assert [bool(np.any(leaf)) for leaf in v] == mask
 
 
 def test_patterns_that_match_nothing():

@@ -1,5 +1,6 @@
 """Leaves, accumulation, passes: what the engine is made of."""
 
+import dataclasses
 import functools
 
 import jax
@@ -264,3 +265,26 @@ def test_scaled_methods():
   np.testing.assert_allclose(rising.ball.size_at(2), 0.6)
   with pytest.raises(ValueError, match='factor must be a finite number >= 0'):
     methods.scaled(method, -1)
+
+
+@pytest.mark.parametrize('name', ['momentum_awp', 'arwp'])
+def test_which_gradients_a_memory_observes(name, x64):
+  # Of a mixture: momentum follows what is descended, Fisher sums the gradient
+  # at w + v.
+  params = problem.params_as('float64')
+  method = dataclasses.replace(problem.make(name), mix=(0.5, 0.5))
+  outs = problem.run(method, optax.sgd(0.0), params, 2)
+  wanted = 0.0
+  for out in outs:
+    still, moved = (
+        np.asarray(jax.grad(problem.mean_fn)(p)['dense']['kernel'])
+        for p in (params, jax.tree.map(jnp.add, params, out.perturbation)))
+    if name == 'arwp':
+      beta = method.direction.observe.beta
+      wanted = beta * wanted + np.sum(moved ** 2, axis=0, keepdims=True)
+    else:
+      decay = method.direction.observe.decay
+      wanted = decay * wanted + (1 - decay) * (still + moved) / 2
+  assert np.abs(moved - still).max() > 1e-3
+  np.testing.assert_allclose(
+      outs[-1].method_state.memory['dense/kernel'], wanted, rtol=1e-10)

@@ -160,3 +160,56 @@ def test_what_it_cannot_do():
     tx.update(params, tx.init(params), params)
   with pytest.raises(ValueError, match='params must be handed'):
     tx.update(params, tx.init(params), grad_fn=lambda p: p)
+
+
+def steps_of(tx, params, num_calls, transparent, **extra):
+  """Some calls of `update` on the mean loss, compiled."""
+  grad_fn = jax.grad(problem.mean_fn)
+
+  @jax.jit
+  def update(params, state):
+    given = extra if transparent else extra | {'grad_fn': grad_fn}
+    updates, state = tx.update(grad_fn(params), state, params, **given)
+    assert jax.tree.map(lambda leaf: leaf.dtype, updates) == jax.tree.map(
+        lambda leaf: leaf.dtype, params)
+    return optax.apply_updates(params, updates), state
+
+  state = tx.init(params)
+  for _ in range(num_calls):
+    params, state = update(params, state)
+  return params, state
+
+
+@pytest.mark.parametrize('transparent', [False, True])
+def test_other_keywords_go_to_the_optimizer(transparent):
+  tx = perturbed_optimizer(
+      optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+      problem.make('awp'), transparent=transparent)
+  calls = 2 if transparent else 1
+  _, state = steps_of(
+      tx, problem.params_as('float32'), calls, transparent, value=1.25)
+  assert state.opt_state[1].best_value == 1.25
+
+
+@pytest.mark.filterwarnings('ignore:. perturbed parameters are in half')
+def test_transparent_updates_keep_half_precision():
+  # The optimizer's own updates are wider than the parameters.
+  tx, method = optax.adam(0.05, mu_dtype='float32'), problem.make('awp')
+  params = problem.params_as('bfloat16')
+  got, _ = steps_of(
+      perturbed_optimizer(tx, method, transparent=True), params, 4, True)
+  wanted = run(method, tx, params, 2)[-1].params
+  moved = problem.distance(wanted, params)
+  assert moved > 0.05
+  # Each of the four sums rounds to 8 bits of numbers below 2.
+  assert problem.distance(got, wanted) < 4 * 2 ** -8
+
+
+@pytest.mark.parametrize('gamma', [
+    np.float64(0.3), optax.cosine_decay_schedule(0.3, 4)])
+def test_transparent_updates_keep_float32_in_64_bit_mode(gamma, x64):
+  # The sizes are float64.
+  params, method = problem.params_as('float32'), methods.awp(gamma)
+  got, _ = steps_of(
+      perturbed_optimizer(TX, method, transparent=True), params, 4, True)
+  assert_close(got, run(method, TX, params, 2)[-1].params, 1e-5)

@@ -213,6 +213,24 @@ def test_gradient_does_not_depend_on_the_batches(reported):
     np.testing.assert_allclose(a, b, rtol=0.02, atol=2e-3)
 
 
+def test_batches_of_the_gradient_start_at_points_of_their_own(reported):
+  run, _, _ = reported
+  ((_, _, variables),) = subjects.load_variables(run, ('best',))
+  rows = [0, 1, 2, 3]
+
+  def gradient(rows):
+    return np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(
+        probe.robust_gradient(
+            jax.random.key(0), run.model, variables, run.dataset.x_train[rows],
+            run.dataset.y_train[rows], run.setup.threat, step_size=1e-6,
+            num_steps=1, batch_size=4))])
+
+  # A second batch of the same images from the same starts would not show.
+  one, two = gradient(rows), gradient(rows + rows)
+  assert np.abs(two - one).max() > 1e-3 * np.abs(one).max()
+  np.testing.assert_array_equal(gradient(rows + rows), two)
+
+
 def test_second_report_looks_at_nothing_again(reported, monkeypatch):
   run, _, _ = reported
   before = (run.workdir / 'report.html').read_text()

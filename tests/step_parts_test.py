@@ -296,6 +296,27 @@ def test_unperturbed_loss_is_the_loss_at_the_weights(x64):
     assert np.isnan(metrics.unperturbed_loss) and np.isfinite(metrics.loss)
 
 
+def test_perturbation_ratio_counts_the_perturbed_leaves_alone(x64):
+  # Gains [L, D] of stacked layers are vectors in each layer: no weights.
+  def forward_fn(params, stats, x, train, key):
+    x, _ = jax.lax.scan(
+        lambda x, layer: (jnp.tanh(x @ layer['kernel']) * layer['gain'], None),
+        x.reshape(len(x), -1), params['layers'])
+    return x @ params['head'], stats
+
+  rng = np.random.default_rng(1)
+  params = {
+      'layers': {'kernel': jnp.asarray(rng.standard_normal((2, 4, 4))),
+                 'gain': jnp.full((2, 4), 3.0)},
+      'head': jnp.asarray(rng.standard_normal((4, 3)))}
+  state = awp_jax.TrainState.create(
+      forward_fn=forward_fn, params=params, batch_stats=None, tx=REVEALING)
+  _, metrics = step(
+      state, batch_of(), objective=NATURAL,
+      perturbation=methods.awp(0.1, stack_axes={'layers/*': 1}))
+  np.testing.assert_allclose(metrics.perturbation_ratio, 0.1, rtol=1e-10)
+
+
 @pytest.mark.parametrize('devices', [None, 4])
 def test_gradient_floor_is_that_of_the_mean_loss(devices, x64):
   # A floor f on |grad of the mean| is B f on the gradient of an example's own

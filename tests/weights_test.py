@@ -499,3 +499,20 @@ def test_equinox_module():
   np.testing.assert_allclose(
       out.params.weight.T, wanted.params['kernel'], rtol=1e-5)
   np.testing.assert_allclose(out.params.bias, wanted.params['bias'], rtol=1e-5)
+
+
+@pytest.mark.parametrize('call', ['awp_step', 'perturbed_step'])
+def test_optimizers_get_the_loss_as_value(call):
+  params, tx = params_as('float32'), optax.chain(
+      optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))
+  if call == 'awp_step':
+    out = awp_jax.awp_step(loss_fn, tx, params, tx.init(params), gamma=0.3)
+  else:
+    method = methods.awp(0.3)
+    out = awp_jax.perturbed_step(
+        method, loss_fn, tx, params, tx.init(params), method.init(params))
+  # The loss at w + v, not at w.
+  shifted = jax.tree.map(jnp.add, params, out.perturbation)
+  assert loss_fn(shifted) > loss_fn(params) + 0.01
+  np.testing.assert_allclose(
+      out.opt_state[1].best_value, loss_fn(shifted), rtol=1e-5)

@@ -147,8 +147,8 @@ def apply_at_perturbed(
     update_at: the parameters that `tx` is shown, hence those that its weight
       decay acts on: 'perturbed' (w + v, as in the code of AWP) or 'natural'
       (w).
-    value: the loss at w + v, for optimizers that take it as an extra argument,
-      such as `optax.contrib.reduce_on_plateau`. Those that evaluate the loss
+    value: the loss that the method descends, for optimizers that take it as an
+      extra argument, such as `optax.contrib.reduce_on_plateau`. Those that evaluate the loss
       themselves, by `value_fn`, are not supported.
 
   Returns:
