@@ -148,8 +148,8 @@ def apply_at_perturbed(
       decay acts on: 'perturbed' (w + v, as in the code of AWP) or 'natural'
       (w).
     value: the loss that the method descends, for optimizers that take it as an
-      extra argument, such as `optax.contrib.reduce_on_plateau`. Those that evaluate the loss
-      themselves, by `value_fn`, are not supported.
+      extra argument, such as `optax.contrib.reduce_on_plateau`. Those that
+      evaluate the loss themselves, by `value_fn`, are not supported.
 
   Returns:
     The next w and the next optimizer state.
