@@ -11,6 +11,12 @@ from typing import IO, Any
 _SUFFIX = '.tmp'
 
 
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+  """A hidden file beside `path`, under a name of its own."""
+  return path.with_name(
+      f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}')
+
+
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
   """Opens a file that replaces `path` when the block ends.
@@ -29,8 +35,7 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
   Raises:
     OSError: if the file cannot be written.
   """
-  temporary = path.with_name(
-      f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}')
+  temporary = _temporary(path)
   try:
     with temporary.open('xb') as file:
       yield file
@@ -57,8 +62,7 @@ def create_text(path: pathlib.Path, text: str) -> bool:
   Returns:
     Whether this call created the file; True for one of concurrent callers.
   """
-  temporary = path.with_name(
-      f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}')
+  temporary = _temporary(path)
   try:
     with temporary.open('x') as file:
       file.write(text)
