@@ -40,7 +40,7 @@ def largest_difference(a, b):
 # One trajectory with the attack unrolled, as on the CPU, and two in a loop, as
 # on accelerators, which compiles faster.
 @pytest.mark.parametrize('name,norm,objective,statistics,unrolls', [
-    ('at_awp_linf', 'Linf', awp_jax.adversarial(), 'reference', False),
+    ('at_awp_linf', 'Linf', awp_jax.adversarial(), 'reference', True),
     ('at_awp_l2', 'L2', awp_jax.adversarial(), 'reference', False),
     # In this trajectory each of the two passes at w + v updates the statistics
     # once; the published TRADES code runs its natural pass twice.
