@@ -2,6 +2,9 @@
 
   python benchmarks/mutation.py awp_jax/threat.py tests/awp_jax/threat_test.py
 
+With `--output FILE` the survivors are stored; `--survivors_of FILE` runs them
+again, after tests were added.
+
 A mutant is the module with one change: another operator, comparison or
 constant, swapped branches of a `where`, a dropped keyword, a removed check or
 error. The tests run against each mutant in its own process, forked from one
@@ -229,8 +232,23 @@ def run_mutants(
   return verdicts
 
 
-def main() -> None:
-  """Runs the mutants of one module; prints and stores the survivors."""
+def _select(
+    mutants: list[Mutant], options: argparse.Namespace) -> list[Mutant]:
+  """Returns the mutants that the command line asks for."""
+  if options.lines:
+    first, last = map(int, options.lines.split('-'))
+    mutants = [m for m in mutants if first <= m.line <= last]
+  if options.survivors_of:
+    survivors = json.loads(options.survivors_of.read_text())['survivors']
+    mutants = [m for m in mutants
+               if {'line': m.line, 'change': m.change} in survivors]
+  if options.sample is not None and options.sample < len(mutants):
+    drawn = random.Random(0).sample(range(len(mutants)), options.sample)
+    mutants = [mutants[number] for number in sorted(drawn)]
+  return mutants
+
+
+def _parse() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('module', type=pathlib.Path)
   parser.add_argument('tests', nargs='+', help='test files or pytest options')
@@ -239,8 +257,17 @@ def main() -> None:
       '--lines', default='', help='range of lines to mutate, FIRST-LAST')
   parser.add_argument(
       '--sample', type=int, help='number of mutants to draw')
+  parser.add_argument(
+      '--survivors_of', type=pathlib.Path, metavar='JSON',
+      help='run only the survivors of an earlier output; the module must be '
+      'unchanged')
   parser.add_argument('--output', type=pathlib.Path, help='JSON file')
-  options = parser.parse_args()
+  return parser.parse_args()
+
+
+def main() -> None:
+  """Runs the mutants of one module; prints and stores the survivors."""
+  options = _parse()
   path = options.module.resolve()
   sys.path.insert(0, os.getcwd())
   os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -257,14 +284,8 @@ def main() -> None:
   import pytest  # noqa: F401
 
   source = path.read_text()
-  mutants = make_mutants(source)
-  if options.lines:
-    first, last = map(int, options.lines.split('-'))
-    mutants = [m for m in mutants if first <= m.line <= last]
-  possible = len(mutants)
-  if options.sample is not None and options.sample < possible:
-    drawn = random.Random(0).sample(range(possible), options.sample)
-    mutants = [mutants[number] for number in sorted(drawn)]
+  possible = make_mutants(source)
+  mutants = _select(possible, options)
   unchanged = Mutant(0, 'nothing', source)
   started = time.monotonic()
   if run_mutants(path, [unchanged], options.tests, 1, 1e4) != ['survived']:
@@ -274,13 +295,13 @@ def main() -> None:
   verdicts = run_mutants(path, mutants, options.tests, options.jobs, limit)
   seconds = time.monotonic() - started
   counts = {v: verdicts.count(v) for v in ('killed', 'timeout', 'survived')}
-  print(f'{options.module}: {len(mutants)} of {possible} mutants, {counts}, '
-        f'{seconds:.0f} s')
+  print(f'{options.module}: {len(mutants)} of {len(possible)} mutants, '
+        f'{counts}, {seconds:.0f} s')
   if options.output:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps({
         'module': str(options.module), 'tests': options.tests,
-        'possible': possible, 'mutants': len(mutants), **counts,
+        'possible': len(possible), 'mutants': len(mutants), **counts,
         'seconds': round(seconds),
         'survivors': [
             {'line': m.line, 'change': m.change}
