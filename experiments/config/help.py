@@ -24,12 +24,12 @@ def text(width: int = 44) -> str:
   defaults = build.flatten(base.get_config())
   group = ''
   lines: list[str] = []
-  for line in inspect.getsource(base.get_config).splitlines():
+  for line in inspect.getsource(base).splitlines():
     if match := _GROUP.fullmatch(line):
       group = f'{match[1]}.'
       if lines and not lines[-1].startswith('  #'):
         lines.append('')
-    elif line.strip() == '})':
+    elif line.strip() == '})' or line.startswith('def '):
       group = ''
       lines.append('')
     elif line.startswith('  # '):

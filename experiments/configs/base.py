@@ -10,12 +10,19 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   """The paper's setting without weight perturbation; all options off."""
   config = ml_collections.ConfigDict()
+  for add in (_add_data, _add_model, _add_objective, _add_optimization,
+              _add_evaluation, _add_landscape):
+    add(config)
+  return config
+
+
+def _add_data(config: ml_collections.ConfigDict) -> None:
   config.seed = 0  # for initial weights, order of images and noise
   # Selects the subsets (num_train, num_test) and the validation images: runs
   # that differ only in `seed` use the same data.
   config.data_seed = 0
 
-  # Data. 0 examples means all of them.
+  # 0 examples means all of them.
   config.dataset = 'cifar10'  # cifar10, cifar100, svhn, digits, npz
   config.data_dir = ''  # folder of prepared TFDS data sets; empty: default
   config.npz_path = ''  # for npz: x_train, y_train, x_test, y_test
@@ -35,6 +42,8 @@ def get_config() -> ml_collections.ConfigDict:
       'mixup': 0.0,  # alpha of Beta(alpha, alpha)
   })
 
+
+def _add_model(config: ml_collections.ConfigDict) -> None:
   config.model = ml_collections.ConfigDict({
       'name': 'preact_resnet',  # preact_resnet, wide_resnet
       'depth': 18,  # 10, 18, 34, 50; wide: 6 n + 4
@@ -50,7 +59,8 @@ def get_config() -> ml_collections.ConfigDict:
   # classes is initialized randomly. Empty: all weights random.
   config.init_from = ''
 
-  # The training objective.
+
+def _add_objective(config: ml_collections.ConfigDict) -> None:
   config.objective = 'AT'  # AT, TRADES, MART, natural
   config.beta = 6.0  # of TRADES and MART
   config.label_smoothing = 0.0  # in the cross-entropy of the training loss
@@ -81,6 +91,8 @@ def get_config() -> ml_collections.ConfigDict:
   })
   config.statistics = 'reference'  # or perturbed: only the pass at w + v
 
+
+def _add_optimization(config: ml_collections.ConfigDict) -> None:
   config.epochs = 200
   config.batch_size = 128  # over all devices; a smaller last one is kept
   config.optimizer = ml_collections.ConfigDict({
@@ -103,6 +115,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.ema_decay = 0.0
   # Stop after this many epochs without a better robust accuracy (select_on).
   config.early_stopping_epochs = 0  # 0: never
+  config.log_every_steps = 50
+  config.checkpoint_every_steps = 0  # besides every epoch; 0: never
 
   # Detects a failed run: a loss or an accuracy no better than chance for
   # `stretch_steps`, after the first `grace_steps` and the warm-up of AWP; a
@@ -115,6 +129,9 @@ def get_config() -> ml_collections.ConfigDict:
       'most_shrinks': 5,
   })
 
+
+def _add_evaluation(config: ml_collections.ConfigDict) -> None:
+  config.select_on = 'test'  # selects the best: test (paper), validation
   # Evaluation after every `every_epochs` epochs, and after the last.
   config.eval = ml_collections.ConfigDict({
       'every_epochs': 1,
@@ -133,6 +150,9 @@ def get_config() -> ml_collections.ConfigDict:
       'save_examples': False,  # adversarial images, one .npz per attack
       'torch_checkpoint': '',  # a PyTorch file instead of the run's model
   })
+
+
+def _add_landscape(config: ml_collections.ConfigDict) -> None:
   # --mode=landscape: the loss around the weights, along filter-normalized
   # random directions. PGD with attack.step_size attacks anew at every point.
   config.landscape = ml_collections.ConfigDict({
@@ -147,7 +167,3 @@ def get_config() -> ml_collections.ConfigDict:
       'batch_size': 0,  # over all devices; 0: chosen for them
       'seed': 0,  # of the directions; keep it equal to compare runs
   })
-  config.select_on = 'test'  # selects the best: test (paper), validation
-  config.log_every_steps = 50
-  config.checkpoint_every_steps = 0  # besides every epoch; 0: never
-  return config

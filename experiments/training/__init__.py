@@ -1,6 +1,7 @@
 """The training loop and its compiled step.
 
-`loop` orchestrates. `compiled` caches the programs defined in `step`, `saving`
-writes and restores checkpoints, `guard` stops failed runs, which `collapse`
-detects, `epochs` and `progress` write the output.
+`loop` orchestrates. `compiled` caches the programs of `step`; `training_data`
+gives them their batches, and `devices` copies arrays to all devices.
+`saving` writes and restores checkpoints, `guard` stops failed runs, which
+`collapse` detects, `epochs` and `progress` write the output.
 """

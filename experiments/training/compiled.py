@@ -6,6 +6,7 @@ import numpy as np
 
 import awp_jax
 from experiments.runs import run as run_lib
+from experiments.training import devices, training_data
 from experiments.training import step as step_lib
 
 
@@ -23,10 +24,10 @@ class CompiledSteps:
       run: the run.
     """
     self._run = run
-    self._data = step_lib.replicate(step_lib.training_data(run))
+    self._data = devices.replicate(training_data.of_run(run))
     self._devices = np.arange(run.num_devices)
-    self._keys = step_lib.replicate(run_lib.keys(run.config))
-    self._order_fn = step_lib.make_order_fn(run)
+    self._keys = devices.replicate(run_lib.keys(run.config))
+    self._order_fn = training_data.make_order_fn(run)
     self._order: tuple[int, Any] | None = None
     self._programs: dict[tuple[int, float], Any] = {}
 
@@ -64,7 +65,7 @@ class CompiledSteps:
     Returns:
       State, sums, images, order, keys and device numbers.
     """
-    number = step_lib.order_number(self._run, step)
+    number = training_data.order_number(self._run, step)
     if self._order is None or self._order[0] != number:
       self._order = number, self._order_fn(self._keys['order'], number)
     return (

@@ -11,9 +11,10 @@ import numpy as np
 
 import awp_jax
 from experiments.config.build import AXIS
-from experiments.data import augmentation, batches
+from experiments.data import batches
 from experiments.runs import precision
 from experiments.runs import run as run_lib
+from experiments.training import training_data
 
 
 class Sums(NamedTuple):
@@ -65,106 +66,6 @@ def evaluated(state: awp_jax.TrainState) -> awp_jax.TrainState:
       params=state.average.params, batch_stats=state.average.batch_stats)
 
 
-def on_all_devices() -> jax.sharding.NamedSharding:
-  """The sharding of an array that is replicated on all devices."""
-  mesh = jax.sharding.Mesh(np.array(jax.devices()), (AXIS,))
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-
-def replicate(tree: Any) -> Any:
-  """Copies a pytree of arrays to all devices."""
-  return jax.device_put(tree, on_all_devices())
-
-
-class TrainingData(NamedTuple):
-  """The training images, of which every device has a copy.
-
-  Attributes:
-    images: [N, H, W, C].
-    labels: [N].
-    extra_images: [M, H, W, C], or None.
-    extra_labels: [M], or None.
-  """
-
-  images: Any
-  labels: Any
-  extra_images: Any = None
-  extra_labels: Any = None
-
-
-def training_data(run: run_lib.Run) -> TrainingData:
-  """The run's training images on the host."""
-  dataset, extra = run.dataset, run.extra
-  if extra is None:
-    return TrainingData(dataset.x_train, dataset.y_train)
-  return TrainingData(
-      dataset.x_train, dataset.y_train, extra.images, extra.labels)
-
-
-def order_number(run: run_lib.Run, step: int) -> int:
-  """The number of the permutation that a step takes its batch from."""
-  if run.extra is None:
-    return step // run.steps_per_epoch
-  config = run.config
-  is_extra = batches.extra_rows(config.batch_size, config.extra.fraction)
-  return step // batches.batches_of_pass(
-      len(run.dataset.y_train), int(np.sum(~is_extra)))
-
-
-def make_order_fn(run: run_lib.Run) -> Callable[..., Any]:
-  """The compiled (key, number) -> permutation [N], on all devices."""
-  return jax.jit(
-      lambda key, number: batches.permutation(
-          key, number, len(run.dataset.y_train)),
-      out_shardings=on_all_devices())
-
-
-def global_batch(
-    run: run_lib.Run, data: TrainingData, order: Any, keys: dict[str, Any],
-    step: Any, size: int) -> tuple[Any, Any]:
-  """Images in [0, 1] and labels of a step, over all devices.
-
-  Args:
-    run: the run.
-    data: from `training_data`.
-    order: the permutation [N] with the number `order_number(run, step)`.
-    keys: from `run.keys`.
-    step: counted from 0.
-    size: number of images in this batch.
-
-  Returns:
-    Images [size, H, W, C] and labels: integers [size], or probabilities
-    [size, C] with mixup.
-  """
-  config = run.config
-  policy = augmentation.Augmentation(**config.augmentation)
-  pixels = jnp.dtype(config.model.param_dtype)
-  if pixels == jnp.bfloat16:
-    pixels = jnp.dtype(jnp.float32)  # steps of 2 / 255 need more than 8 bits
-  if run.extra is None:
-    indices = batches.batch_indices(
-        order, step % run.steps_per_epoch, config.batch_size, size)
-    images, labels = data.images[indices], data.labels[indices]
-  else:
-    is_extra = batches.extra_rows(size, config.extra.fraction)
-    own, extra = batches.mixed_batch_indices(
-        keys['order'], order, data.extra_labels.shape[0], step,
-        int(np.sum(~is_extra)), int(np.sum(is_extra)))
-    images, labels = (
-        batches.interleave(is_extra, first, second) for first, second in (
-            (batches.to_pixels(data.images[own], pixels),
-             batches.to_pixels(data.extra_images[extra], pixels)),
-            (data.labels[own], data.extra_labels[extra])))
-  key = jax.random.fold_in(keys['augment'], step)
-  images = batches.to_pixels(
-      augmentation.augment(key, images, policy), pixels)
-  if policy.mixup:
-    return augmentation.mix(
-        jax.random.fold_in(key, 5), images, labels, run.dataset.num_classes,
-        policy.mixup)
-  return images, labels
-
-
 def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
   """The pmapped step: (state, sums, data, order, keys, device numbers).
 
@@ -187,13 +88,14 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
       dataclasses.replace(run.setup.perturbation, start=0, every=1), factor)
 
   def step(
-      state: awp_jax.TrainState, sums: Sums, data: TrainingData, order: Any,
-      keys: dict[str, Any], device: Any
+      state: awp_jax.TrainState, sums: Sums,
+      data: training_data.TrainingData, order: Any, keys: dict[str, Any],
+      device: Any
   ) -> tuple[awp_jax.TrainState, Sums]:
     number = jnp.asarray(state.step)
     images, labels = (
         batches.device_part(array, device, run.num_devices)
-        for array in global_batch(
+        for array in training_data.global_batch(
             run, data, order, keys, number, size))
     state, metrics = awp_jax.train_step(
         state, (images, labels), keys['step'],

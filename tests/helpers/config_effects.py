@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import pathlib
 import tempfile
-import typing
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ from experiments.modes import train
 from experiments.reports import curves, page
 from experiments.runs import checkpoints, metrics, warm_start
 from experiments.runs import run as run_lib
-from experiments.training import collapse, guard, loop
+from experiments.training import collapse, devices, guard, loop, training_data
 from experiments.training import step as step_lib
 from experiments.util import atomic, environment
 from tests.experiments.modes.train_test import TinyNet
@@ -83,7 +82,7 @@ class Stores:
 class Lines:
   """Replaces `metrics.jsonl`."""
 
-  kept: typing.ClassVar[list]
+  kept: list
 
   def __init__(self, workdir, completed):
     del workdir
@@ -175,7 +174,7 @@ def of_train_step(run, monkeypatch):
     size = run.batch_sizes[0]
     jax.eval_shape(
         step_lib.make_train_fn(run, size, 1.0), state, step_lib.zero_sums(),
-        step_lib.training_data(run), np.arange(len(run.dataset.y_train)),
+        training_data.of_run(run), np.arange(len(run.dataset.y_train)),
         run_lib.keys(run.config), np.arange(run.num_devices))
   ((args, kwargs),) = step.calls
   images, labels = args[1]
@@ -222,14 +221,8 @@ def of_eval_step(run, monkeypatch):
   return found | {'eval.batch': args[1][0].shape[0] * run.num_devices}
 
 
-def of_loop(run, monkeypatch, diverge_at=None):
-  """Steps, checks, saves and evaluations, also after a divergence."""
-  stores, made, looked = Stores(), [], []
-  detector = Spy(collapse.Detector)
-  evaluated = []
-
-  class Log(Lines):
-    kept: typing.ClassVar = []
+def fake_train_fn(made, diverge_at):
+  """Replaces the compiled step; `made` receives step, batch size and factor."""
 
   def make_train_fn(run, size, factor):
     def step(state, sums, *_):
@@ -246,6 +239,16 @@ def of_loop(run, monkeypatch, diverge_at=None):
     compiled.compile = lambda: step
     return compiled
 
+  return make_train_fn
+
+
+def of_loop(run, monkeypatch, diverge_at=None):
+  """Steps, checks, saves and evaluations, also after a divergence."""
+  stores, made, looked, evaluated = Stores(), [], [], []
+  detector = Spy(collapse.Detector)
+
+  log = type('Log', (Lines,), {'kept': []})
+
   def evaluate(run, fn, state):
     epoch = int(state.step) // run.steps_per_epoch - 1
     evaluated.append(int(state.step))
@@ -261,11 +264,11 @@ def of_loop(run, monkeypatch, diverge_at=None):
   real_look = loop.Loop.look
   with monkeypatch.context() as patch:
     for owner, name, value in (
-        (checkpoints, 'Checkpoints', stores), (metrics, 'MetricsLog', Log),
-        (step_lib, 'make_train_fn', make_train_fn),
+        (checkpoints, 'Checkpoints', stores), (metrics, 'MetricsLog', log),
+        (step_lib, 'make_train_fn', fake_train_fn(made, diverge_at)),
         (step_lib, 'evaluate', evaluate),
-        (step_lib, 'make_order_fn', lambda run: Spy()),
-        (step_lib, 'replicate', lambda tree: tree),
+        (training_data, 'make_order_fn', lambda run: Spy()),
+        (devices, 'replicate', lambda tree: tree),
         (guard, '_all_finite', lambda state: True),
         (loop.Loop, 'look', look), (collapse, 'Detector', detector),
         (run_lib, 'initial_state', small_state),
@@ -273,11 +276,11 @@ def of_loop(run, monkeypatch, diverge_at=None):
         (curves, 'plot_curves', Spy()), (atomic, 'write_json', Spy()),
         (page, 'write_or_warn', Spy())):
       patch.setattr(owner, name, value)
-    error = ''
+    error, summary = '', None
     try:
       summary = train.train(run)
     except collapse.Diverged as raised:
-      error, summary = str(raised), None
+      error = str(raised)
   settings, _, first, *_ = detector.calls[0][0]
   return {
       'steps': [step for step, *_ in made], 'sizes': [made[-1][1]],
@@ -285,7 +288,7 @@ def of_loop(run, monkeypatch, diverge_at=None):
       'looks': looked, 'saves': stores.saved, 'evaluations': evaluated,
       'best': summary and summary['best']['epoch'],
       'watch.first': first, 'watch.stretch': settings.stretch_steps,
-      'rates': [line['learning_rate'] for line in Log.kept],
+      'rates': [line['learning_rate'] for line in log.kept],
       'error': error}
 
 

@@ -104,6 +104,21 @@ def test_folders_and_files_stay_small():
     assert len(path.read_text().splitlines()) <= 350, path
 
 
+def test_function_bodies_stay_short():
+  """At most 50 lines without the docstring, tests included."""
+  count = 0
+  for folder in (*PACKAGES, 'tests', 'benchmarks', 'examples'):
+    for path in (ROOT / folder).rglob('*.py'):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+          first = node.body[bool(ast.get_docstring(node)) and
+                            len(node.body) > 1]
+          lines = node.body[-1].end_lineno - first.lineno + 1
+          assert lines <= 50, f'{path}: {node.name}'
+          count += 1
+  assert count > 2000
+
+
 def requirements(text):
   """Distribution names in a list of requirements."""
   return {re.match(r'[\w.-]+', line).group().lower().replace('_', '-')

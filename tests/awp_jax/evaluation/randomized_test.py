@@ -57,6 +57,7 @@ def reference_rand(rng, weights, images, labels, epsilon, steps, draws, noise):
     Which examples are robust, [N].
   """
   rows = np.arange(len(images))
+  shortest = max(int(0.06 * steps), 1)
 
   def logits(x):
     return (x + noise * rng.normal(size=x.shape)) @ weights
@@ -79,23 +80,21 @@ def reference_rand(rng, weights, images, labels, epsilon, steps, draws, noise):
   start = rng.uniform(-1, 1, size=images.shape)
   start /= np.abs(start).max(-1, keepdims=True)
   x = project(images + epsilon * start)
-  kept, step = images.copy(), np.full((len(images), 1), 2 * epsilon)
+  step = np.full((len(images), 1), 2 * epsilon)
   gradient, best_loss, right = look(x)
-  kept[~right] = x[~right]
+  kept = np.where(right[:, None], images, x)
   best, best_gradient, previous = x.copy(), gradient.copy(), x.copy()
   losses, window = [], max(int(0.22 * steps), 1)
   since, last_best, reduced = 0, best_loss.copy(), np.ones(len(x), bool)
   for t in range(steps):
     share = 0.75 if t else 1.0
     move = project(x + step * np.sign(gradient)) - x
-    onward = project(x + share * move + (1 - share) * (x - previous))
-    previous, x = x, onward
+    previous, x = x, project(x + share * move + (1 - share) * (x - previous))
     gradient, loss, right = look(x)
     kept[~right] = x[~right]
     up = loss > best_loss
     best[up], best_gradient[up], best_loss[up] = x[up], gradient[up], loss[up]
-    losses.append(loss)
-    since += 1
+    losses, since = [*losses, loss], since + 1
     if since == window:
       recent = np.stack(losses[-window - 1:]) if t >= window else np.stack(
           [np.zeros_like(loss), *losses])
@@ -105,8 +104,7 @@ def reference_rand(rng, weights, images, labels, epsilon, steps, draws, noise):
       x, gradient = x.copy(), gradient.copy()
       x[halve], gradient[halve] = best[halve], best_gradient[halve]
       reduced, last_best, since = halve, best_loss.copy(), 0
-      window = max(window - max(int(0.03 * steps), 1),
-                   max(int(0.06 * steps), 1))
+      window = max(window - max(int(0.03 * steps), 1), shortest)
   return natural & (logits(kept).argmax(-1) == labels)
 
 

@@ -11,6 +11,7 @@ from experiments.runs import checkpoints
 from experiments.runs import metrics as metrics_lib
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
+from experiments.training import training_data
 from tests.experiments.modes import train_test
 
 
@@ -25,10 +26,10 @@ def prepared(tmp_path, monkeypatch, **fields):
 def batch_of(run, step):
   """Images and labels of a step, as in the compiled step."""
   keys = run_lib.keys(run.config)
-  order = step_lib.make_order_fn(run)(
-      keys['order'], step_lib.order_number(run, step))
-  return step_lib.global_batch(
-      run, jax.tree.map(jax.numpy.asarray, step_lib.training_data(run)), order,
+  order = training_data.make_order_fn(run)(
+      keys['order'], training_data.order_number(run, step))
+  return training_data.global_batch(
+      run, jax.tree.map(jax.numpy.asarray, training_data.of_run(run)), order,
       keys, jax.numpy.int32(step), 16)
 
 
@@ -43,32 +44,36 @@ def test_a_run_that_gets_no_better_stops_early(tmp_path, monkeypatch):
   assert train.train(run) == summary  # and stays finished
 
 
+def record_weights(monkeypatch):
+  """The weights and statistics after each step of runs, in a list."""
+  seen, make = [], step_lib.make_train_fn
+
+  class Recording:
+    """A compiled function that keeps what it returns."""
+
+    def __init__(self, *arguments):
+      self.compiled = make(*arguments)
+
+    def lower(self, *given):
+      self.step = self.compiled.lower(*given).compile()
+      return self
+
+    def compile(self):
+      def call(*inputs):
+        state, sums = self.step(*inputs)
+        seen.append(jax.device_get((state.params, state.batch_stats)))
+        return state, sums
+
+      return call
+
+  monkeypatch.setattr(step_lib, 'make_train_fn', Recording)
+  return seen
+
+
 def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
   run = prepared(
       tmp_path, monkeypatch, epochs=1, ema_decay=0.9, awp__warmup_steps=2)
-  seen = []
-  make = step_lib.make_train_fn
-
-  def make_train_fn(*arguments):
-    compiled = make(*arguments)
-
-    class Recording:
-      """Records the weights after each step."""
-
-      def lower(self, *given):
-        step = compiled.lower(*given).compile()
-
-        def call(*inputs):
-          state, sums = step(*inputs)
-          seen.append(jax.device_get((state.params, state.batch_stats)))
-          return state, sums
-
-        self.compile = lambda: call
-        return self
-
-    return Recording()
-
-  monkeypatch.setattr(step_lib, 'make_train_fn', make_train_fn)
+  seen = record_weights(monkeypatch)
   start = run_lib.initial_state(run)
   start = jax.device_get((start.params, start.batch_stats))
   train.train(run)
@@ -130,16 +135,16 @@ def test_a_pass_sees_each_labeled_image_once(
       np.arange(48, dtype=np.uint8)[:, None, None, None], (48, 8, 8, 1)))
   run = run._replace(dataset=dataset)
   keys = run_lib.keys(run.config)
-  data = jax.tree.map(jax.numpy.asarray, step_lib.training_data(run))
-  order_fn = step_lib.make_order_fn(run)
-  batch = jax.jit(lambda order, step: step_lib.global_batch(
+  data = jax.tree.map(jax.numpy.asarray, training_data.of_run(run))
+  order_fn = training_data.make_order_fn(run)
+  batch = jax.jit(lambda order, step: training_data.global_batch(
       run, data, order, keys, step, 16)[0])
   passes = []
   for first in (0, per_pass):
     seen = []
     for step in range(first, first + per_pass):
       images = batch(
-          order_fn(keys['order'], step_lib.order_number(run, step)), step)
+          order_fn(keys['order'], training_data.order_number(run, step)), step)
       names = np.round(255 * np.max(images, axis=(1, 2, 3))).astype(int)
       seen += names[names < 255].tolist()
     assert sorted(seen) == list(range(48))

@@ -22,6 +22,7 @@ from experiments.runs import (
   run as run_lib,
 )
 from experiments.training import step as step_lib
+from experiments.training import training_data
 from experiments.util import environment
 from tests.experiments.modes import train_test
 
@@ -85,7 +86,7 @@ def products(jaxpr):
 def programs(run):
   """The jaxprs of a run's training and evaluation steps."""
   state = jax.eval_shape(lambda: run_lib.initial_state(run))
-  data, devices = step_lib.training_data(run), np.arange(run.num_devices)
+  data, devices = training_data.of_run(run), np.arange(run.num_devices)
   spread = (run.num_devices, 2)
   return (
       jax.make_jaxpr(step_lib.make_train_fn(run, 16, 1.0))(

@@ -11,7 +11,7 @@ from experiments.modes import train
 from experiments.reports import curves
 from experiments.runs import checkpoints, metrics
 from experiments.runs import run as run_lib
-from experiments.training import loop, signals
+from experiments.training import loop, signals, training_data
 from experiments.training import step as step_lib
 from tests.experiments.modes import train_test
 
@@ -280,7 +280,7 @@ def test_a_seed_is_an_argument_of_the_compiled_step(images, tmp_path):
   def program(seed):
     run = run_lib.prepare(config_of(images, seed=seed), tmp_path / str(seed))
     keys = run_lib.keys(run.config)
-    data = step_lib.training_data(run)
+    data = training_data.of_run(run)
     # The whole program, as the compilation cache sees it.
     return step_lib.make_train_fn(run, 16, 1.0).step.lower(
         run_lib.initial_state(run), step_lib.zero_sums(), data,
