@@ -123,7 +123,7 @@ def test_help_has_every_field_once_with_its_default_and_comment():
   assert len(re.findall('^  --', text, re.M)) == len(fields)
   for name, value in fields.items():
     assert shown[name].strip('"') == str(value)
-  source = inspect.getsource(base.get_config)
+  source = inspect.getsource(base)
   comments = [c.strip() for c in re.findall(r'# (.*)', source)]
   assert len(comments) > 80
   for comment in comments:
