@@ -183,17 +183,17 @@ def test_l1_projection_is_the_nearest_point(epsilon, box, x64):
       numpy_l1_projection(d, point, epsilon, *box)
       for d, point in zip(delta, x, strict=True)])
   np.testing.assert_allclose(
-      threat.project_l1(delta, x, epsilon, *box), wanted, atol=1e-10)
+      threat.project_l1(delta, x, epsilon, *box), wanted, rtol=0, atol=1e-13)
   near = ThreatModel('L1', epsilon, *box).project(
       jnp.asarray(x + delta), jnp.asarray(x))
-  np.testing.assert_allclose(near, x + wanted, atol=1e-10)
+  np.testing.assert_allclose(near, x + wanted, rtol=0, atol=1e-13)
   # A radius for each example.
   radii = epsilon * np.array([1.0, 2, 0.5, 1, 1])
   each = threat.project_l1(delta, x, jnp.asarray(radii), *box)
-  np.testing.assert_allclose(each[0], wanted[0], atol=1e-10)
+  np.testing.assert_allclose(each[0], wanted[0], rtol=0, atol=1e-13)
   np.testing.assert_allclose(
       each[1], numpy_l1_projection(delta[1], x[1], 2 * epsilon, *box),
-      atol=1e-10)
+      rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize('epsilon', [0.05, 0.7])
@@ -248,12 +248,12 @@ def test_random_start_equals_the_reference_draw(x64):
   length = jax.random.uniform(length_key, (3, 1, 1), x.dtype)
   norms = np.sqrt(np.square(normal).sum(axis=(1, 2), keepdims=True))
   np.testing.assert_allclose(delta, 0.2 * length * normal / norms, atol=1e-12)
-  # L_1: unit normal noise, projected.
+  # L_1: normal noise as wide as the box, projected.
   many = jnp.full((2, 6), 0.5)
-  noise = jax.random.normal(key, many.shape, many.dtype)
+  noise = 3 * np.asarray(jax.random.normal(key, many.shape, many.dtype))
   np.testing.assert_allclose(
-      ThreatModel('L1', 0.3).random_start(key, many) - many,
-      np.stack([numpy_l1_projection(np.asarray(d), np.full(6, 0.5), 0.3, 0, 1)
+      ThreatModel('L1', 3.0, -1.0, 2.0).random_start(key, many) - many,
+      np.stack([numpy_l1_projection(d, np.full(6, 0.5), 3.0, -1, 2)
                 for d in noise]), atol=1e-10)
 
 

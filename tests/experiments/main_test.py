@@ -44,7 +44,8 @@ class Command:
     self.folder = folder
     self.environment = os.environ | {
         'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1',
-        'XLA_FLAGS': '--xla_backend_optimization_level=0',
+        'XLA_FLAGS': os.environ['XLA_FLAGS'].replace(
+            '--xla_force_host_platform_device_count=8', ''),
         'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'TF_CPP_MIN_LOG_LEVEL': '3'}

@@ -56,11 +56,7 @@ class Port:
     old, share = self.moved(begin) if sparse else (number, 0.2)
     # The published code compares the first loss of the loop with 0.
     rises, last_loss, check_loss, reduced = 0, 0.0, best_loss, True
-    if norm == 'L1':
-      window = max(int(0.04 * steps), 1)
-    else:
-      window = max(int(0.22 * steps), 1)
-    since = 0
+    window, since = max(int((0.04 if norm == 'L1' else 0.22) * steps), 1), 0
     for iteration in range(steps):
       step = size * attack_oracles.direction(gradient, norm, share)
       target = attack_oracles.project(current + step, self.x, norm, self.radius)
@@ -113,6 +109,8 @@ def made_up(evaluations, seed=0):
   gradients = rng.normal(size=(evaluations, COUNT, *SHAPE))
   # Entries differ in weight, so that L1 steps of several sparsities differ.
   gradients *= np.exp(rng.normal(size=SHAPE) * 2)
+  # Gradients near the floor of the divisor of an L2 step.
+  gradients[:, -1] *= 1e-12
   return np.cumsum(walk, axis=0).astype(np.float64) - 3, gradients, x
 
 
@@ -142,6 +140,7 @@ def ours(threat, schedule, losses, gradients, x):
         'few False stuck True', 'exactly 75 %'}),
     ('L1', 3.0, 100, False, {'sparser', 'not sparser'}),
     ('L1', 1.5, 100, True, {'sparser', 'not sparser'}),
+    ('L1', 1.5, 3, True, set()),  # stages of one step
 ))
 def test_steps_of_the_published_algorithm(
     norm, epsilon, steps, staged, events, x64):
@@ -282,3 +281,15 @@ def test_starts(norm, staged, x64):
     # Normal: the fourth moment is three times the square of the second.
     kurtosis = np.mean(flat ** 4) / np.mean(flat ** 2) ** 2
     assert 2.6 < kurtosis < 3.4
+
+
+def test_l1_starts_spread_by_the_width_of_the_box(x64):
+  # In a ball of any size, noise is cut off at half a standard deviation.
+  threat = ThreatModel('L1', 1e3, -1.0, 1.0)
+  schedule = apgd_steps.make_schedule(threat, 10, False)
+  x = np.zeros((COUNT, 40, 2))
+  state = apgd_steps.start(attack_oracles.examples(x), threat, schedule)
+  outside = 1 - math.erf(0.5 / math.sqrt(2))
+  # Five standard errors.
+  assert abs(np.mean(np.abs(state.x) == 1) - outside) < 5 * np.sqrt(
+      outside * (1 - outside) / x.size)

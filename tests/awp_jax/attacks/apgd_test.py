@@ -1,4 +1,7 @@
-"""APGD: checkpoints, step sizes, momentum; stages by an independent port."""
+"""APGD: checkpoints, step sizes, momentum; stages by an independent port.
+
+Also the losses and targets that a spec makes it ascend.
+"""
 
 import functools
 import math
@@ -8,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from awp_jax.attacks import apgd_steps
-from awp_jax.evaluation.model import Gradients
+from awp_jax.attacks import apgd, apgd_steps
+from awp_jax.evaluation.model import Gradients, Model
 from awp_jax.threat import ThreatModel
 from tests.helpers import attack_oracles
 
@@ -157,6 +160,13 @@ def test_exactly_three_quarters_of_rises_are_too_few():
     assert float(states[-1].step_size[0]) == pytest.approx(size)
 
 
+def test_every_fall_of_a_short_run_halves():
+  # Each of three steps is a checkpoint.
+  states, _ = run([1, 2, 1, 0], [[1, 1]] * 4, [0.5, 0.5], 3)
+  sizes = [float(state.step_size[0]) for state in states[1:]]
+  assert sizes == pytest.approx([0.2, 0.2, 0.1, 0.05])
+
+
 def test_halving_goes_back_to_the_best_point():
   gradients = [[1, -1], [-1, -1], [1, 1], [-1, 1], [-1, -1]]
   losses = [1, 9, 3, 2, 1]
@@ -279,3 +289,56 @@ def test_staged_l1_follows_an_independent_port(x64):
   # Steps shrank, some to the smallest size, and were reset.
   ratios = sizes[-9:] / 0.7
   assert ratios.min() < 0.11 and (np.diff(ratios, axis=0) > 0.5).any()
+
+
+def own_loss(logits, labels, targets):
+  rows = jnp.arange(len(labels))
+  return logits[rows, targets] - logits[rows, labels]
+
+
+@pytest.mark.parametrize('loss, targeted, classes, ascended', (
+    ('ce', None, 2, 'ce'), ('margin', False, 2, 'margin'),
+    ('dlr', None, 2, 'margin'), ('dlr', False, 3, 'dlr'),
+    ('dlr-targeted', None, 2, 'difference'),
+    ('dlr-targeted', True, 3, 'difference'),
+    ('dlr-targeted', None, 4, 'dlr-targeted'),
+    (own_loss, None, 2, own_loss), (own_loss, False, 4, own_loss),
+    (own_loss, True, 3, own_loss)))
+def test_losses_and_targets_of_a_spec(loss, targeted, classes, ascended):
+  asked = []
+
+  def gradients(loss, x, labels, targets, keys):
+    asked.append((loss, targets.tolist()))
+    return Gradients(
+        jnp.ones_like(x), jnp.ones(len(x)), jnp.zeros(len(x), bool))
+
+  spec = apgd.apgd_spec(
+      'a', loss=loss, num_steps=2, restarts=2, num_targets=2,
+      targeted=targeted)
+  attack = spec.build(Model(lambda x, keys: x, gradients, classes), LINF)
+  batch = examples(
+      np.full((4, 2), 0.5, np.float32), targets=np.tile([7, 8, 9], (4, 1)),
+      runs=np.arange(4))
+  attack.step(batch, attack.init(batch))
+  by_target = targeted or loss == 'dlr-targeted'
+  assert asked == [(ascended, [7, 7, 8, 8] if by_target else [7] * 4)]
+  assert attack.num_runs == (2 * min(2, classes - 1) if by_target else 2)
+  assert spec.num_targets == (2 if by_target else 0)
+  assert spec.settings['targeted'] is bool(by_target)
+  assert spec.min_classes == {'dlr': 3, 'dlr-targeted': 4}.get(loss, 2)
+
+
+@pytest.mark.parametrize('arguments, message', (
+    ({'loss': 'cw'}, "^loss must be one of 'ce', .* got 'cw'"),
+    ({'num_steps': 0}, '^num_steps must be a whole number >= 1, got 0'),
+    ({'restarts': 0}, '^restarts must be a whole number >= 1, got 0'),
+    ({'num_targets': 0}, '^num_targets must be a whole number >= 1, got 0'),
+    ({'targeted': True}, "^targeted=True does not match loss='ce': only"),
+    ({'loss': 'dlr-targeted', 'targeted': False},
+     "^targeted=False does not match loss='dlr-targeted'"),
+    ({'loss': lambda z, y, t: z[:, :1]}, r'losses \[B\], got .*\(2, 1\)'),
+    ({'loss': lambda z, y, t: (z[:, 0],)}, r'losses \[B\], got \(Shape')))
+def test_bad_arguments(arguments, message):
+  with pytest.raises(ValueError, match=message):
+    spec = apgd.apgd_spec('a', **{'loss': 'ce'} | arguments)
+    spec.build(Model(None, None, 3), LINF)

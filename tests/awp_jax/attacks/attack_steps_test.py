@@ -100,13 +100,15 @@ def test_spsa_is_adam():
     expected = optax.apply_updates(expected, updates)
     np.testing.assert_allclose(state.x, expected, atol=1e-6)
   np.testing.assert_array_equal(state.time, 5)
-  # Each row has its own time: a new row makes a first step, of full size.
+  # Each row has its own time: a new row makes a first step, of full size; half
+  # of it where the gradient is as small as the floor of its divisor.
   mixed = state._replace(
       time=jnp.asarray([5, 0]), mean=state.mean.at[1].set(0),
       square=state.square.at[1].set(0))
   moved = spsa._climb(
-      mixed, jnp.asarray([[1e-3] * 3] * 2), x, jnp.float32(0.01), wide)
-  np.testing.assert_allclose(moved.x[1] - mixed.x[1], 0.01, atol=1e-5)
+      mixed, jnp.asarray([[1e-3, 1e-8, 1e-3]] * 2), x, jnp.float32(0.01), wide)
+  np.testing.assert_allclose(
+      moved.x[1] - mixed.x[1], [0.01, 0.005, 0.01], atol=1e-5)
 
 
 def test_spsa_estimates_the_gradient_of_the_margin():

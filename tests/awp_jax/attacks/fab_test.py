@@ -93,6 +93,16 @@ def test_projections(norm, x64):
   np.testing.assert_allclose(on, 0, atol=1e-12)
 
 
+def test_projections_that_miss_by_more_than_a_millionth_go_on(x64):
+  # Half of the way exceeds the room of the second entry by 1.5e-6 of the way,
+  # which the first entry adds.
+  way, room = 0.008, 0.004 - 1.5e-6 * 0.008
+  step = hyperplanes.project(
+      jnp.array([[0.0, 1 - room]]), jnp.ones((1, 2)),
+      jnp.array([1 - room + way]), 'Linf')
+  np.testing.assert_allclose(step, [[way - room, room]], atol=1e-12)
+
+
 @pytest.mark.parametrize('norm', NORMS)
 def test_approach(norm, x64):
   rng = np.random.default_rng(1)
@@ -152,6 +162,45 @@ def test_untargeted_goes_to_the_boundary_nearest_in_the_dual_norm(norm, x64):
   assert (np.asarray(chosen) != second).any()
 
 
+@pytest.mark.parametrize('dtype, tolerance', (
+    (jnp.float32, 1e-6), (jnp.float16, 1e-3)))
+def test_the_nearest_boundary_of_one_example_depends_on_no_other(
+    dtype, tolerance):
+  # From the first example, class 1 begins 0.1 to the right and class 2 begins
+  # 0.12 to the left. From the second, of class 1, the slope to class 2 is 7.
+  def logits_fn(x):
+    right = x[:, 0] - 0.5
+    z = jnp.stack([0 * right, 4 * right - 0.4, -3 * right - 0.36], -1)
+    return z.astype(dtype)
+
+  images = np.float32([[0.5, 0.5], [0.9, 0.5]])
+  _, reports = attack_oracles.iterate(
+      fab.fab_spec('fab', targeted=False), models.make_model(logits_fn, 3),
+      ThreatModel('L1', 0.01), attack_oracles.examples(images, [0, 1]), 1)
+  np.testing.assert_allclose(
+      reports[0].candidates, [[0.605, 0.5], [0.585, 0.5]], atol=tolerance)
+
+
+def test_untargeted_asks_a_randomized_model_for_every_class():
+  asked = []
+
+  def gradients(loss, x, labels, targets, keys):
+    asked.append((loss, targets.tolist()))
+    # The gradient of the zero z_y - z_y counts for nothing.
+    return models.Gradients(
+        jnp.ones_like(x), -jnp.ones(2), jnp.zeros(2, bool),
+        targets == jnp.asarray([2, 1]))
+
+  model = models.Model(
+      lambda x, keys: jnp.eye(2, 3), gradients, 3, takes_key=True)
+  images = np.full((2, 2), 0.5, np.float32)
+  _, reports = attack_oracles.iterate(
+      fab.fab_spec('fab', targeted=False), model, ThreatModel('L1', 0.01),
+      attack_oracles.examples(images, [0, 1]), 1)
+  assert asked == [('difference', [k, k]) for k in range(3)]
+  assert reports[0].nonfinite.tolist() == [True, False]
+
+
 def test_targeted_takes_the_targets_in_turn(x64):
   model, weights, images, labels = linear()
   logits = images @ weights
@@ -186,6 +235,7 @@ def test_starts_at_the_image_and_again_half_way_to_the_sphere(norm, x64):
   flat = delta[again].reshape(4, -1)
   assert (np.mean(flat > 0, -1) > 0.25).all()
   assert (np.mean(flat < 0, -1) > 0.25).all()
+  assert abs(np.mean(flat > 0) - 0.5) < 0.1  # three standard errors
   assert len(np.unique(flat, axis=0)) == 4
   if norm == 'Linf':
     assert (np.mean(np.abs(flat) > 0.025, -1) > 0.25).all()
@@ -250,3 +300,29 @@ def test_gradients_that_are_not_finite_are_reported_and_taken_for_0():
     np.testing.assert_allclose(
         moved[0], [-0.0525, 0.0525, 0], rtol=1e-5, atol=1e-7)
     assert np.isfinite(reports[0].candidates).all()
+
+
+def test_no_step_goes_to_a_class_with_a_logit_that_is_not_finite():
+  def logits_fn(x):
+    return jnp.stack(
+        [x[:, 0], jnp.where(x[:, 2] < 0.2, -jnp.inf, x[:, 1]),
+         jnp.where(x[:, 2] < 0.1, -jnp.inf, x[:, 1] - 0.1)], -1)
+
+  images = np.float32([[0.6, 0.5, last] for last in (0, 0.15, 0.3)])
+  batch = attack_oracles.examples(
+      images, [0, 0, 0], np.ones((3, 1), np.int32))
+  none, near, far = [0, 0, 0], [-0.0525, 0.0525, 0], [-0.105, 0.105, 0]
+  for targeted, second in ((True, none), (False, far)):
+    _, reports = attack_oracles.iterate(
+        fab.fab_spec('fab', targeted=targeted), models.make_model(logits_fn, 3),
+        ThreatModel('L2', 0.3), batch, 1)
+    np.testing.assert_allclose(
+        reports[0].candidates - images, [none, second, near], atol=1e-6)
+    assert reports[0].zero_gradient.tolist() == [True, targeted, False]
+
+
+@pytest.mark.parametrize('name', ('num_steps', 'restarts', 'num_targets'))
+def test_bad_settings(name):
+  message = f'^{name} must be a whole number >= 1, got 0'
+  with pytest.raises(ValueError, match=message):
+    fab.fab_spec('fab', targeted=True, **{name: 0})

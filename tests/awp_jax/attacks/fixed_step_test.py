@@ -91,6 +91,20 @@ def test_a_gradient_of_zero_is_reported_at_the_start_only(x64):
   assert reports[0].zero_gradient.all() and not reports[1].zero_gradient.any()
 
 
+def test_a_gradient_of_zero_is_zero_in_every_entry_of_an_example(x64):
+  _, _, images, labels = linear()
+  images = images.copy()
+  images[:, 0] = [0.1, 0.9] * 3
+  # Only the first entry has a gradient, and only where it is above 1/2.
+  _, reports = attack_oracles.iterate(
+      fixed_step.pgd_spec(
+          'pgd', step_size=0.1, num_steps=2, random_start=False),
+      models.make_model(
+          lambda x: jnp.maximum(x[:, :1] - 0.5, 0) * np.arange(4.0), 4),
+      ThreatModel('L2', 0.3), attack_oracles.examples(images, labels), 1)
+  assert reports[0].zero_gradient.tolist() == [True, False] * 3
+
+
 @pytest.mark.parametrize('loss', ('ce', 'margin'))
 def test_transfer_is_judged_by_the_other_model(loss):
   rng = np.random.default_rng(0)
@@ -104,13 +118,25 @@ def test_transfer_is_judged_by_the_other_model(loss):
   stands = ((corners - 0.5) @ judge).argmax(-1) == labels
   by_source = ((corners - 0.5) @ source).argmax(-1) == labels
   assert 8 < stands.sum() < 32 and (stands != by_source).sum() > 4
+  devices = jax.devices()[:2]
+  weights = jax.device_put(source, devices[0])  # needed on the second, too
+  precisions = []
+
+  def source_fn(x):
+    precisions.append(jax.config.jax_default_matmul_precision)
+    return (x - 0.5) @ weights
+
   result = fixed_step.transfer_attack(
-      attack_oracles.KEY, lambda x: (x - 0.5) @ source,
-      lambda x: (x - 0.5) @ judge, images, labels, ThreatModel('Linf', 0.04),
-      step_size=0.021, num_steps=4, loss=loss,
-      options=EvalOptions(batch_size=40, check_model=False))
+      attack_oracles.KEY, source_fn, lambda x: (x - 0.5) @ judge, images,
+      labels, ThreatModel('Linf', 0.04), step_size=0.021, num_steps=4,
+      loss=loss, options=EvalOptions(
+          batch_size=40, check_model=False, devices=devices,
+          attack_precision='tensorfloat32'))
+  # The first call compares the shapes of the logits.
+  assert set(precisions[1:]) == {'tensorfloat32'}
   np.testing.assert_array_equal(result.robust, stands)
   assert result.natural_accuracy == 1
+  assert [attack.name for attack in result.attacks] == ['transfer']
   np.testing.assert_allclose(
       result.adversarial[~stands], corners[~stands].astype(np.float32),
       atol=1e-6)
@@ -185,7 +211,7 @@ def test_spsa_climbs_its_estimate_with_adam(x64):
     (lambda: spsa.spsa_spec(step_size=0), 'step_size must be .* > 0, got 0'),
 ))
 def test_bad_settings(make, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(ValueError, match=f'^{message}'):
     make()
 
 

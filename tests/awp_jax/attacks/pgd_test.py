@@ -81,9 +81,12 @@ def test_stays_in_the_box(norm):
 def test_default_start_is_a_draw_by_the_key():
   threat, key = ThreatModel('L2', 0.1), jax.random.key(4)
   options = {'step_size': 1e-9, 'num_steps': 1}
-  np.testing.assert_allclose(
-      pgd(key, linear_loss, INSIDE, threat, **options),
-      threat.random_start(key, INSIDE), atol=1e-7)
+  out = run_pgd(
+      key, lambda x, state: (linear_loss(x), state), (), INSIDE, threat,
+      **options)
+  for got in (pgd(key, linear_loss, INSIDE, threat, **options), out.x_adv):
+    np.testing.assert_allclose(
+        got, threat.random_start(key, INSIDE), atol=1e-7)
   starts = jnp.stack([threat.random_start(k, INSIDE)
                       for k in jax.random.split(key, 3)])
   best = jnp.argmax(jax.vmap(linear_loss)(starts), axis=0)
@@ -100,6 +103,17 @@ def test_fgsm_is_one_step_of_epsilon():
   np.testing.assert_allclose(
       fgsm(linear_loss, INSIDE, threat, step_size=0.04),
       optimum('Linf', 0.04), atol=1e-6)
+
+
+@pytest.mark.parametrize('options, length', [
+    ({}, 0.02), ({'gradient_floor': jnp.linalg.norm(WEIGHTS)}, 0.01)])
+def test_a_floor_of_the_gradient_shortens_l2_steps(options, length):
+  for attack_fn in (run_pgd, pgd_with_state):
+    x_adv, *_ = attack_fn(
+        jax.random.key(0), lambda x, state: (linear_loss(x), state), (), INSIDE,
+        ThreatModel('L2', 0.1), step_size=0.02, num_steps=1, start='zero',
+        **options)
+    np.testing.assert_allclose(x_adv, optimum('L2', length), atol=1e-6)
 
 
 def test_given_start_is_taken_as_it_is():
@@ -234,6 +248,14 @@ def test_restarts_prefer_a_point_at_which_the_loss_is_nan():
   assert np.all(got > 0.55)
 
 
+def test_restarts_prefer_a_misclassified_point_to_a_higher_loss():
+  got = run_pgd(
+      jax.random.key(0), lambda x, state: (x[:, 0], state), (),
+      jnp.full((16, 1), 0.5), ThreatModel('Linf', 0.1), step_size=1e-6,
+      num_steps=1, restarts=12, broken_fn=lambda x: x[:, 0] < 0.45)
+  assert np.all(got.x_adv < 0.45)
+
+
 @pytest.mark.parametrize('norm', NORMS)
 def test_loop_and_unrolled_agree(norm, monkeypatch):
   weights = jax.random.normal(jax.random.key(2), (4, 3))
@@ -263,7 +285,7 @@ def test_attacks_half_precision_in_float32(dtype):
 
 
 def test_bytes_are_no_inputs():
-  with pytest.raises(ValueError, match='divided by 255, got dtype uint8'):
+  with pytest.raises(ValueError, match=r'^x must be .*, got dtype uint8'):
     pgd(jax.random.key(0), linear_loss, jnp.ones((1, 2), jnp.uint8),
         ThreatModel('Linf', 0.1), step_size=0.001, num_steps=8)
 
@@ -284,12 +306,12 @@ def test_attacks_raise_their_loss(loss):
 
 
 @pytest.mark.parametrize('keywords,message', [
-    ({'step_size': 0}, 'step_size must be a finite number > 0, got 0'),
-    ({'step_size': -1.0}, 'step_size must be a finite number > 0, got -1.0'),
-    ({'num_steps': 0}, 'num_steps must be a whole number >= 1, got 0'),
-    ({'num_steps': 2.5}, 'num_steps must be a whole number >= 1, got 2.5'),
-    ({'restarts': 0}, 'restarts must be a whole number >= 1, got 0'),
-    ({'start': 'radnom'}, "Did you mean 'random'"),
+    ({'step_size': 0}, '^step_size must be a finite number > 0, got 0'),
+    ({'step_size': -1.0}, '^step_size must be a finite number > 0, got -1.0'),
+    ({'num_steps': 0}, '^num_steps must be a whole number >= 1, got 0'),
+    ({'num_steps': 2.5}, '^num_steps must be a whole number >= 1, got 2.5'),
+    ({'restarts': 0}, '^restarts must be a whole number >= 1, got 0'),
+    ({'start': 'radnom'}, "^start must be .* Did you mean 'random'"),
     ({'start': 'zero', 'restarts': 2}, 'restarts=2 needs a random start'),
     ({'start': INSIDE, 'restarts': 2}, 'restarts=2 needs a random start'),
     ({'start': jnp.zeros((1, 4))}, r'shape of x, \(2, 4\), got \(1, 4\)'),

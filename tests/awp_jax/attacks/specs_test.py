@@ -69,6 +69,7 @@ def test_names_of_fab(targeted, name, monkeypatch):
   call(awp_jax.fab, targeted=targeted)
   assert [spec.name for spec in seen] == [name]
   assert seen[0].settings['num_steps'] == 100
+  assert seen[0].num_targets == (9 if targeted else 0)
 
 
 @pytest.mark.parametrize('spec, expected', [
@@ -125,15 +126,30 @@ def test_spsa_evaluates_pairs_of_samples(num_samples, evaluations):
   batch = attack_oracles.examples(np.full((2, 1), 0.25, np.float32))
   model = make_model(source_fn, 2)._replace(logits=logits)
   attack = spec.build(model, ThreatModel('Linf', 0.1))
-  attack.step(batch, attack.init(batch))
+  after, _ = attack.step(batch, attack.init(batch))
   assert len(calls) == evaluations  # the iterate, and two for each direction
+  assert attack.num_runs == 1
+  # The margin 1 - 2 x has slope -2 along either sign; Adam takes a tenth of it.
+  np.testing.assert_allclose(after.mean, -0.2, rtol=1e-3)
 
 
 @pytest.mark.parametrize('arguments, message', [
-    ({'num_samples': 1}, 'num_samples .* got 1'),
-    ({'num_steps': 0}, 'num_steps .* got 0'),
-    ({'radius': 0.0}, 'radius .* got 0'),
-    ({'step_size': -0.1}, 'step_size .* got -0.1')])
+    ({'num_samples': 1}, '^num_samples .* >= 2, got 1'),
+    ({'num_steps': 0}, '^num_steps .* >= 1, got 0'),
+    ({'radius': 0.0}, '^radius .* > 0, got 0'),
+    ({'step_size': -0.1}, '^step_size .* > 0, got -0.1')])
 def test_bad_settings_of_spsa(arguments, message):
   with pytest.raises(ValueError, match=message):
     awp_jax.spsa_spec(**arguments)
+
+
+@pytest.mark.parametrize('attack, arguments, name', [
+    (awp_jax.spsa, {}, 'spsa'), (awp_jax.apgd, {'loss': 'dlr'}, 'apgd-dlr'),
+    (awp_jax.apgd, {'loss': lambda z, y, t: z[:, 0]}, 'apgd-own')])
+def test_names_of_other_attacks(attack, arguments, name, monkeypatch):
+  seen = []
+  monkeypatch.setattr(
+      evaluate, 'evaluate',
+      lambda *arguments, options: seen.extend(arguments[-1]))
+  call(attack, **arguments)
+  assert [spec.name for spec in seen] == [name]

@@ -28,6 +28,14 @@ def test_share_halves_after_the_published_numbers_of_queries(rescale, queries):
     assert after == pytest.approx(0.8 / 2 ** (number + 1), rel=1e-12)
 
 
+def test_a_rescaled_schedule_rounds_queries_down():
+  # Queries 8000.8 and 8001.2 of the 10,000 of the schedule, rounded down.
+  schedule = SquareSchedule(25000, 0.8, True)
+  shares = [
+      square_patterns.window_share(k, schedule) for k in (20002, 20003)]
+  np.testing.assert_allclose(shares, [0.8 / 2 ** 8, 0.8 / 2 ** 9], rtol=1e-12)
+
+
 @pytest.mark.parametrize('height, width, odd, expected', (
     (32, 32, False, (29, 20, 14, 10)), (32, 32, True, (29, 21, 15, 11)),
     (7, 40, False, (7, 7, 7, 5)), (4, 4, True, (4, 3, 3, 3)),
@@ -120,7 +128,7 @@ def test_proposals(norm, epsilon, x64):
   rng = np.random.default_rng(0)
   count, shape = 24, (7, 9, 2)
   threat = ThreatModel(norm, epsilon)
-  schedule = SquareSchedule(60, 0.5, False)
+  schedule = SquareSchedule(52, 0.5, False)
   x = rng.uniform(size=(count, *shape))
   best = np.array(threat.project(x + rng.normal(size=x.shape) * 0.2, x))
   # Some keep less than the whole radius, and some windows hold nothing.
@@ -133,11 +141,17 @@ def test_proposals(norm, epsilon, x64):
       keys, jnp.asarray(best), jnp.asarray(x), jnp.asarray(queries), threat,
       schedule))
   sides = square_patterns.window_sides(schedule, 7, 9, norm != 'Linf')
-  assert len(set(sides)) > 2
+  assert len(set(sides)) > 2 and sides[51] < sides[50]
   for i in range(count):
     expected = proposal(
-        keys[i], best[i], x[i], sides[min(queries[i], 59)], threat)
+        keys[i], best[i], x[i], sides[min(queries[i], 51)], threat)
     np.testing.assert_allclose(ours[i], expected, atol=1e-6)
+  # In other units.
+  bytes_ = square.propose(
+      keys, jnp.asarray(255 * best), jnp.asarray(255 * x),
+      jnp.asarray(queries), ThreatModel(norm, 255 * epsilon, 0.0, 255.0),
+      schedule)
+  np.testing.assert_allclose(bytes_, 255 * ours, atol=1e-4)
 
 
 def test_starts_with_vertical_stripes_of_random_sign(x64):
@@ -154,13 +168,13 @@ def test_starts_with_vertical_stripes_of_random_sign(x64):
                (stripes[1:], stripes[:-1]), (stripes, 1)):
     assert abs(np.mean(pair[0] * pair[1])) < 0.2
   np.testing.assert_array_equal(state.best, state.x)
-  assert np.isinf(np.asarray(state.margin)).all()
-  assert (np.asarray(state.time) == 0).all()
+  np.testing.assert_array_equal(state.margin, np.full(12, np.inf))
+  np.testing.assert_array_equal(state.time, np.zeros(12))
 
 
 @pytest.mark.parametrize('norm, shape', (
     ('L2', (13, 16, 2)), ('L1', (11, 11, 1)), ('L2', (3, 2, 1)),
-    ('L2', (17, 23, 1))))
+    ('L2', (17, 23, 1)), ('L2', (10, 3, 1))))
 def test_starts_with_tiles(norm, shape, x64):
   height, width, channels = shape
   x = np.random.default_rng(0).uniform(0.3, 0.7, size=(8, *shape))
@@ -188,6 +202,7 @@ def test_starts_with_tiles(norm, shape, x64):
       expected = x[i] + attack_oracles.project_l1(
           delta, x[i], 0.5 * (1 - 1e-6))
     np.testing.assert_allclose(ours[i], expected, atol=1e-9)
+  assert (np.asarray(threat.distance(ours, x)) <= 0.5 + 1e-12).all()
 
 
 def test_keeps_what_lowers_the_margin(x64):
@@ -219,3 +234,21 @@ def test_keeps_what_lowers_the_margin(x64):
         jax.random.fold_in(batch.keys[i], time), np.asarray(after.best)[i],
         x[i], sides[min(time, 4)], threat)
     np.testing.assert_allclose(after.x[i], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize('arguments, allowed', (
+    ({'num_queries': 0}, 'a whole number >= 1'),
+    ({'restarts': 0}, 'a whole number >= 1'), ({'p_init': 0.0}, 'in (0, 1]'),
+    ({'p_init': 1.001}, 'in (0, 1]'), ({'p_init': float('nan')}, 'in (0, 1]')))
+def test_bad_settings(arguments, allowed):
+  with pytest.raises(ValueError) as error:
+    square.square_spec(**arguments)
+  ((name, value),) = arguments.items()
+  assert str(error.value) == f'{name} must be {allowed}, got {value}.'
+
+
+def test_what_a_spec_says_of_its_attack():
+  spec = square.square_spec(restarts=2)
+  assert spec.name == 'square' and spec.needs_images and not spec.white_box
+  assert spec.num_targets == 0
+  assert spec.build(None, ThreatModel('Linf', 0.1)).num_runs == 2

@@ -216,6 +216,7 @@ def test_anomalies_add_up():
   one = results.Anomalies(1, 2, 3, 4, 5)
   assert one.plus(results.Anomalies(10, 20, 30, 40, 50)) == (
       11, 22, 33, 44, 55)
+  assert results.Anomalies() == (0, 0, 0, 0, 0)
 
 
 def test_batch_dependence_needs_more_than_rounding():
@@ -232,7 +233,8 @@ def test_batch_dependence_needs_more_than_rounding():
 @pytest.mark.parametrize('arguments, message', [
     ((1, 0), '^count must be .* got 0'),
     ((-1, 3), '^successes must be .* got -1'),
-    ((4, 3), 'at most count, got 4 of 3'), ((1, 3, 1.0), 'level .* got 1.0')])
+    ((4, 3), 'at most count, got 4 of 3'), ((1, 3, 1.0), 'level .* got 1.0'),
+    ((1, 3, 0.0), 'level .* got 0.0')])
 def test_bad_fractions(arguments, message):
   with pytest.raises(ValueError, match=message):
     awp_jax.confidence_interval(*arguments)
@@ -241,6 +243,8 @@ def test_bad_fractions(arguments, message):
 def test_interval_of_95_per_cent_and_records_of_plain_values():
   assert awp_jax.confidence_interval(5, 9) == awp_jax.confidence_interval(
       5, 9, 0.95)
+  # Exactly, though in floats the formula exceeds 1 here.
+  assert awp_jax.confidence_interval(9, 9)[1] == 1
   record = awp_jax.BatchResult(
       'a', np.arange(2), np.zeros(2, bool), np.zeros((0, 1)), np.zeros(0),
       results.Anomalies(1, 2, 3, 4, 5), 1.5, 'hash')

@@ -181,7 +181,7 @@ def test_leaves_of_one_axis_have_no_filters(shape, stacked):
 
 def test_filter_sums_count_the_last_axis_by_default():
   np.testing.assert_array_equal(
-      balls.filter_sums(jnp.arange(6.0).reshape(2, 3)), [[3, 5, 7]])
+      balls.filter_sums(jnp.arange(12.0).reshape(2, 3, 2)), [[[30, 36]]])
 
 
 def test_defaults_and_sizes():

@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import awp_jax
@@ -85,6 +86,22 @@ def test_mask_and_update(x64):
   assert 0 < metrics.robust_accuracy < 1
 
 
+@pytest.mark.parametrize('update_at', ['natural', 'perturbed'])
+def test_the_optimizer_gets_the_loss_and_the_weights_asked_for(update_at, x64):
+  # An optimizer that adds the weights it is given and keeps the loss.
+  tx = optax.GradientTransformationExtraArgs(
+      lambda params: jnp.float64(0),
+      lambda gradients, state, params, *, value, grad: (params, value))
+  state = plain_state(tx=tx)
+  out, metrics = step(
+      state, batch_of(), objective=NATURAL,
+      perturbation=methods.awp(0.1, update_at=update_at))
+  assert out.opt_state == metrics.loss > 0
+  v = jax.tree.map(lambda new, w: new - 2 * w, out.params, state.params)
+  largest = max(np.abs(leaf).max() for leaf in v.values())
+  assert largest > 0.01 if update_at == 'perturbed' else largest < 1e-12
+
+
 def with_dropout(params, batch_stats, x, train, key):
   if train:
     params = params | {'kernel': params['kernel'] * 2 * jax.random.bernoulli(
@@ -136,6 +153,13 @@ def test_noise_and_masks_derive_from_key_and_step(key, number, x64):
   start_key, dropout_key = expected_keys(key, number)
   np.testing.assert_allclose(
       out.batch_stats['x'], THREAT.random_start(start_key, x), atol=1e-8)
+  np.testing.assert_array_equal(
+      out.batch_stats['key'], jax.random.key_data(dropout_key))
+  # The published code ends with a natural pass, which has the same masks.
+  out, _ = step(
+      state.replace(step=number), (x, y), key=key, statistics='reference',
+      attack=awp_jax.Attack(1e-9, 1))
+  np.testing.assert_array_equal(out.batch_stats['x'], x)
   np.testing.assert_array_equal(
       out.batch_stats['key'], jax.random.key_data(dropout_key))
 

@@ -208,11 +208,13 @@ def test_training_lowers_the_loss(name):
 
 
 @pytest.mark.parametrize('keywords,message', [
-    ({'statistics': 'simple'}, "one of 'perturbed', 'reference', got 'simple'"),
-    ({'attack': ATTACK._replace(mode='test')}, "one of 'train', 'eval'"),
+    ({'statistics': 'simple'},
+     "^statistics must be one of 'perturbed', 'reference', got 'simple'"),
+    ({'attack': ATTACK._replace(mode='test')},
+     "^mode must be one of 'train', 'eval', got 'test'"),
     ({'attack': ATTACK._replace(step_size=0)}, 'step_size .* > 0, got 0'),
     ({'perturbation': awp_jax.methods.frwp()}, r"'FRWP' halves .*, got 1\."),
-    ({'alternations': 0}, 'alternations must be a whole number >= 1, got 0'),
+    ({'alternations': 0}, '^alternations must be a whole number >= 1, got 0'),
     ({'alternations': 2,
       'attack': awp_jax.Attack(0.1, 1, restarts=2)}, 'One of them must be 1'),
 ])
@@ -227,3 +229,9 @@ def test_perturbation_must_be_a_method():
   state, batch = tiny_problem(jnp.float32)
   with pytest.raises(TypeError, match=r'must be a Method, .*or None, got 0\.1'):
     run_tiny(state, batch, perturbation=0.1)
+
+
+def test_images_must_be_floating():
+  state, (x, y) = tiny_problem(jnp.float32, batch=2)
+  with pytest.raises(ValueError, match=r'^images must be floating, .* uint8'):
+    run_tiny(state, (x.astype(jnp.uint8), y))

@@ -140,6 +140,8 @@ def test_bad_values(fields, shown, allowed):
     build.build(changed(**fields))
   text = str(error.value)
   assert shown in text and allowed in text, text
+  # It begins with a field, or with another of its group.
+  assert text.startswith(tuple(name.split('__')[0] for name in fields)), text
   assert '\n' not in text
 
 
@@ -331,7 +333,6 @@ def test_unknown_field_names_the_nearest(wrong, near):
   known = base.get_config()
   config = cifar10_awp.get_config()
   with config.unlocked():
-    config.update_from_flattened_dict({})
     owner = config
     *parents, name = wrong.split('.')
     for parent in parents:

@@ -106,6 +106,9 @@ def test_the_cosine_stays_at_zero_behind_its_end():
   np.testing.assert_allclose(
       [schedule(12), schedule(500)], 0, atol=1e-9)
   assert schedule(11) > 1e-3
+  single = optimizers.build_schedule(
+      changed(epochs=1, optimizer__schedule='cosine'), 1)
+  np.testing.assert_allclose([single(0), single(1)], [0.1, 0], atol=1e-9)
 
 
 @pytest.mark.parametrize('config, epochs, at, rate', [

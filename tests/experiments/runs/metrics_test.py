@@ -1,6 +1,7 @@
 """Tests of the outputs of a run, on constructed metrics."""
 
 import json
+import os
 import struct
 
 import jax
@@ -124,6 +125,8 @@ def test_early_stopping_waits_for_an_evaluation():
   assert not metrics.stops_early([line(1)], 'test', 1)
   assert metrics.stops_early([*lines, line(4, 0.25)], 'test', 3)
   assert not metrics.stops_early([*lines, line(4, 0.75)], 'test', 1)
+  assert not metrics.stops_early(
+      [line(1, 0.5), line(2, 0.25), line(3)], 'test', 2)
 
 
 def test_speed_of_a_run_without_training_time_is_zero():
@@ -165,7 +168,7 @@ def test_log_writes_lines_and_events(tmp_path):
   for values in LINES[:3]:
     log.append(values)
   log.close()
-  assert metrics.read_metrics(tmp_path) == LINES[:3]
+  assert log.lines == metrics.read_metrics(tmp_path) == LINES[:3]
   (events,) = read_events(tmp_path / 'tensorboard').values()
   scalars = {
       (value.tag, event.step): value.simple_value
@@ -174,6 +177,23 @@ def test_log_writes_lines_and_events(tmp_path):
       (name, values['epoch']): value for values in LINES[:3]
       for name, value in values.items() if name != 'epoch'}
   assert scalars == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_line_is_on_disk_when_append_returns(tmp_path, monkeypatch):
+  log = metrics.MetricsLog(tmp_path, 0)
+  synced = []
+
+  def fsync(file):
+    # TensorBoard's writer syncs its own file.
+    if os.path.samestat(
+        os.fstat(file), os.stat(tmp_path / 'metrics.jsonl')):
+      synced.append(metrics.read_metrics(tmp_path))
+
+  monkeypatch.setattr(os, 'fsync', fsync)
+  log.append(LINES[0])
+  log.append(LINES[1])
+  log.close()
+  assert synced == [LINES[:1], LINES[:2]]
 
 
 def test_log_takes_back_what_the_state_has_not_seen(tmp_path):
