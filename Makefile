@@ -1,4 +1,5 @@
 # Two commands on a bare machine: `make demo` and `make test`.
+# `make test MARKERS=slow` runs the other tests.
 
 # The first of these that runs and can create environments. The newest jax needs
 # Python 3.12. A name on the path may be a shim for an inactive version.
@@ -7,6 +8,7 @@ USABLE := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for p in $(PYTHONS); do \
   $$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
 VENV ?= .venv
+MARKERS ?= not slow
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint docs dist clean
@@ -24,8 +26,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python experiments/compare.py runs/demo/AT runs/demo/AT-AWP \
 	  --output=runs/demo/comparison.png
 
+# All tests but those marked slow: trainings of several epochs, and runs in
+# processes that are killed and restarted.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n 2 --dist=worksteal
+	$(BIN)/python -m pytest -n 2 --dist=worksteal -m '$(MARKERS)'
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -64,10 +64,10 @@ def bump(height: int, width: int, power: int) -> np.ndarray:
   middle = (height // 2, width // 2)
   rings = max(middle) + 1
   steps = 1.0 / np.arange(1, rings + 1) ** power
-  tail = np.append(np.cumsum(steps[::-1])[::-1], 0.0)
+  tail = np.cumsum(steps[::-1])[::-1]
   down = np.abs(np.arange(height) - middle[0])[:, None]
   across = np.abs(np.arange(width) - middle[1])[None, :]
-  return tail[np.minimum(np.maximum(down, across), rings)]
+  return tail[np.maximum(down, across)]
 
 
 @functools.cache

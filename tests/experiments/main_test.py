@@ -204,6 +204,7 @@ def test_run_prints_its_own_lines_only(uninterrupted):
   assert (stored['num_train'], stored['awp.gamma']) == (64, 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:Sharding info not provided')
 def test_killed_and_stopped_run_ends_bit_identical(command, uninterrupted):
   folder = command.folder / 'killed'
@@ -271,6 +272,7 @@ def without_seconds(value):
   return value
 
 
+@pytest.mark.slow
 def test_killed_evaluation_ends_with_the_same_result(command, uninterrupted):
   copies = []
   for name in ('evaluated', 'evaluated-and-killed'):

@@ -221,6 +221,7 @@ print(jax.device_count(), 'same bits')
 '''
 
 
+@pytest.mark.slow
 def test_library_alone_with_default_compiler_flags(tmp_path):
   """The library runs without the packages of the experiments.
 

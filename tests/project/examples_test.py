@@ -117,6 +117,7 @@ def test_graph_gcn(graphs, capsys):
   check(rows, capsys.readouterr().out, ['cora'], ['plain', 'WT-AWP'], 0.6)
 
 
+@pytest.mark.slow
 def test_graph_gcn_on_cora():
   root = os.environ.get('AWP_TEST_DATA')
   if not root:
@@ -191,6 +192,7 @@ def test_nnx_model(capsys):
   check(rows, capsys.readouterr().out, ['digits'], ['plain', 'AWP'], 0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('module,steps', [
     (train_step_nnx, 15), (train_step_equinox, 30)])
 def test_train_step_of_other_libraries(module, steps, capsys):

@@ -96,6 +96,7 @@ TINY = [f'--config.{field}' for field in (
     'landscape.num_directions=1')]
 
 
+@pytest.mark.slow
 def test_demo(tmp_path, monkeypatch, capsys):
   """The recipe's commands, with few images and a tiny network."""
   listed = make('--dry-run', 'demo', 'VENV=venv', path=os.environ['PATH'])

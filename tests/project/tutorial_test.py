@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 NOTEBOOK = json.loads((ROOT / 'docs' / 'tutorial.ipynb').read_text())
 
@@ -16,6 +18,7 @@ def test_notebook_is_stored_without_outputs():
     assert not cell.get('outputs') and cell.get('execution_count') is None
 
 
+@pytest.mark.slow
 def test_notebook_runs(tmp_path):
   """Its code cells as one script, in a process of its own."""
   script = tmp_path / 'tutorial.py'

@@ -51,6 +51,7 @@ def reference_network(data):
   return autoattack_fixture.network(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('norm, radius', (('Linf', 8 / 255), ('L2', 0.5)))
 def test_verdicts_of_the_reference(norm, radius, load_fixture):
   data = load_fixture('autoattack')

@@ -39,6 +39,7 @@ def largest_difference(a, b):
 
 # One trajectory with the attack unrolled, as on the CPU, and two in a loop, as
 # on accelerators, which compiles faster.
+@pytest.mark.slow
 @pytest.mark.parametrize('name,norm,objective,statistics,unrolls', [
     ('at_awp_linf', 'Linf', awp_jax.adversarial(), 'reference', True),
     ('at_awp_l2', 'L2', awp_jax.adversarial(), 'reference', False),

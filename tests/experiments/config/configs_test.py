@@ -67,6 +67,7 @@ def on_little_data(config, files):
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('stem', STEMS)
 def test_every_config_trains_three_steps(stem, files, tmp_path, monkeypatch):
   train_test.use_tiny_net(monkeypatch)

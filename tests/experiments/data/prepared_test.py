@@ -193,6 +193,7 @@ def test_unreadable_prepared_set_is_downloaded(shop, monkeypatch, tmp_path):
   assert_same(dataset, expected)
 
 
+@pytest.mark.slow
 def test_real_prepared_cifar10():
   root = os.environ.get('AWP_TEST_DATA')
   if not root:

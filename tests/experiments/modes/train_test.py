@@ -246,6 +246,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
   assert not (run.workdir / 'summary.json').exists()
 
 
+@pytest.mark.slow
 def test_digits_train_with_their_own_network(tmp_path):
   config = small(
       digits_awp.get_config(), num_train=24, num_test=16, batch_size=8,

@@ -227,6 +227,7 @@ TINY = [f'--config.{field}' for field in (
     'eval.num_train=32', 'eval.every_epochs=1')]
 
 
+@pytest.mark.slow
 def test_real_runs(folder, monkeypatch, capfd):
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
   arguments = [f'--configs={CONFIGS}/digits_at.py', f'--workdir={folder}']
