@@ -120,8 +120,10 @@ def awp_value_and_grad(
     A function of `loss_fn`'s arguments that returns (value, gradients).
 
   Raises:
-    ValueError: if gamma is negative or a function of the step, or `num_steps`
-      is less than 1.
+    ValueError: if gamma is negative, not finite or a function of the step, or
+      `num_steps` is less than 1. The returned function raises it if `mask`
+      matches no leaf or is a pytree unlike the parameters. The value of a
+      traced gamma is not checked.
 
   .. note::
     Weight decay in the optimizer acts on the parameters passed to it. The

@@ -83,23 +83,31 @@ def _start_point(
   return x
 
 
-def _check(
-    x: Array, start: Start | Array, step_size: float, num_steps: int,
+def check_settings(
+    start: Start | Array, step_size: float, num_steps: int,
     restarts: int) -> None:
-  checks.floating('x', x)
+  """Raises a ValueError for settings that `pgd` does not take."""
   checks.positive('step_size', step_size)
   checks.count('num_steps', num_steps)
   checks.count('restarts', restarts)
   if isinstance(start, str):
     checks.one_of('start', start, STARTS)
-  elif start.shape != x.shape:
-    raise ValueError(
-        f'an array start must have the shape of x, {x.shape}, got '
-        f'{start.shape}.')
-  if restarts > 1 and start != 'random' and start != 'gaussian':
+  if restarts > 1 and not (
+      isinstance(start, str) and start in ('random', 'gaussian')):
     raise ValueError(
         f"restarts={restarts} needs a random start ('random' or 'gaussian'): "
         'other starts repeat the same attack.')
+
+
+def _check(
+    x: Array, start: Start | Array, step_size: float, num_steps: int,
+    restarts: int) -> None:
+  checks.floating('x', x)
+  check_settings(start, step_size, num_steps, restarts)
+  if not isinstance(start, str) and start.shape != x.shape:
+    raise ValueError(
+        f'an array start must have the shape of x, {x.shape}, got '
+        f'{start.shape}.')
 
 
 def _any_nonfinite(x: Array) -> Array:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from awp_jax.core import checks, numerics
 from awp_jax.perturbation.leaves import (
@@ -20,6 +21,17 @@ Norm = Literal['filter', 'layer']
 NORMS: tuple[Norm, ...] = ('filter', 'layer')
 
 
+def check_shapes(name: str, direction: Params, params: Params) -> None:
+  """Raises a ValueError unless the leaves have equal shapes."""
+  shapes, expected = (
+      [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
+      for tree in (direction, params))
+  if shapes != expected:
+    raise ValueError(
+        f'{name} must have the shapes of the parameters, {expected}, got '
+        f'{shapes}.')
+
+
 def filter_normalize(
     direction: Params, params: Params, *, norm: Norm = 'filter',
     mask: Mask = is_weight, filter_axis: int = -1, stack_axes: StackAxes = 0
@@ -33,7 +45,7 @@ def filter_normalize(
       'layer', whole leaves, as in AWP.
     mask: the leaves to scale; the others get zeros.
     filter_axis: the axis of the output filters: the last in Flax and Keras, the
-      first in PyTorch's layout. Stack axes do not count.
+      first in PyTorch and Equinox. Stack axes do not count.
     stack_axes: the number of leading axes of a leaf that index layers, as in
       `awp_jax.Ball`. Each layer has separate norms.
 
@@ -42,8 +54,8 @@ def filter_normalize(
     zeros, never NaN.
 
   Raises:
-    ValueError: if `norm` is unknown, or the structure of `direction` differs
-      from that of `params`.
+    ValueError: if `norm` is unknown, or the structure or a shape of `direction`
+      differs from that of `params`.
   """
   checks.one_of('norm', norm, NORMS)
   expected: Any = jax.tree.structure(params)
@@ -51,6 +63,7 @@ def filter_normalize(
     raise ValueError(
         f'direction must be a pytree like the parameters, {expected}, got '
         f'{jax.tree.structure(direction)}.')
+  check_shapes('direction', direction, params)
 
   def scale(d: Array, w: Array, stacked: int) -> Array:
     axes = tuple(range(stacked, w.ndim))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from awp_jax import objectives
 from awp_jax.attacks import pgd as pgd_lib
-from awp_jax.core import checks, numerics
+from awp_jax.core import numerics
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, Params
 
@@ -37,7 +37,8 @@ def robust_measure(
     logits_fn: (params, images [B, ...]) -> logits [B, C], in evaluation mode:
       running statistics, no dropout.
     threat: the ball and the box.
-    step_size: the step size of PGD on the cross-entropy, > 0.
+    step_size: the step size of PGD on the cross-entropy, > 0, in the units of
+      the images.
     num_steps: the number of PGD steps, >= 1.
     start: as in `awp_jax.pgd`.
     restarts: as in `awp_jax.pgd`.
@@ -54,10 +55,10 @@ def robust_measure(
     directions.
 
   Raises:
-    ValueError: if `step_size` or `num_steps` is out of range.
+    ValueError: if `step_size`, `num_steps` or `restarts` is out of range, or
+      `start` is unknown.
   """
-  checks.positive('step_size', step_size)
-  checks.count('num_steps', num_steps)
+  pgd_lib.check_settings(start, step_size, num_steps, restarts)
 
   def measure(params: Params, batch: Any, key: Array) -> dict[str, Array]:
     images, labels = numerics.wide(batch[0]), batch[1]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.core import checks, numerics, sharding
+from awp_jax.landscape.directions import check_shapes
 from awp_jax.landscape.measures import Measure
 from awp_jax.types import Array, Params
 
@@ -66,8 +67,9 @@ def evaluate_points(
     A dict of means for each point, in the order of `points`.
 
   Raises:
-    ValueError: if there are no points or no examples, or if shapes or
-      structures do not match.
+    ValueError: if there are no points or no examples, a point is not finite,
+      `batch_size` is less than 1 or not a multiple of the number of devices, or
+      shapes or structures do not match.
   """
   points = np.asarray(points, np.float64)
   _check_points(points, directions, params)
@@ -101,14 +103,15 @@ def evaluate_points(
 
 
 def mean_rise(alphas: Any, losses: Any) -> float:
-  """Mean rise of a curve above its center; smaller is flatter.
+  """Mean rise of a curve above its center, a measure of sharpness.
 
     R = 1/(b - a)  integral_a^b ( g(alpha) - g(0) ) d alpha,
 
   by the trapezoidal rule over the given points, in units of the loss. It is 0
   for a constant and c (b^2 + ab + a^2) / 6 for c alpha^2 / 2 in the limit of
-  dense points. A linear slope cancels if a = -b. Compare models only with the
-  same kind of direction, range and points.
+  dense points. A linear slope cancels if a = -b. Near a minimum, smaller is
+  flatter; a negative R means that the loss falls away from the center. Compare
+  models only with the same kind of direction, range and points.
 
   Args:
     alphas: strictly increasing coordinates [P], P >= 2, including 0.
@@ -141,6 +144,7 @@ def _check_points(
       raise ValueError(
           f'each direction must be a pytree like the parameters, {expected}, '
           f'got {jax.tree.structure(direction)}.')
+    check_shapes('each direction', direction, params)
   if points.ndim != 2 or not len(points) or (
       points.shape[1] != len(directions)):
     raise ValueError(

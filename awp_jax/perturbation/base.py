@@ -5,11 +5,12 @@ AWP and related methods train on a loss at weights perturbed within a set,
   v = a point of  { v : |v_i| <= size s_i, all groups i },
   G = a grad L(w; B') + b grad L(w + v; B),        w <- optimizer(w, G),
 
-and differ in a few settings, the fields of a `Method`: the direction of v
-(gradient, momentum, noise), the norm and scale of the set, the perturbed
-leaves, the number of moves, the examples in the ascent, the weights (a, b), the
-batch B', where weight decay acts, and which steps perturb. `methods` has the
-methods of the literature. A custom method:
+where a group i is a leaf, a filter, an entry or all leaves, and s_i its scale
+(|w_i| by default; see `Ball`). They differ in a few settings, the fields of a
+`Method`: the direction of v (gradient, momentum, noise), the norm and scale of
+the set, the perturbed leaves, the number of moves, the examples in the ascent,
+the weights (a, b), the batch B', where weight decay acts, and which steps
+perturb. `methods` has the methods of the literature. A custom method:
 
   >>> method = Method('per filter', Ball(0.1, 'filter'), mask='*/kernel')
   >>> method.num_steps, method.mix, method.update_at
@@ -60,8 +61,8 @@ class Method:
       move instead.
     direction: the direction that v follows.
     mask: which leaves are perturbed, as in `leaves.weight_mask`.
-    num_steps: the number of moves, >= 1, each with a new gradient. Must be 1
-      unless the direction is the gradient.
+    num_steps: the number of ascent steps (moves), >= 1, each with a new
+      gradient. Must be 1 unless the direction is the gradient.
     moves: how moves combine. 'projected': v <- project(v + move), with moves of
       1 / num_steps of the ball's size (the full size with a box). 'summed': v
       is the linear maximizer along the sum of the gradients.
@@ -78,6 +79,10 @@ class Method:
       parameters need 'natural'; see `perturbed_step.apply_at_perturbed`.
     start: the first step that perturbs, counted from 0.
     every: perturbs every `every`-th step from `start`.
+
+  Raises:
+    ValueError: if a count is out of range, a choice is unknown, or a direction
+      that uses no gradients has `num_steps` > 1 or `examples_below`.
   """
 
   name: str
@@ -190,7 +195,19 @@ def size_of(name: str, value: Size) -> Size:
 
 
 def mixture(name: str, value: Scalar) -> tuple[Scalar, Scalar]:
-  """Mixture weights (1 - value, value), with value in [0, 1]."""
+  """Mixture weights (1 - value, value), with value in [0, 1].
+
+  Args:
+    name: the name of the argument, for the error.
+    value: the weight of the loss at w + v.
+
+  Returns:
+    The weights of the losses at w and at w + v.
+
+  Raises:
+    ValueError: if the value is negative or not finite or, as a Python number,
+      above 1.
+  """
   checks.not_negative(name, value)
   if isinstance(value, int | float) and value > 1:
     raise ValueError(f'{name} must be at most 1, got {value!r}.')

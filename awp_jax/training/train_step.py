@@ -67,7 +67,8 @@ class TrainMetrics(NamedTuple):
       natural accuracy if the objective has no attack. Non-finite logits count
       as incorrect.
     gradient_norm: |G|_2 over all parameters.
-    perturbation_ratio: |v|_2 / |w|_2 over the perturbed leaves; 0 without AWP.
+    perturbation_ratio: |v|_2 / |w|_2 over the perturbed leaves; 0 in steps
+      without weight perturbation.
     unperturbed_loss: the train loss at w, with the x' of the first round, if
       the step evaluated it on the whole batch; else NaN.
   """

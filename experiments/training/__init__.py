@@ -3,5 +3,6 @@
 `loop` orchestrates. `compiled` caches the programs of `step`; `training_data`
 gives them their batches, and `devices` copies arrays to all devices.
 `saving` writes and restores checkpoints, `guard` stops failed runs, which
-`collapse` detects, `epochs` and `progress` write the output.
+`collapse` detects, `signals` turns SIGTERM and Ctrl-C into a request to stop,
+`epochs` and `progress` write the output.
 """

@@ -130,8 +130,8 @@ class Detector:
     Args:
       settings: `config.guard`.
       level: the performance of constant outputs.
-      first_step: faults up to this step are ignored: the start of training and
-        the warm-up of AWP.
+      first_step: faults up to this step, the start of training and the warm-up
+        of AWP, are ignored, except a gradient of zero.
       lowest_loss: lowest loss so far, if the run is resumed.
     """
     self._settings, self._level, self._first = settings, level, first_step

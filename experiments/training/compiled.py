@@ -63,7 +63,7 @@ class CompiledSteps:
       step: number of completed steps.
 
     Returns:
-      State, sums, images, order, keys and device numbers.
+      State, sums, training data, order, keys and device numbers.
     """
     number = training_data.order_number(self._run, step)
     if self._order is None or self._order[0] != number:

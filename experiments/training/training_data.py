@@ -13,13 +13,13 @@ from experiments.training import devices
 
 
 class TrainingData(NamedTuple):
-  """The training images, of which every device has a copy.
+  """The training images of a run; each device holds a copy.
 
   Attributes:
-    images: [N, H, W, C].
-    labels: [N].
-    extra_images: [M, H, W, C], or None.
-    extra_labels: [M], or None.
+    images: [N, H, W, C], uint8 in 0..255 or floats in [0, 1].
+    labels: integers [N].
+    extra_images: [M, H, W, C] in the same ranges, or None.
+    extra_labels: integers [M], or None.
   """
 
   images: Any
@@ -58,15 +58,15 @@ def make_order_fn(run: run_lib.Run) -> Callable[..., Any]:
 def global_batch(
     run: run_lib.Run, data: TrainingData, order: Any, keys: dict[str, Any],
     step: Any, size: int) -> tuple[Any, Any]:
-  """Images in [0, 1] and labels of a step, over all devices.
+  """The global batch of a step: images in [0, 1], and labels.
 
   Args:
     run: the run.
     data: from `of_run`.
     order: the permutation [N] with the number `order_number(run, step)`.
-    keys: from `run.keys`.
-    step: counted from 0.
-    size: number of images in this batch.
+    keys: PRNG keys by purpose, from `experiments.runs.run.keys`.
+    step: number of completed steps; may be traced.
+    size: number of images in this batch; the last of an epoch may be smaller.
 
   Returns:
     Images [size, H, W, C] and labels: integers [size], or probabilities

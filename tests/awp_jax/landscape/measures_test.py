@@ -104,3 +104,10 @@ def test_measures_refuse_bad_arguments():
     landscape.robust_measure(linear, THREAT, step_size=-1, num_steps=1)
   with pytest.raises(ValueError, match=r'num_steps must be .* got 0'):
     landscape.robust_measure(linear, THREAT, step_size=1, num_steps=0)
+  for option, shown in (
+      ({'restarts': 0}, r'restarts must be .* got 0'),
+      ({'restarts': 2, 'start': 'zero'}, 'restarts=2 needs a random start'),
+      ({'start': 'rand'}, r"start must be one of .* got 'rand'")):
+    with pytest.raises(ValueError, match=shown):
+      landscape.robust_measure(
+          linear, THREAT, step_size=1, num_steps=1, **option)
