@@ -242,6 +242,9 @@ def _select(
     survivors = json.loads(options.survivors_of.read_text())['survivors']
     mutants = [m for m in mutants
                if {'line': m.line, 'change': m.change} in survivors]
+    if len(mutants) < len(survivors):
+      sys.exit(f'error: only {len(mutants)} of {len(survivors)} survivors of '
+               f'{options.survivors_of} are in the module: it has changed.')
   if options.sample is not None and options.sample < len(mutants):
     drawn = random.Random(0).sample(range(len(mutants)), options.sample)
     mutants = [mutants[number] for number in sorted(drawn)]

@@ -17,7 +17,8 @@ from experiments.util import atomic
 from experiments.util.errors import UserError
 
 #: Fields of older versions -> their present names.
-RENAMED = {'model.normalise': 'model.normalize'}
+RENAMED = {
+    'model.normalise': 'model.normalize', 'awp.decay_at': 'awp.update_at'}
 
 #: Fields that may differ when a run is resumed. They set where data is and how
 #: often to log or save, and change no result.

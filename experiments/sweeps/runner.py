@@ -16,6 +16,7 @@ import subprocess
 import sys
 from typing import IO, Any, NamedTuple
 
+from experiments.config import build
 from experiments.runs import metrics, workdirs
 from experiments.sweeps.jobs import Job, parse_name
 from experiments.util.errors import UserError
@@ -42,18 +43,24 @@ class State(NamedTuple):
 def check_overrides(
     jobs: Sequence[Job], workdir: pathlib.Path, overrides: Sequence[str]
 ) -> None:
-  """Raises UserError if a run already exists with other values.
+  """Raises UserError if a run already exists with other values or fields.
 
   An unfinished run would reject them itself. A finished one is not started, so
   the table would show it as if it had the new values.
   """
   for job in jobs:
-    stored = read_config(workdir / job.name)
+    if not (workdir / job.name / 'config.json').exists():
+      continue
+    stored = workdirs.stored_fields(workdir / job.name)
     for override in overrides:
       name, _, value = override.removeprefix('--config.').partition('=')
-      if name in workdirs.FREE_FIELDS or name.startswith(workdirs.FREE_GROUPS):
+      if not override.startswith('--config.') or (
+          name in workdirs.FREE_FIELDS
+          or name.startswith(workdirs.FREE_GROUPS)):
         continue
-      if name in stored and not _is_same(stored[name], value):
+      if name not in stored:
+        raise UserError(build.unknown_field(name, stored))
+      if not _is_same(stored[name], value):
         raise UserError(
             f'{override}: {str(workdir / job.name)!r} holds a run with '
             f'{name}={stored[name]!r}; choose another --workdir.')
@@ -61,7 +68,8 @@ def check_overrides(
 
 def _is_same(stored: Any, text: str) -> bool:
   """Whether a flag's text denotes a value read from JSON."""
-  if str(stored).lower() == text.lower():
+  if str(stored) == text or (
+      isinstance(stored, bool) and str(stored).lower() == text.lower()):
     return True
   try:
     value = ast.literal_eval(text)

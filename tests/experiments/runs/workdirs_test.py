@@ -89,23 +89,26 @@ def test_fields_of_a_later_version_have_their_defaults(tmp_path):
     workdirs.open_workdir(tmp_path, config)
 
 
-@pytest.mark.parametrize('old, new', workdirs.RENAMED.items())
-def test_renamed_fields_keep_their_values(tmp_path, old, new):
+@pytest.mark.parametrize('old, value, default', [
+    ('model.normalise', False, True),
+    ('awp.decay_at', 'natural', 'perturbed')])
+def test_renamed_fields_keep_their_values(tmp_path, old, value, default):
+  new = workdirs.RENAMED[old]
   config = digits_awp.get_config()
-  config.update_from_flattened_dict({new: False})
-  assert build.flatten(digits_awp.get_config())[new] is True
+  config.update_from_flattened_dict({new: value})
+  assert build.flatten(digits_awp.get_config())[new] == default
   claimed(tmp_path, config)
-  edit(tmp_path, **{new: None, old: False})
+  edit(tmp_path, **{new: None, old: value})
   stored = json.loads((tmp_path / 'config.json').read_text())
   assert old in stored and new not in stored
   fields = workdirs.with_defaults(stored)
-  assert fields[new] is False and old not in fields
+  assert fields[new] == value and old not in fields
   assert workdirs.stored_config(tmp_path).to_dict() == config.to_dict()
   assert workdirs.reader_config(
       tmp_path, base.get_config(), {}).to_dict() == config.to_dict()
   workdirs.open_workdir(tmp_path, config)  # resumes
   with pytest.raises(
-      ValueError, match=rf'{new} \(False there, True now\)'):
+      ValueError, match=rf'{new} \({value!r} there, {default!r} now\)'):
     workdirs.open_workdir(tmp_path, digits_awp.get_config())
 
 

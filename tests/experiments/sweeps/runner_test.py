@@ -16,6 +16,7 @@ import pytest
 
 from experiments import table
 from experiments.sweeps import jobs, runner
+from experiments.util.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 CONFIGS = ROOT / 'experiments/configs'
@@ -145,20 +146,39 @@ def test_failures_are_listed_and_other_runs_continue(
 @pytest.mark.parametrize('stored, text, same', [
     (1, '1', True), (1, '2', False), (0.01, '1e-2', True), (0.5, '0.51', False),
     (True, 'true', True), (True, 'False', False), ('AT', 'AT', True),
-    ('AT', 'MART', False), ([0.5, 0.75], '(0.5, 0.75)', True),
-    ([0.5, 0.75], '(0.5,)', False), ('', '', True), ('', 'x y', False)])
+    ('AT', 'MART', False), ('/Big.npz', '/big.npz', False),
+    ([0.5, 0.75], '(0.5, 0.75)', True), ([0.5, 0.75], '(0.5,)', False),
+    ('', '', True), ('', 'x y', False)])
 def test_values_as_flags(stored, text, same, tmp_path):
   job = jobs.Job('a.py', 0)
   (tmp_path / job.name).mkdir()
   (tmp_path / job.name / 'config.json').write_text(
       json.dumps({'b.c': stored, 'data_dir': 'x', 'evaluation.d': 1}))
-  free = ['--config.data_dir=y', '--config.evaluation.d=2', '--config.new=3']
+  free = ['--config.data_dir=y', '--config.evaluation.d=2', '--debug']
   runner.check_overrides([job], tmp_path, free)
   if same:
     runner.check_overrides([job], tmp_path, [f'--config.b.c={text}'])
   else:
     with pytest.raises(ValueError, match='choose another --workdir'):
       runner.check_overrides([job], tmp_path, [f'--config.b.c={text}'])
+
+
+@pytest.mark.parametrize('flag, shown', [
+    ('model.normalize=False', 'a run with model.normalize=True'),
+    ('attack.restarts=5', 'a run with attack.restarts=1'),
+    ('data_seed=7', 'a run with data_seed=3'),
+    ('awp.update_at=perturbed', "a run with awp.update_at='natural'"),
+    ('model.normalise=True', "unknown field 'model.normalise'"),
+    ('awp.gama=0.5', "unknown field 'awp.gama'. Did you mean 'awp.gamma'?")])
+def test_flags_are_compared_with_the_config_of_an_older_run(
+    flag, shown, tmp_path):
+  job = jobs.Job('a.py', 3)
+  (tmp_path / job.name).mkdir()
+  (tmp_path / job.name / 'config.json').write_text(json.dumps(
+      {'seed': 3, 'model.normalise': True, 'awp.decay_at': 'natural'}))
+  with pytest.raises(UserError) as raised:
+    runner.check_overrides([job], tmp_path, [f'--config.{flag}'])
+  assert shown in str(raised.value)
 
 
 def test_the_table_leaves_accelerators_to_the_runs(folder, fake, tmp_path):
