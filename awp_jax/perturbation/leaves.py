@@ -180,6 +180,15 @@ def _is_predicate(mask: Any) -> TypeGuard[LeafPredicate]:
   return True
 
 
+def _check_arrays(params: Params) -> None:
+  for path, leaf in zip(
+      leaf_paths(params), jax.tree.leaves(params), strict=True):
+    if not hasattr(leaf, 'ndim') and not isinstance(leaf, int | float):
+      raise ValueError(
+          f'parameters must be arrays, got {leaf!r} at {path!r}. Pass the '
+          'arrays alone, such as eqx.filter(model, eqx.is_inexact_array).')
+
+
 def weight_mask(
     params: Params, mask: Mask = is_weight, stack_axes: StackAxes = 0
 ) -> Params:
@@ -198,9 +207,10 @@ def weight_mask(
     A pytree of Python bools with the structure of `params`.
 
   Raises:
-    ValueError: if a pattern matches no leaf, or the structure of `mask` differs
-      from that of `params`.
+    ValueError: if a pattern matches no leaf, the structure of `mask` differs
+      from that of `params`, or a leaf of `params` is not an array.
   """
+  _check_arrays(params)
   if isinstance(mask, str):
     mask = (mask,)
   if isinstance(mask, tuple | list) and mask and all(

@@ -177,6 +177,14 @@ def test_patterns_that_match_nothing():
     leaves.weight_mask(params, stack_axes={'b/*': 1})
 
 
+def test_leaves_that_are_no_arrays_are_named():
+  model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
+  with pytest.raises(ValueError, match=r"be arrays, got .* at 'activation'"):
+    awp_jax.awp_step(
+        lambda model, x: jnp.mean(jax.vmap(model)(x)), optax.sgd(0.1), model,
+        (), jnp.ones((3, 2)), gamma=0.01)
+
+
 def test_biases_of_attention_are_not_weights():
   shapes = jax.eval_shape(
       nn.MultiHeadDotProductAttention(2).init, jax.random.key(0),
