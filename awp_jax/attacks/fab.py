@@ -24,7 +24,13 @@ from awp_jax.attacks import hyperplanes
 from awp_jax.core import checks, loops
 from awp_jax.evaluation import evaluate, protocol
 from awp_jax.evaluation.losses import difference
-from awp_jax.evaluation.model import Gradients, Model, either, misclassified
+from awp_jax.evaluation.model import (
+  Gradients,
+  Model,
+  either,
+  make_gradients,
+  misclassified,
+)
 from awp_jax.evaluation.protocol import (
   AttackSpec,
   BoundAttack,
@@ -136,13 +142,8 @@ def _cotangent(logits: Array, labels: Array, targets: Array) -> Array:
 def _seen(
     gradient: Array, logits: Array, labels: Array, targets: Array) -> Gradients:
   """The `Gradients` of the loss z_t - z_y."""
-  finite = jnp.isfinite(gradient)
-  losses = difference(logits, labels, targets)
-  return Gradients(
-      jnp.where(finite, gradient, 0),
-      jnp.where(jnp.isnan(losses), -jnp.inf, losses),
-      misclassified(logits, labels),
-      ~jnp.all(finite, axis=tuple(range(1, gradient.ndim))))
+  return make_gradients(
+      gradient, difference(logits, labels, targets), logits, labels)
 
 
 def _class_gradients(

@@ -81,6 +81,18 @@ def either(one: Array | None, other: Array | None) -> Array | None:
   return one | other
 
 
+def make_gradients(
+    gradient: Array, values: Array, logits: Array, labels: Array) -> Gradients:
+  """The `Gradients` of losses [B], whose entries may not be finite."""
+  # A NaN would stay in the iterate until the end of the run.
+  finite = jnp.isfinite(gradient)
+  return Gradients(
+      jnp.where(finite, gradient, 0),
+      jnp.where(jnp.isnan(values), -jnp.inf, values),
+      misclassified(logits, labels),
+      ~jnp.all(finite, axis=tuple(range(1, gradient.ndim))))
+
+
 def _differentiate(
     apply: Callable[[Array, Array], Array],
     functions: Sequence[Callable[..., Array]], index: Array, images: Array,
@@ -93,13 +105,7 @@ def _differentiate(
 
   cotangent, values = jax.grad(total, has_aux=True)(logits)
   gradient, = pullback(cotangent)
-  # A NaN would stay in the iterate until the end of the run.
-  finite = jnp.isfinite(gradient)
-  return Gradients(
-      jnp.where(finite, gradient, 0),
-      jnp.where(jnp.isnan(values), -jnp.inf, values),
-      misclassified(logits, labels),
-      ~jnp.all(finite, axis=tuple(range(1, images.ndim))))
+  return make_gradients(gradient, values, logits, labels)
 
 
 def make_model(

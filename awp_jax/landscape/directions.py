@@ -21,14 +21,19 @@ Norm = Literal['filter', 'layer']
 NORMS: tuple[Norm, ...] = ('filter', 'layer')
 
 
-def check_shapes(name: str, direction: Params, params: Params) -> None:
-  """Raises a ValueError unless the leaves have equal shapes."""
-  shapes, expected = (
+def check_like(name: str, direction: Params, params: Params) -> None:
+  """Raises a ValueError unless a direction has the leaves of the parameters."""
+  expected: Any = jax.tree.structure(params)
+  if jax.tree.structure(direction) != expected:
+    raise ValueError(
+        f'{name} must be a pytree like the parameters, {expected}, got '
+        f'{jax.tree.structure(direction)}.')
+  shapes, wanted = (
       [np.shape(leaf) for leaf in jax.tree.leaves(tree)]
       for tree in (direction, params))
-  if shapes != expected:
+  if shapes != wanted:
     raise ValueError(
-        f'{name} must have the shapes of the parameters, {expected}, got '
+        f'{name} must have the shapes of the parameters, {wanted}, got '
         f'{shapes}.')
 
 
@@ -58,12 +63,7 @@ def filter_normalize(
       differs from that of `params`.
   """
   checks.one_of('norm', norm, NORMS)
-  expected: Any = jax.tree.structure(params)
-  if jax.tree.structure(direction) != expected:
-    raise ValueError(
-        f'direction must be a pytree like the parameters, {expected}, got '
-        f'{jax.tree.structure(direction)}.')
-  check_shapes('direction', direction, params)
+  check_like('direction', direction, params)
 
   def scale(d: Array, w: Array, stacked: int) -> Array:
     axes = tuple(range(stacked, w.ndim))

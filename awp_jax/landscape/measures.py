@@ -1,13 +1,11 @@
 """What to measure at each point: per-example losses and accuracies."""
 
 from collections.abc import Callable
+import functools
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
-
-from awp_jax import objectives
 from awp_jax.attacks import pgd as pgd_lib
+from awp_jax.attacks.robustness import robustness
 from awp_jax.core import numerics
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array, Params
@@ -60,29 +58,13 @@ def robust_measure(
   """
   pgd_lib.check_settings(start, step_size, num_steps, restarts)
 
+  attack = pgd_lib.Attack(
+      step_size, num_steps, start=start, restarts=restarts)
+
   def measure(params: Params, batch: Any, key: Array) -> dict[str, Array]:
-    images, labels = numerics.wide(batch[0]), batch[1]
-
-    def loss_fn(x: Array, state: Any) -> tuple[Array, Any]:
-      return objectives.cross_entropy(logits_fn(params, x), labels), state
-
-    def broken_fn(x: Array) -> Array:
-      return ~objectives.is_correct(logits_fn(params, x), labels)
-
-    # Accelerators multiply float32 in lower precision by default.
-    with jax.default_matmul_precision('float32'):
-      out = pgd_lib.run_pgd(
-          key, loss_fn, (), images, threat, step_size=step_size,
-          num_steps=num_steps, start=start, restarts=restarts,
-          broken_fn=broken_fn)
-      natural, robust = logits_fn(params, images), logits_fn(params, out.x_adv)
-    is_natural = objectives.is_correct(natural, labels)
-    is_finite = jnp.all(jnp.isfinite(natural) & jnp.isfinite(robust), axis=-1)
-    return {
-        'natural_loss': objectives.cross_entropy(natural, labels),
-        'robust_loss': objectives.cross_entropy(robust, labels),
-        'natural_accuracy': is_natural,
-        'robust_accuracy': is_natural & objectives.is_correct(robust, labels),
-        'nonfinite': out.nonfinite | ~is_finite}
+    images, labels = batch
+    return robustness(
+        key, functools.partial(logits_fn, params), numerics.wide(images),
+        labels, threat, attack)._asdict()
 
   return measure

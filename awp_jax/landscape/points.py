@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.core import checks, numerics, sharding
-from awp_jax.landscape.directions import check_shapes
+from awp_jax.landscape.directions import check_like
 from awp_jax.landscape.measures import Measure
 from awp_jax.types import Array, Params
 
@@ -138,13 +138,8 @@ def _check_points(
     points: np.ndarray, directions: Sequence[Params], params: Params) -> None:
   if not directions:
     raise ValueError('directions must hold at least one direction, got none.')
-  expected: Any = jax.tree.structure(params)
   for direction in directions:
-    if jax.tree.structure(direction) != expected:
-      raise ValueError(
-          f'each direction must be a pytree like the parameters, {expected}, '
-          f'got {jax.tree.structure(direction)}.')
-    check_shapes('each direction', direction, params)
+    check_like('each direction', direction, params)
   if points.ndim != 2 or not len(points) or (
       points.shape[1] != len(directions)):
     raise ValueError(

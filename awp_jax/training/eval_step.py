@@ -4,14 +4,13 @@ An example counts as robust if the model classifies x and the final x' of every
 restart correctly. Non-finite logits count as incorrect.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from awp_jax import objectives
-from awp_jax.attacks import pgd as pgd_lib
 from awp_jax.attacks.pgd import Attack
+from awp_jax.attacks.robustness import robustness
 from awp_jax.core import checks, numerics
 from awp_jax.threat import ThreatModel
 from awp_jax.training.state import TrainState, forward
@@ -80,29 +79,16 @@ def eval_step(
     return forward(
         state, state.params, state.batch_stats, x, train=False)[0]
 
-  def loss_fn(x: Array, state: Any) -> tuple[Array, Any]:
-    return objectives.cross_entropy(logits_fn(x), labels), state
-
-  # Accelerators multiply float32 in lower precision by default.
-  with jax.default_matmul_precision('float32'):
-    out = pgd_lib.run_pgd(
-        key, loss_fn, (), images, threat, step_size=attack.step_size,
-        num_steps=attack.num_steps, start=attack.start,
-        restarts=attack.restarts, broken_fn=lambda x: ~objectives.is_correct(
-            logits_fn(x), labels))
-    natural, robust = logits_fn(images), logits_fn(out.x_adv)
-  is_natural = objectives.is_correct(natural, labels)
-  is_robust = is_natural & objectives.is_correct(robust, labels)
-  is_finite = jnp.all(jnp.isfinite(natural) & jnp.isfinite(robust), axis=-1)
+  found = robustness(key, logits_fn, images, labels, threat, attack)
 
   def total(values: Array) -> Array:
     return jnp.sum(jnp.where(valid, values, 0), dtype=jnp.float32)
 
   metrics = EvalMetrics(
       examples=total(valid),
-      natural_loss=total(objectives.cross_entropy(natural, labels)),
-      natural_correct=total(is_natural),
-      robust_loss=total(objectives.cross_entropy(robust, labels)),
-      robust_correct=total(is_robust),
-      nonfinite=total(out.nonfinite | ~is_finite))
+      natural_loss=total(found.natural_loss),
+      natural_correct=total(found.natural_accuracy),
+      robust_loss=total(found.robust_loss),
+      robust_correct=total(found.robust_accuracy),
+      nonfinite=total(found.nonfinite))
   return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)

@@ -102,6 +102,14 @@ def frwp(
       name='FRWP', mix=mixture('alpha', alpha), natural_batch='other')
 
 
+def _adaptive(
+    method: Method, name: str, eta: Scalar, beta: Scalar) -> Method:
+  """The method with the noise of `arwp`."""
+  return dataclasses.replace(
+      method, name=name, direction=directions.adaptive_noise(
+          eta, beta, method.ball.filter_axis, method.ball.stack_axes))
+
+
 def arwp(
     sigma: Size = 0.01, *, eta: Scalar = 0.1, beta: Scalar = 0.99,
     mask: Mask = is_any, filter_axis: int = -1,
@@ -125,11 +133,9 @@ def arwp(
   References:
     Li et al., as in `m_rwp`.
   """
-  return dataclasses.replace(
-      random(sigma, mask=mask, filter_axis=filter_axis,
-             stack_axes=stack_axes), name='ARWP',
-      direction=directions.adaptive_noise(
-          eta, beta, filter_axis, stack_axes))
+  return _adaptive(
+      random(sigma, mask=mask, filter_axis=filter_axis, stack_axes=stack_axes),
+      'ARWP', eta, beta)
 
 
 def m_arwp(
@@ -154,11 +160,10 @@ def m_arwp(
   References:
     Li et al., as in `m_rwp`.
   """
-  return dataclasses.replace(
+  return _adaptive(
       m_rwp(sigma, lam=lam, natural_batch=natural_batch, mask=mask,
-            filter_axis=filter_axis, stack_axes=stack_axes), name='m-ARWP',
-      direction=directions.adaptive_noise(
-          eta, beta, filter_axis, stack_axes))
+            filter_axis=filter_axis, stack_axes=stack_axes),
+      'm-ARWP', eta, beta)
 
 
 @dataclasses.dataclass(frozen=True)
