@@ -34,9 +34,10 @@ import pytest
 
 from tests.helpers import strict
 
-#: Folders of reference trajectories and of prepared data. They are not part of
-#: the repository; tests that need them are skipped without.
+#: Folders of reference trajectories and of real data. They are not part of the
+#: repository; tests that need them are skipped without.
 FIXTURES = os.environ.get('AWP_TEST_FIXTURES')
+DATA = os.environ.get('AWP_TEST_DATA')
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -63,3 +64,11 @@ def load_fixture():
     return np.load(pathlib.Path(FIXTURES) / f'{name}.npz')
 
   return load
+
+
+@pytest.fixture
+def data_folder():
+  """The folder with `tfds/` and `graphs/`, or skips."""
+  if not DATA:
+    pytest.skip('AWP_TEST_DATA does not name a folder with real data')
+  return pathlib.Path(DATA)

@@ -48,12 +48,14 @@ class End(NamedTuple):
 
   Attributes:
     losses: [T], of each step at w + v.
+    ratios: [T], |v| / |w| of each step.
     params: Parameters.
     batch_stats: Running statistics.
     momentum: Of SGD.
   """
 
   losses: np.ndarray
+  ratios: np.ndarray
   params: dict
   batch_stats: dict
   momentum: dict
@@ -62,7 +64,8 @@ class End(NamedTuple):
 def recorded(archive):
   """The end recorded in an archive."""
   last = variables(archive, 'final/')
-  return End(archive['loss'], **last,
+  ratios = np.full(archive['loss'].shape, archive['cfg/gamma'])
+  return End(archive['loss'], ratios, **last,
              momentum=variables(archive, 'momentum/')['params'])
 
 
@@ -104,17 +107,19 @@ def follow(archive, objective, *, norm='Linf', statistics, normalized,
         perturbation=awp_jax.methods.awp(setting['gamma']),
         statistics=statistics)
 
-  losses = []
+  losses, ratios = [], []
   for x, y, delta in zip(
       *(archive[key] for key in ('x', 'y', 'delta0')), strict=True):
     x, delta = (value.transpose(0, 2, 3, 1) for value in (x, delta))
     state, metrics = step(state, x, y, x + delta)
     losses.append(metrics.loss)
+    ratios.append(metrics.perturbation_ratio)
   (momentum,) = (
       node.trace for node in jax.tree.leaves(
           state.opt_state, is_leaf=lambda n: isinstance(n, optax.TraceState))
       if isinstance(node, optax.TraceState))
-  return End(np.asarray(losses), state.params, state.batch_stats, momentum)
+  return End(np.asarray(losses), np.asarray(ratios), state.params,
+             state.batch_stats, momentum)
 
 
 def distance(a, b):

@@ -118,17 +118,14 @@ def test_graph_gcn(graphs, capsys):
 
 
 @pytest.mark.slow
-def test_graph_gcn_on_cora():
-  root = os.environ.get('AWP_TEST_DATA')
-  if not root:
-    pytest.skip('AWP_TEST_DATA does not name a folder with graphs')
-  graph = graph_gcn.load(pathlib.Path(root) / 'graphs' / 'cora.npz')
+def test_graph_gcn_on_cora(data_folder):
+  graph = graph_gcn.load(data_folder / 'graphs' / 'cora.npz')
   # The sizes of the largest component and of the split in the paper's code.
   assert graph.features.shape == (2485, 1433)
   nodes = graph_gcn.split(graph.labels, 0)
   assert [len(part) for part in nodes] == [247, 249, 1988]
   rows = graph_gcn.main([
-      f'--data={root}/graphs', '--seeds=1', '--steps=30'])
+      f'--data={data_folder}/graphs', '--seeds=1', '--steps=30'])
   assert all(row.accuracies[0] > 0.7 for row in rows)  # the largest: 0.29
 
 

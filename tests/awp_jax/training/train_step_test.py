@@ -6,13 +6,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import awp_jax
 from awp_jax import objectives
 from awp_jax.core import loops
-from awp_jax.models import PreActResNet
 from tests.helpers import torch_layout
 from tests.helpers.train_step_problem import (
     ATTACK,
@@ -21,20 +19,6 @@ from tests.helpers.train_step_problem import (
     run_tiny,
     tiny_problem,
 )
-
-CIFAR10_MEAN, CIFAR10_STD = (.4914, .4822, .4465), (.2471, .2435, .2616)
-
-
-def momentum_of(opt_state):
-  return next(
-      node.trace for node in jax.tree.leaves(
-          opt_state, is_leaf=lambda n: isinstance(n, optax.TraceState))
-      if isinstance(node, optax.TraceState))
-
-
-def largest_difference(a, b):
-  return max(jax.tree.leaves(jax.tree.map(
-      lambda x, y: float(np.abs(x - y).max()), a, b)))
 
 
 # One trajectory with the attack unrolled, as on the CPU, and two in a loop, as
@@ -51,48 +35,17 @@ def test_reference_trajectory(
     name, norm, objective, statistics, unrolls, load_fixture, monkeypatch, x64):
   archive = load_fixture(name)
   monkeypatch.setattr(loops, 'unrolls', lambda: unrolls)
-  setting = {key[4:]: float(archive[key]) for key in archive.files
-             if key.startswith('cfg/')}
-  normalized = name.startswith('at')
-  model = PreActResNet(
-      10, width=4, param_dtype=jnp.float64,
-      mean=CIFAR10_MEAN if normalized else (0.0,),
-      std=CIFAR10_STD if normalized else (1.0,))
+  wanted = torch_layout.recorded(archive)
+  got = torch_layout.follow(
+      archive, objective, norm=norm, statistics=statistics,
+      normalized=name.startswith('at'), optimization=2)
+  assert torch_layout.distance(got.losses, wanted.losses) < 1e-12
+  np.testing.assert_allclose(got.ratios, wanted.ratios, rtol=1e-12)
+  for part in ('params', 'batch_stats', 'momentum'):
+    chex.assert_trees_all_close(
+        getattr(got, part), getattr(wanted, part), rtol=0, atol=1e-10)
   first = torch_layout.variables(archive, 'init/')
-  state = awp_jax.TrainState.create(
-      apply_fn=model.apply, params=first['params'],
-      batch_stats=first['batch_stats'], tx=optax.chain(
-          optax.add_decayed_weights(setting['weight_decay']),
-          optax.sgd(setting['lr'], setting['momentum'])))
-
-  # XLA compiles float64 convolutions to plain loops that need optimization.
-  @functools.partial(
-      jax.jit, compiler_options={'xla_backend_optimization_level': 2})
-  def step(state, x, y, start):
-    return awp_jax.train_step(
-        state, (x, y), jax.random.key(0), objective=objective,
-        threat=awp_jax.ThreatModel(norm, setting['eps']),
-        attack=awp_jax.Attack(
-            setting['alpha'], int(setting['K']), start=start),
-        perturbation=awp_jax.methods.awp(setting['gamma']),
-        statistics=statistics)
-
-  for i in range(int(setting['steps'])):
-    x, delta = (archive[key][i].transpose(0, 2, 3, 1)
-                for key in ('x', 'delta0'))
-    state, metrics = step(state, x, archive['y'][i], x + delta)
-    assert abs(metrics.loss - archive['loss'][i]) < 1e-12
-    np.testing.assert_allclose(
-        metrics.perturbation_ratio, setting['gamma'], rtol=1e-12)
-  last = torch_layout.variables(archive, 'final/')
-  momentum = torch_layout.variables(archive, 'momentum/')['params']
-  chex.assert_trees_all_close(
-      state.params, last['params'], rtol=0, atol=1e-10)
-  chex.assert_trees_all_close(
-      state.batch_stats, last['batch_stats'], rtol=0, atol=1e-10)
-  chex.assert_trees_all_close(
-      momentum_of(state.opt_state), momentum, rtol=0, atol=1e-10)
-  assert largest_difference(first['params'], last['params']) > 1e-2
+  assert torch_layout.distance(first['params'], wanted.params) > 1e-2
 
 
 def train_logits(state, params, x):
@@ -149,7 +102,7 @@ def test_alternation_equals_its_formula(rounds, weight_steps, x64):
   if (rounds, weight_steps) != (1, 1):
     _, other = written_out(
         state, x, y, rounds=1, weight_steps=1, gamma=0.3)
-    assert largest_difference(got.params, other) > 1e-6
+    assert torch_layout.distance(got.params, other) > 1e-6
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)

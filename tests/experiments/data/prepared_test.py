@@ -6,7 +6,6 @@ Real prepared data are read only if AWP_TEST_DATA names a folder with `tfds/`.
 import io
 import json
 import os
-import pathlib
 
 import numpy as np
 from PIL import Image
@@ -194,12 +193,9 @@ def test_unreadable_prepared_set_is_downloaded(shop, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_real_prepared_cifar10():
-  root = os.environ.get('AWP_TEST_DATA')
-  if not root:
-    pytest.skip('AWP_TEST_DATA does not name a folder with real data')
+def test_real_prepared_cifar10(data_folder):
   dataset = datasets.load(
-      'cifar10', data_dir=str(pathlib.Path(root) / 'tfds'), progress=False)
+      'cifar10', data_dir=str(data_folder / 'tfds'), progress=False)
   assert dataset.x_train.shape[1:] == (32, 32, 3)
   assert len(dataset.x_train) > 49_000
   assert len(dataset.x_test) > 9_900
@@ -209,12 +205,9 @@ def test_real_prepared_cifar10():
   np.testing.assert_allclose(std, dataset.std, atol=1e-3)
 
 
-def test_real_prepared_cifar100():
-  root = os.environ.get('AWP_TEST_DATA')
-  if not root:
-    pytest.skip('AWP_TEST_DATA does not name a folder with real data')
+def test_real_prepared_cifar100(data_folder):
   dataset = datasets.load(
-      'cifar100', data_dir=str(pathlib.Path(root) / 'tfds'), progress=False)
+      'cifar100', data_dir=str(data_folder / 'tfds'), progress=False)
   assert dataset.num_classes == 100
   assert set(dataset.y_train) == set(dataset.y_test) == set(range(100))
   mean, std = arrays.channel_statistics(dataset.x_train)

@@ -34,6 +34,15 @@ def assert_same(got, wanted):
     assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
+@pytest.fixture
+def third(tmp_path):
+  """The folder of a checkpoint of step 3."""
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(), {})
+  store.close()
+  return tmp_path / 'checkpoints/last'
+
+
 def test_round_trip_is_exact_and_newest_replaces(tmp_path):
   first, second = make_tree(seed=0), make_tree(seed=1)
   store = checkpoints.Checkpoints(tmp_path, 'last')
@@ -94,11 +103,8 @@ def test_reader_makes_no_folder(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_damaged_checkpoint_is_named(tmp_path):
-  store = checkpoints.Checkpoints(tmp_path, 'last')
-  store.save(3, make_tree(), {})
-  store.close()
-  shutil.rmtree(tmp_path / 'checkpoints/last/3/state')
+def test_damaged_checkpoint_is_named(tmp_path, third):
+  shutil.rmtree(third / '3/state')
   with pytest.raises(
       checkpoints.CheckpointError, match=r'of step 3 in .* cannot be read'):
     checkpoints.Reader(tmp_path, 'last').read()
@@ -138,13 +144,9 @@ def test_reading_while_a_trainer_replaces(tmp_path):
   assert steps == sorted(steps) and len(set(steps)) > 2
 
 
-def test_half_written_checkpoint_is_ignored(tmp_path):
-  store = checkpoints.Checkpoints(tmp_path, 'last')
-  store.save(3, make_tree(), {})
-  store.close()
+def test_half_written_checkpoint_is_ignored(tmp_path, third):
   # Left by a killed process: a temporary folder of a later step.
-  folder = tmp_path / 'checkpoints/last'
-  part = folder / '9.orbax-checkpoint-tmp'
+  part = third / '9.orbax-checkpoint-tmp'
   (part / 'state').mkdir(parents=True)
   (part / 'state/d').write_bytes(b'half')
   again = checkpoints.Checkpoints(tmp_path, 'last')
@@ -153,22 +155,18 @@ def test_half_written_checkpoint_is_ignored(tmp_path):
   again.save(9, make_tree(seed=1), {})
   assert again.step() == 9
   again.close()
-  assert [p.name for p in folder.iterdir()] == ['9']
+  assert [p.name for p in third.iterdir()] == ['9']
 
 
-def test_half_deleted_checkpoint_is_ignored(tmp_path, caplog):
-  store = checkpoints.Checkpoints(tmp_path, 'last')
-  store.save(3, make_tree(), {})
-  store.close()
+def test_half_deleted_checkpoint_is_ignored(tmp_path, third, caplog):
   # Left by a process killed while it removed an older step.
-  folder = tmp_path / 'checkpoints/last'
-  (folder / '2/state').mkdir(parents=True)
-  (folder / '2/state/d').write_bytes(b'half')
+  (third / '2/state').mkdir(parents=True)
+  (third / '2/state/d').write_bytes(b'half')
   again = checkpoints.Checkpoints(tmp_path, 'last')
   assert again.step() == 3
   assert_same(again.load(make_tree(seed=2))[0], make_tree())
   again.close()
-  assert [p.name for p in folder.iterdir()] == ['3']
+  assert [p.name for p in third.iterdir()] == ['3']
   assert not [r for r in caplog.records if r.levelname == 'WARNING']
 
 

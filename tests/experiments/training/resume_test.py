@@ -37,6 +37,18 @@ class Compiled:
     return self.compiled
 
 
+def stop_after(patch, step):
+  """Sends SIGTERM to this process after a step of training."""
+  usual = loop.Loop.take_step
+
+  def take_step(self, step_fn):
+    usual(self, step_fn)
+    if self.step == step:
+      signal.raise_signal(signal.SIGTERM)
+
+  patch.setattr(loop.Loop, 'take_step', take_step)
+
+
 def shared(patch, owner, name, wrap=lambda made: made):
   """Caches `owner.name` by number of devices and further arguments.
 
@@ -179,14 +191,7 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_for_later(
     images, whole, tmp_path):
   run = run_lib.prepare(config_of(images), tmp_path)
   with pytest.MonkeyPatch.context() as patch:
-    usual = loop.Loop.take_step
-
-    def take_step(self, step_fn):
-      usual(self, step_fn)
-      if self.step == 6:
-        signal.raise_signal(signal.SIGTERM)
-
-    patch.setattr(loop.Loop, 'take_step', take_step)
+    stop_after(patch, 6)
     assert train.train(run) is None
   assert last_of(run) == 6
   assert [line['epoch'] for line in without_times(run)] == [1, 2]
@@ -220,14 +225,7 @@ def test_another_number_of_devices_goes_on_and_says_so(
     images, whole, tmp_path, capsys):
   run = run_lib.prepare(config_of(images), tmp_path)
   with pytest.MonkeyPatch.context() as patch:
-    usual = loop.Loop.take_step
-
-    def take_step(self, step_fn):
-      usual(self, step_fn)
-      if self.step == 3:
-        signal.raise_signal(signal.SIGTERM)
-
-    patch.setattr(loop.Loop, 'take_step', take_step)
+    stop_after(patch, 3)
     assert train.train(run) is None
   devices = jax.devices()[:2]
   with pytest.MonkeyPatch.context() as patch:
