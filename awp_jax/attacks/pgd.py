@@ -90,7 +90,7 @@ def check_settings(
   checks.positive('step_size', step_size)
   checks.count('num_steps', num_steps)
   checks.count('restarts', restarts)
-  if isinstance(start, str):
+  if isinstance(start, str) or not hasattr(start, 'shape'):
     checks.one_of('start', start, STARTS)
   if restarts > 1 and not (
       isinstance(start, str) and start in ('random', 'gaussian')):

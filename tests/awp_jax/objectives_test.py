@@ -273,8 +273,8 @@ def test_equal_arguments_give_one_object(make, arguments):
 
 
 def test_objectives_of_a_long_sweep_stay_the_same_objects():
-  first = [objectives.trades(beta) for beta in range(1000)]
-  assert all(objectives.trades(beta) is first[beta] for beta in range(1000))
+  first = [objectives.trades(beta) for beta in range(5000)]
+  assert all(objectives.trades(beta) is first[beta] for beta in range(5000))
 
 
 def test_the_type_of_beta_is_kept(x64):

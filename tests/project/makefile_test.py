@@ -79,6 +79,15 @@ def test_old_pythons_are_skipped(path, tmp_path):
   assert 'python3 -m venv' in done.stdout
 
 
+def test_ci_runs_the_slow_tests_too():
+  listed = make('--dry-run', 'test', 'VENV=venv', path=os.environ['PATH'])
+  assert "-m 'not slow'" in listed.stdout
+  calls = [line for line in (ROOT / '.ci/run').read_text().splitlines()
+           if line.startswith('make test ')]
+  assert [re.search('MARKERS="(not slow|slow)[$]', c)[1] for c in calls] == [
+      'not slow', 'slow']
+
+
 class TinyNet(nn.Module):
   """Replaces the demo's network, which takes a minute to compile and run."""
 

@@ -315,6 +315,8 @@ def test_attacks_raise_their_loss(loss):
     ({'start': 'zero', 'restarts': 2}, 'restarts=2 needs a random start'),
     ({'start': INSIDE, 'restarts': 2}, 'restarts=2 needs a random start'),
     ({'start': jnp.zeros((1, 4))}, r'shape of x, \(2, 4\), got \(1, 4\)'),
+    ({'start': jnp.zeros((4, 2))}, r'shape of x, \(2, 4\), got \(4, 2\)'),
+    ({'start': None}, '^start must be .* got None'),
 ])
 def test_bad_arguments(keywords, message):
   good = {'step_size': 0.1, 'num_steps': 2}

@@ -90,11 +90,11 @@ def test_other_arguments_are_refused():
     landscape.random_direction(jax.random.key(0), params, norm='weight')
   with pytest.raises(ValueError, match='direction must be a pytree like'):
     landscape.filter_normalize({'w': jnp.ones(2)}, params)
-  # One entry would be broadcast to a direction of other shapes.
-  single = jax.tree.map(lambda w: jnp.ones((1,) * w.ndim), params)
+  # A first axis of 1 would be broadcast.
+  single = jax.tree.map(lambda w: jnp.ones((1, *w.shape[1:])), params)
   with pytest.raises(ValueError, match='direction must have the shapes of'):
     landscape.filter_normalize(single, params)
   with pytest.raises(ValueError, match='each direction must have the shapes'):
     landscape.evaluate_points(
-        jax.random.key(0), lambda *_: {}, params, [single], [[0.0]],
-        np.ones(3), batch_size=8)
+        jax.random.key(0), lambda *_: {}, params, [params, single],
+        [[0.0, 0.0]], np.ones(3), batch_size=8)

@@ -7,6 +7,7 @@ import pytest
 
 import awp_jax
 from awp_jax import landscape
+from awp_jax.landscape import measures
 from tests.helpers.landscape_problem import (
     EPSILON,
     POINTS,
@@ -97,6 +98,22 @@ def test_measures_in_float32():
       measure(params, (x, labels), jax.random.key(0)).values()
       for x in (half, half.astype(jnp.float32))), strict=True):
     np.testing.assert_array_equal(got, wanted)
+
+
+def test_settings_reach_the_attack(monkeypatch):
+  seen, usual = [], measures.robustness
+
+  def robustness(*arguments):
+    seen.append(arguments[-2:])
+    return usual(*arguments)
+
+  monkeypatch.setattr(measures, 'robustness', robustness)
+  params, images, labels = linear_problem()
+  measure = landscape.robust_measure(
+      linear, THREAT, step_size=0.1, num_steps=2, start='gaussian', restarts=3)
+  measure(params, (images, labels), jax.random.key(0))
+  assert seen == [
+      (THREAT, awp_jax.Attack(0.1, 2, start='gaussian', restarts=3))]
 
 
 def test_measures_refuse_bad_arguments():

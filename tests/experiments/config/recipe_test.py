@@ -105,6 +105,13 @@ def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
   assert line['perturbation_ratio'] == pytest.approx(0.01 / 3, rel=1e-3)
 
 
+def test_bfloat16_parameters_get_float32_images(tmp_path, monkeypatch):
+  # Steps of 2 / 255 are lost in bfloat16.
+  run = prepared(tmp_path, monkeypatch, model__param_dtype='bfloat16')
+  images, _ = batch_of(run, 0)
+  assert images.dtype == np.float32
+
+
 def test_batches_hold_their_share_of_extra_images(tmp_path, monkeypatch):
   extra = tmp_path / 'extra.npz'
   np.savez(

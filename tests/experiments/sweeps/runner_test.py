@@ -181,6 +181,15 @@ def test_flags_are_compared_with_the_config_of_an_older_run(
   assert shown in str(raised.value)
 
 
+def test_every_run_and_every_flag_is_compared(tmp_path):
+  new, old = jobs.Job('a.py', 0), jobs.Job('b.py', 0)
+  (tmp_path / old.name).mkdir()
+  (tmp_path / old.name / 'config.json').write_text('{"epochs": 1}')
+  with pytest.raises(UserError, match='a run with epochs=1'):
+    runner.check_overrides(
+        [new, old], tmp_path, ['--config.data_dir=y', '--config.epochs=2'])
+
+
 def test_the_table_leaves_accelerators_to_the_runs(folder, fake, tmp_path):
   config = tmp_path / 'mine.py'
   config.write_text('')
