@@ -272,6 +272,9 @@ def main() -> None:
   """Runs the mutants of one module; prints and stores the survivors."""
   options = _parse()
   path = options.module.resolve()
+  for file in (path, options.survivors_of):
+    if file is not None and not file.is_file():
+      sys.exit(f'error: there is no file {file}.')
   sys.path.insert(0, os.getcwd())
   os.environ['JAX_PLATFORMS'] = 'cpu'
   # Programs that a mutation does not affect are compiled once for all.

@@ -38,17 +38,14 @@ OWN_LINES = re.compile(
 
 
 class Command:
-  """Starts `main.py` with one device, a compilation cache, and no terminal."""
+  """Starts `main.py` with one device, the tests' cache, and no terminal."""
 
   def __init__(self, folder):
     self.folder = folder
     self.environment = os.environ | {
-        'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1',
+        'PYTHONUNBUFFERED': '1', 'TF_CPP_MIN_LOG_LEVEL': '3',
         'XLA_FLAGS': os.environ['XLA_FLAGS'].replace(
-            '--xla_force_host_platform_device_count=8', ''),
-        'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-        'TF_CPP_MIN_LOG_LEVEL': '3'}
+            '--xla_force_host_platform_device_count=8', '')}
 
   def start(self, *arguments):
     return subprocess.Popen(
