@@ -20,6 +20,7 @@ from awp_jax.threat import NORMS
 from awp_jax.training.train_step import MODES, STATISTICS
 from experiments.config import optimizers
 from experiments.data import datasets
+from experiments.parallel import mapping
 from experiments.util.errors import UserError, user_errors
 
 MODELS = ('preact_resnet', 'wide_resnet')
@@ -28,9 +29,6 @@ DTYPES = ('float32', 'bfloat16', 'float64')
 PAD_MODES = ('reflect', 'constant')
 SELECT_ON = ('test', 'validation')
 GUARD_ACTIONS = ('stop', 'shrink')
-
-#: Name of the mapped device axis.
-AXIS = 'batch'
 
 
 class Setup(NamedTuple):
@@ -281,4 +279,4 @@ def build_model(
         width=config.model.width, mean=tuple(scale[0]), std=tuple(scale[1]),
         activation=config.model.activation, dtype=dtype,
         param_dtype=jnp.dtype(config.model.param_dtype),
-        axis_name=AXIS if config.model.sync_batch_norm else None)
+        axis_name=mapping.AXIS if config.model.sync_batch_norm else None)

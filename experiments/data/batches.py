@@ -111,9 +111,3 @@ def interleave(is_extra: np.ndarray, own: Array, extra: Array) -> Array:
   places = np.argsort(np.concatenate(
       [np.flatnonzero(~is_extra), np.flatnonzero(is_extra)]))
   return jnp.concatenate([own, extra])[places]
-
-
-def device_part(array: Array, device: Array, num_devices: int) -> Array:
-  """The rows of a global batch for one device."""
-  size = array.shape[0] // num_devices
-  return jax.lax.dynamic_slice_in_dim(array, device * size, size)

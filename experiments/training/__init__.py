@@ -1,8 +1,7 @@
 """The training loop and its compiled step.
 
 `loop` orchestrates. `compiled` caches the programs of `step`; `training_data`
-gives them their batches, and `devices` copies arrays to all devices.
-`saving` writes and restores checkpoints, `guard` stops failed runs, which
-`collapse` detects, `signals` turns SIGTERM and Ctrl-C into a request to stop,
-`epochs` and `progress` write the output.
+gives them their batches. `saving` writes and restores checkpoints, `guard`
+stops failed runs, which `collapse` detects, `signals` turns SIGTERM and Ctrl-C
+into a request to stop, `epochs` and `progress` write the output.
 """

@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import numpy as np
-
 import awp_jax
+from experiments.parallel import placement
 from experiments.runs import run as run_lib
-from experiments.training import devices, training_data
 from experiments.training import step as step_lib
+from experiments.training import training_data
 
 
 class CompiledSteps:
@@ -24,9 +23,9 @@ class CompiledSteps:
       run: the run.
     """
     self._run = run
-    self._data = devices.replicate(training_data.of_run(run))
-    self._devices = np.arange(run.num_devices)
-    self._keys = devices.replicate(run_lib.keys(run.config))
+    self._data = placement.replicate(training_data.of_run(run))
+    self._devices = placement.device_numbers()
+    self._keys = placement.replicate(run_lib.keys(run.config))
     self._order_fn = training_data.make_order_fn(run)
     self._order: tuple[int, Any] | None = None
     self._programs: dict[tuple[int, float], Any] = {}

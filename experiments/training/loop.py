@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 
+from experiments.parallel import placement
 from experiments.runs import metrics, precision
 from experiments.runs import run as run_lib
-from experiments.training import devices, epochs, progress
+from experiments.training import epochs, progress
 from experiments.training import step as step_lib
 from experiments.training.collapse import Diverged
 from experiments.training.compiled import CompiledSteps
@@ -60,7 +61,7 @@ class Loop:
       self._reset_sums()
 
   def _reset_sums(self) -> None:
-    self.sums = devices.replicate(step_lib.zero_sums())
+    self.sums = placement.replicate(step_lib.zero_sums())
     self.seconds = 0.0
 
   @property

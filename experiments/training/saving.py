@@ -3,9 +3,9 @@
 from typing import Any
 
 import awp_jax
+from experiments.parallel import placement
 from experiments.runs import checkpoints
 from experiments.runs import run as run_lib
-from experiments.training import devices
 from experiments.training import step as step_lib
 
 
@@ -49,7 +49,7 @@ class Saving:
       sums = step_lib.zero_sums()
       if message:
         print(message, flush=True)
-    return devices.replicate(state), devices.replicate(sums), notes
+    return placement.replicate(state), placement.replicate(sums), notes
 
   def _check_order(self, notes: dict[str, Any]) -> None:
     """Raises CheckpointError if the order of images changed."""

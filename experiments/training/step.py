@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import awp_jax
-from experiments.config.build import AXIS
 from experiments.data import batches
+from experiments.parallel import mapping, placement
 from experiments.runs import precision
 from experiments.runs import run as run_lib
 from experiments.training import training_data
@@ -67,9 +67,10 @@ def evaluated(state: awp_jax.TrainState) -> awp_jax.TrainState:
 
 
 def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
-  """The pmapped step: (state, sums, data, order, keys, device numbers).
+  """The mapped step: (state, sums, data, order, keys, device numbers).
 
-  The keys are arguments, so runs of several seeds share a compilation cache.
+  It returns the next state and sums. The keys are arguments, so runs of several
+  seeds share a compilation cache.
 
   Args:
     run: the run.
@@ -78,8 +79,7 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
       warm-up and in steps that the method skips.
 
   Returns:
-    A pmapped function that returns the next state and sums, not stacked. It
-    donates the state and sums passed to it.
+    A mapped function that donates the state and sums passed to it.
   """
   config = run.config
   # Two programs, chosen on the host, instead of a branch in one: convolutions
@@ -94,7 +94,7 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
   ) -> tuple[awp_jax.TrainState, Sums]:
     number = jnp.asarray(state.step)
     images, labels = (
-        batches.device_part(array, device, run.num_devices)
+        placement.own_rows(array, device)
         for array in training_data.global_batch(
             run, data, order, keys, number, size))
     state, metrics = awp_jax.train_step(
@@ -102,7 +102,7 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
         objective=run.setup.objective, threat=run.setup.threat,
         attack=run.setup.attack, perturbation=perturbation,
         alternations=run.setup.alternations,
-        statistics=config.statistics, axis_name=AXIS)
+        statistics=config.statistics, axis_name=mapping.AXIS)
     if state.average is not None:
       state = state.replace(average=awp_jax.update_average(
           state.average, state.params, state.batch_stats,
@@ -112,14 +112,11 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
         (total + size * means[name]).astype(jnp.float32)
         for name, total in sums._asdict().items()))
 
-  return jax.pmap(
-      step, axis_name=AXIS, in_axes=(None, None, None, None, None, 0),
-      out_axes=None,
-      donate_argnums=(0, 1))
+  return mapping.over_devices(step, rows=(5,), donate=(0, 1))
 
 
 def make_eval_fn(run: run_lib.Run) -> Callable[..., Any]:
-  """The pmapped evaluation: (state, images, labels, valid, key) -> sums.
+  """The mapped evaluation: (state, images, labels, valid, key) -> sums.
 
   Networks are evaluated in float32, whatever their training precision.
   """
@@ -135,10 +132,10 @@ def make_eval_fn(run: run_lib.Run) -> Callable[..., Any]:
     pixels = batches.to_pixels(images, jnp.dtype(jnp.float32))
     return awp_jax.eval_step(
         state.replace(apply_fn=apply), (pixels, labels, valid), key,
-        threat=run.setup.threat, attack=run.setup.eval_attack, axis_name=AXIS)
+        threat=run.setup.threat, attack=run.setup.eval_attack,
+        axis_name=mapping.AXIS)
 
-  return jax.pmap(
-      step, axis_name=AXIS, in_axes=(None, 0, 0, 0, None), out_axes=None)
+  return mapping.over_devices(step, rows=(1, 2, 3))
 
 
 def evaluate_split(
@@ -159,7 +156,6 @@ def evaluate_split(
     with non-finite logits or gradients, on which the attack was weaker.
   """
   size = run.config.eval.batch_size
-  spread = (run.num_devices, size // run.num_devices)
   pending = []
   for number in range(math.ceil(len(images) / size)):
     part = slice(number * size, (number + 1) * size)
@@ -168,8 +164,8 @@ def evaluate_split(
     x = np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
     y = np.pad(y, (0, size - len(y)))
     pending.append(eval_fn(
-        state, x.reshape(*spread, *x.shape[1:]), y.reshape(spread),
-        valid.reshape(spread), jax.random.fold_in(key, number)))
+        state, *placement.split((x, y, valid)),
+        placement.replicate(jax.random.fold_in(key, number))))
   sums = jax.tree.map(lambda *values: float(np.sum(values)),
                       *jax.device_get(pending))
   return {

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import augmentation, batches
+from experiments.parallel import placement
 from experiments.runs import run as run_lib
-from experiments.training import devices
 
 
 class TrainingData(NamedTuple):
@@ -52,7 +52,7 @@ def make_order_fn(run: run_lib.Run) -> Callable[..., Any]:
   return jax.jit(
       lambda key, number: batches.permutation(
           key, number, len(run.dataset.y_train)),
-      out_shardings=devices.on_all_devices())
+      out_shardings=placement.replicated())
 
 
 def global_batch(

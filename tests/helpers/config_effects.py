@@ -20,10 +20,11 @@ import awp_jax
 from experiments.config import build, optimizers
 from experiments.data import augmentation, batches, datasets, extra_images
 from experiments.modes import train
+from experiments.parallel import placement
 from experiments.reports import curves, page
 from experiments.runs import checkpoints, metrics, warm_start
 from experiments.runs import run as run_lib
-from experiments.training import collapse, devices, guard, loop, training_data
+from experiments.training import collapse, guard, loop, training_data
 from experiments.training import step as step_lib
 from experiments.util import atomic, environment
 from tests.experiments.modes.train_test import TinyNet
@@ -175,7 +176,7 @@ def of_train_step(run, monkeypatch):
     jax.eval_shape(
         step_lib.make_train_fn(run, size, 1.0), state, step_lib.zero_sums(),
         training_data.of_run(run), np.arange(len(run.dataset.y_train)),
-        run_lib.keys(run.config), np.arange(run.num_devices))
+        run_lib.keys(run.config), placement.device_numbers())
   ((args, kwargs),) = step.calls
   images, labels = args[1]
   found = {
@@ -268,7 +269,7 @@ def of_loop(run, monkeypatch, diverge_at=None):
         (step_lib, 'make_train_fn', fake_train_fn(made, diverge_at)),
         (step_lib, 'evaluate', evaluate),
         (training_data, 'make_order_fn', lambda run: Spy()),
-        (devices, 'replicate', lambda tree: tree),
+        (placement, 'replicate', lambda tree: tree),
         (guard, '_all_finite', lambda state: True),
         (loop.Loop, 'look', look), (collapse, 'Detector', detector),
         (run_lib, 'initial_state', small_state),

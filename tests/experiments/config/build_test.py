@@ -11,7 +11,7 @@ from awp_jax import models
 from experiments.config import build, optimizers
 from experiments.configs import base, cifar10_awp, digits_awp
 from experiments.data import datasets
-from experiments.training import step
+from experiments.parallel import mapping
 from experiments.util import errors
 
 
@@ -272,7 +272,7 @@ def test_the_network_is_what_the_config_says():
   assert (type(plain), plain.mean, plain.std) == (
       models.PreActResNet, (0.0,), (1.0,))
   assert (plain.dtype, plain.param_dtype) == (jnp.float32, jnp.bfloat16)
-  assert plain.axis_name == build.AXIS == step.AXIS
+  assert plain.axis_name == mapping.AXIS
 
 
 @pytest.mark.parametrize('text, call', [

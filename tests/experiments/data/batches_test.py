@@ -7,6 +7,7 @@ import pytest
 
 from experiments.data import augmentation
 from experiments.data import batches as batches_lib
+from experiments.parallel import mapping, placement
 
 KEY = jax.random.key(3)
 
@@ -40,23 +41,17 @@ def test_order_and_crops_do_not_depend_on_devices():
   images = jnp.arange(16 * 4 * 4 * 1, dtype=jnp.float32).reshape(16, 4, 4, 1)
   policy = augmentation.Augmentation(2, 'reflect', True)
 
-  def batches(device, num_devices):
+  def batch():
     indices = batches_lib.batch_indices(
         batches_lib.permutation(KEY, 0, 16), 1, 8, 8)
-    batch = augmentation.augment(KEY, images[indices], policy)
-    return batches_lib.device_part(batch, device, num_devices)
+    return augmentation.augment(KEY, images[indices], policy)
 
-  whole = batches(0, 1)
+  whole = batch()
   for n in (2, 8):
-    parts = jax.pmap(lambda d, n=n: batches(d, n))(np.arange(n))
+    parts = jax.pmap(
+        lambda d: placement.own_rows(batch(), d), axis_name=mapping.AXIS,
+        devices=jax.devices()[:n])(np.arange(n)[:, None])
     np.testing.assert_array_equal(parts.reshape(whole.shape), whole)
-
-
-def test_device_parts_make_up_the_batch():
-  array = np.arange(24).reshape(12, 2)
-  parts = [batches_lib.device_part(array, i, 3) for i in range(3)]
-  assert [len(p) for p in parts] == [4, 4, 4]
-  np.testing.assert_array_equal(np.concatenate(parts), array)
 
 
 def numpy_augment(key, images, pad, mode, flip):

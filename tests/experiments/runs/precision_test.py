@@ -11,6 +11,7 @@ from awp_jax import models
 from awp_jax.models import layers
 from experiments.config import build as build_lib
 from experiments.modes import train
+from experiments.parallel import placement
 from experiments.reports import curves
 from experiments.runs import (
   metrics as metrics_lib,
@@ -86,7 +87,7 @@ def products(jaxpr):
 def programs(run):
   """The jaxprs of a run's training and evaluation steps."""
   state = jax.eval_shape(lambda: run_lib.initial_state(run))
-  data, devices = training_data.of_run(run), np.arange(run.num_devices)
+  data, devices = training_data.of_run(run), placement.device_numbers()
   spread = (run.num_devices, 2)
   return (
       jax.make_jaxpr(step_lib.make_train_fn(run, 16, 1.0))(

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.config import optimizers
 from experiments.modes import train
+from experiments.parallel import placement
 from experiments.reports import curves
 from experiments.runs import checkpoints, metrics
 from experiments.runs import run as run_lib
@@ -283,6 +284,6 @@ def test_a_seed_is_an_argument_of_the_compiled_step(images, tmp_path):
     return step_lib.make_train_fn(run, 16, 1.0).step.lower(
         run_lib.initial_state(run), step_lib.zero_sums(), data,
         np.arange(len(data.labels)), keys,
-        np.arange(run.num_devices)).as_text()
+        placement.device_numbers()).as_text()
 
   assert program(0) == program(7)

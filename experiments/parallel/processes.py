@@ -1,0 +1,172 @@
+"""The processes of a run: how they start, agree, and end.
+
+Every process runs the same program on its own devices. Process 0, the main
+process, writes the files of the run and prints. The processes exchange small
+values through the coordination service of `jax.distributed`, which unlike a
+collective operation does not occupy devices.
+
+With one process, everything here returns at once.
+"""
+
+from collections.abc import Callable
+import itertools
+import json
+from typing import Any
+
+import jax
+from jax._src import distributed
+
+from experiments.parallel import watch
+from experiments.util.errors import UserError
+
+#: Milliseconds to wait for other processes. A failed process ends the wait
+#: earlier, because `watch` then ends this one.
+_FOREVER = 10 * 24 * 3600 * 1000
+
+#: Numbers the agreements, equally in every process.
+_NUMBERS = itertools.count()
+
+
+def _client() -> Any:
+  # JAX has no public interface to its key-value store; orbax uses the same.
+  return distributed.global_state.client
+
+
+def start(
+    coordinator: str | None, num_processes: int | None,
+    process_id: int | None, automatic: bool = False) -> None:
+  """Connects the processes of a run; must precede any computation.
+
+  Args:
+    coordinator: 'host:port' of process 0.
+    num_processes: number of processes.
+    process_id: number of this process, from 0.
+    automatic: take the three from the cluster (Cloud TPU, Slurm, ...).
+
+  Raises:
+    UserError: if some are missing or out of range, or if process 0 cannot be
+      reached.
+  """
+  given = (coordinator, num_processes, process_id)
+  if automatic and given != (None, None, None):
+    raise UserError(
+        '--distributed finds the processes of the cluster by itself; omit '
+        '--coordinator, --num_processes and --process_id.')
+  if not automatic:
+    if given == (None, None, None):
+      return
+    _check(*given)
+  # The default on some versions is to refuse several processes on CPUs.
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  try:
+    jax.distributed.initialize(*given)
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+        'the processes could not be connected: '
+        f'{str(error).splitlines()[0]}') from error
+  if count() > 1:
+    watch.start(_client(), index(), count())
+
+
+def _check(
+    coordinator: str | None, num_processes: int | None,
+    process_id: int | None) -> None:
+  """Raises UserError unless the three flags describe a process."""
+  if coordinator is None or num_processes is None or process_id is None:
+    raise UserError(
+        '--coordinator, --num_processes and --process_id must be set '
+        f'together, got {coordinator!r}, {num_processes!r} and {process_id!r}.')
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal():
+    raise UserError(
+        "--coordinator must be 'host:port' of process 0, such as "
+        f"'10.0.0.2:8476', got {coordinator!r}.")
+  if num_processes < 1 or not 0 <= process_id < num_processes:
+    raise UserError(
+        '--process_id must be in [0, num_processes), got '
+        f'{process_id} of {num_processes}.')
+
+
+def count() -> int:
+  """Number of processes."""
+  return distributed.global_state.num_processes
+
+
+def index() -> int:
+  """Number of this process, from 0."""
+  return distributed.global_state.process_id
+
+
+def is_main() -> bool:
+  """Whether this process writes the files of the run."""
+  return index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+  """The values of all processes, in their order; waits for all of them.
+
+  Args:
+    value: of this process, as JSON.
+
+  Returns:
+    One value per process.
+  """
+  if count() == 1:
+    return [value]
+  name = f'awp_jax/values/{next(_NUMBERS)}'
+  client = _client()
+  client.key_value_set(f'{name}/{index()}', json.dumps(value))
+  return [
+      json.loads(client.blocking_key_value_get(f'{name}/{number}', _FOREVER))
+      for number in range(count())]
+
+
+def from_main(fn: Callable[[], Any]) -> Any:
+  """Calls a function in the main process and gives its result to all.
+
+  Args:
+    fn: a function whose result is JSON.
+
+  Returns:
+    The result, in every process.
+  """
+  if count() == 1:
+    return fn()
+  name = f'awp_jax/from_main/{next(_NUMBERS)}'
+  if is_main():
+    _client().key_value_set(name, json.dumps(fn()))
+  return json.loads(_client().blocking_key_value_get(name, _FOREVER))
+
+
+def on_main(fn: Callable[[], object]) -> None:
+  """Calls a function in the main process; the others wait for its end."""
+
+  def call() -> None:
+    fn()
+
+  from_main(call)
+
+
+def barrier() -> None:
+  """Waits until all processes are here."""
+  gather(None)
+
+
+def finish() -> None:
+  """Waits for all processes and disconnects this one, at the end of a run."""
+  if count() == 1:
+    return
+  barrier()
+  watch.stop()
+  jax.distributed.shutdown()
+
+
+def fail(message: str, code: int) -> None:
+  """Ends all processes with this one's error; returns if there is only one.
+
+  Args:
+    message: the error, which the others print.
+    code: exit status.
+  """
+  if count() > 1:
+    watch.fail(message, code)

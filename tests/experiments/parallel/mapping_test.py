@@ -1,0 +1,91 @@
+"""Mapped functions: pmap and shard_map give the same numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.parallel import mapping, placement
+
+KEY = jax.random.key(5)
+
+
+def step(total, images, device, key):
+  """Uses rows, a replicated argument, the device number and its index."""
+  noise = jax.random.normal(
+      jax.random.fold_in(key, jax.lax.axis_index(mapping.AXIS)), images.shape)
+  own = placement.own_rows(total, device)
+  mean = jax.lax.pmean(
+      jnp.sum(images * noise) + jnp.sum(own), mapping.AXIS)
+  return total + mean, {'rows': jax.lax.psum(len(images), mapping.AXIS)}
+
+
+def inputs():
+  return (
+      placement.replicate(np.arange(16.0, dtype=np.float32)),
+      np.arange(48.0, dtype=np.float32).reshape(16, 3))
+
+
+def expected(total, images):
+  """The formula of `step`, device by device, in NumPy."""
+  count = jax.device_count()
+  size = len(images) // count
+  values = []
+  for device in range(count):
+    part = slice(device * size, (device + 1) * size)
+    noise = np.asarray(jax.random.normal(
+        jax.random.fold_in(KEY, device), images[part].shape))
+    values.append(np.sum(images[part] * noise) + np.sum(total[part]))
+  return total + np.mean(values)
+
+
+@pytest.fixture(params=['pmap', 'shard_map'])
+def form(request, monkeypatch):
+  if request.param == 'shard_map':
+    monkeypatch.setattr(jax, 'process_count', lambda *_: 2)
+  return request.param
+
+
+def test_both_forms_are_the_formula(form):
+  total, images = inputs()
+  mapped = mapping.over_devices(step, rows=(1, 2))
+  found, counts = mapped(
+      total, placement.split(images), placement.device_numbers(),
+      placement.replicate(KEY))
+  np.testing.assert_allclose(
+      found, expected(np.asarray(total), images), rtol=1e-5)
+  assert counts['rows'] == 16 and found.is_fully_replicated
+
+
+def test_a_compiled_step_takes_its_own_donated_result(form):
+  total, images = inputs()
+  arguments = (
+      placement.split(images), placement.device_numbers(),
+      placement.replicate(KEY))
+  mapped = mapping.over_devices(step, rows=(1, 2), donate=(0,))
+  program = mapped.lower(total, *arguments).compile()
+  first = np.asarray(total)
+  total, _ = program(total, *arguments)
+  total, _ = program(total, *arguments)
+  np.testing.assert_allclose(
+      total, expected(expected(first, images), images), rtol=1e-5)
+
+
+def test_replicated_arrays_are_whole_on_every_device(form):
+  tree = placement.replicate({'a': np.arange(3), 'key': KEY})
+  assert tree['a'].is_fully_replicated
+  assert len(tree['a'].sharding.device_set) == jax.device_count()
+  np.testing.assert_array_equal(tree['a'], np.arange(3))
+  assert jax.random.key_impl(tree['key']) == jax.random.key_impl(KEY)
+  np.testing.assert_array_equal(
+      jax.random.key_data(tree['key']), jax.random.key_data(KEY))
+
+
+def test_devices_that_do_not_run_can_be_compiled_for():
+  devices = jax.devices()[::-1][:2]
+  mapped = mapping.over_devices(step, rows=(1, 2), devices=devices)
+  text = mapped.lower(
+      jax.ShapeDtypeStruct((16,), np.float32),
+      jax.ShapeDtypeStruct((16, 3), np.float32),
+      jax.ShapeDtypeStruct((2,), np.int32), KEY).as_text()
+  assert 'mhlo.num_partitions = 2' in text
