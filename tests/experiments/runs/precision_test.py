@@ -9,9 +9,8 @@ import pytest
 import awp_jax
 from awp_jax import models
 from awp_jax.models import layers
-from experiments.config import build as build_lib
 from experiments.modes import train
-from experiments.parallel import placement
+from experiments.parallel import mapping, placement
 from experiments.reports import curves
 from experiments.runs import (
   metrics as metrics_lib,
@@ -49,7 +48,7 @@ def build(config, dataset):
   del dataset
   return TypedNet(
       config.model.dtype,
-      build_lib.AXIS if config.model.sync_batch_norm else None)
+      mapping.AXIS if config.model.sync_batch_norm else None)
 
 
 @pytest.fixture
@@ -170,7 +169,7 @@ def step_of(model, state, objective, axis_name):
 def test_synchronized_statistics_are_those_of_one_device(
     objective, prepared, x64):
   run = prepared(model__sync_batch_norm=True, model__dtype='float64')
-  assert run.model.axis_name == build_lib.AXIS
+  assert run.model.axis_name == mapping.AXIS
   state = jax.tree.map(np.asarray, run_lib.initial_state(run))
   # Flax initializes them in float32, and a step keeps their dtype.
   state = state.replace(batch_stats=jax.tree.map(
@@ -189,8 +188,8 @@ def test_synchronized_statistics_are_those_of_one_device(
 
   def spread(model):
     return jax.pmap(
-        step_of(model, state, objective, build_lib.AXIS),
-        axis_name=build_lib.AXIS, out_axes=None)(
+        step_of(model, state, objective, mapping.AXIS),
+        axis_name=mapping.AXIS, out_axes=None)(
             *(x.reshape(8, 2, *x.shape[1:]) for x in batch))
 
   found, its_metrics = spread(run.model)
