@@ -9,6 +9,7 @@ import pytest
 import awp_jax
 from awp_jax import models
 from awp_jax.models import layers
+from experiments.config import build as build_lib
 from experiments.modes import train
 from experiments.parallel import mapping, placement
 from experiments.reports import curves
