@@ -41,6 +41,16 @@ _CACHE = flags.DEFINE_string(
     'compilation_cache', None,
     'Folder that caches compiled programs for later runs; by default '
     '$JAX_COMPILATION_CACHE_DIR, if set.')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False,
+    'Run over the processes that the cluster started (Cloud TPU, Slurm, ...).')
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None,
+    'Without a cluster: host:port of process 0, where the processes meet.')
+_NUM_PROCESSES = flags.DEFINE_integer(
+    'num_processes', None, 'Without a cluster: number of processes.')
+_PROCESS_ID = flags.DEFINE_integer(
+    'process_id', None, 'Without a cluster: number of this process, from 0.')
 
 
 def _fail(error: object, code: int = 2) -> NoReturn:
@@ -50,7 +60,11 @@ def _fail(error: object, code: int = 2) -> NoReturn:
       '--debug' in sys.argv)
   if is_debug and sys.exc_info()[0]:
     traceback.print_exc()
-  print('error:', ' '.join(str(error).split()), file=sys.stderr)
+  message = ' '.join(str(error).split())
+  print('error:', message, file=sys.stderr)
+  if flags.FLAGS.is_parsed():
+    from experiments.parallel import processes
+    processes.fail(message, code)
   sys.exit(code)
 
 
@@ -134,8 +148,23 @@ def _of_run(
 
 
 def main(argv: list[str]) -> None:
-  """Runs the mode in the flags."""
+  """Runs the mode in the flags, together with the other processes."""
   del argv
+  from experiments.parallel import processes
+  from experiments.util.errors import UserError
+
+  try:
+    processes.start(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
+        automatic=_DISTRIBUTED.value, catches_sigterm=_MODE.value == 'train')
+  except UserError as error:
+    _fail(error)
+  with processes.together():
+    _run_mode()
+
+
+def _run_mode() -> None:
+  """Runs the mode in the flags."""
   import jax
 
   from experiments.config import build
@@ -169,16 +198,21 @@ def _evaluate(
     config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
   """Evaluates the run in `workdir` or a PyTorch file; writes the report."""
   from experiments.modes import evaluate
+  from experiments.parallel import processes
   from experiments.reports import page
   from experiments.runs import run as run_lib
   from experiments.runs import workdirs
 
   evaluate.check(config, workdir)
   run = run_lib.reopen(config, workdir)
-  if not (workdir / 'config.json').exists():  # a PyTorch file without a run
-    workdirs.claim(workdirs.open_workdir(workdir, config), config)
+
+  def claim() -> None:
+    if not (workdir / 'config.json').exists():  # a PyTorch file without a run
+      workdirs.claim(workdirs.open_workdir(workdir, config), config)
+
+  processes.on_main(claim)
   evaluate.evaluate(run)
-  page.write_or_warn(run, 'evaluate')
+  processes.on_main(lambda: page.write_or_warn(run, 'evaluate'))
   print(f'\nresults: {run.workdir / "evaluation.json"} and report.html')
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import json
 import pathlib
-import sys
 from typing import Any
 import zipfile
 
@@ -11,6 +10,7 @@ import numpy as np
 import tqdm
 
 import awp_jax
+from experiments.parallel import processes
 from experiments.runs import precision
 from experiments.util import atomic, digests
 
@@ -87,7 +87,7 @@ class Progress:
     self._seconds = 0.0
     self._bar = tqdm.tqdm(
         total=None, unit='example', desc=label,
-        disable=not sys.stderr.isatty())
+        disable=not processes.shows_progress())
 
   def add(self, record: awp_jax.BatchResult) -> None:
     """Shows the robust accuracy after a group."""

@@ -2,13 +2,13 @@
 
 import json
 import pathlib
-import sys
 import time
 from typing import Any, NamedTuple
 
 import ml_collections
 import tqdm
 
+from experiments.parallel import processes
 from experiments.runs import precision
 from experiments.util import atomic
 
@@ -122,7 +122,7 @@ class Progress:
     self._label, self._started = label, time.perf_counter()
     self._bar = tqdm.tqdm(
         total=total, unit='point', desc=label, dynamic_ncols=True,
-        disable=not sys.stderr.isatty())
+        disable=not processes.shows_progress())
 
   def add(self, points: int) -> None:
     """Advances the bar."""

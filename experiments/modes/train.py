@@ -11,10 +11,12 @@ to the last good state with a smaller gamma (`config.guard`). No checkpoint is
 written while a collapse is suspected, so the last checkpoint is always good.
 """
 
+import contextlib
 import time
 from typing import Any
 
 from experiments.data import datasets
+from experiments.parallel import processes
 from experiments.reports import curves, page
 from experiments.runs import metrics, workdirs
 from experiments.runs import run as run_lib
@@ -56,7 +58,7 @@ def train(run: run_lib.Run) -> dict[str, Any] | None:
     checkpoints.CheckpointError: for a checkpoint of another run.
     workdirs.WorkdirBusy: if another process trains in the folder.
   """
-  with workdirs.locked(run.workdir), signals.StopRequest() as stop:
+  with _locked(run), signals.StopRequest() as stop:
     loop = Loop(run)
     try:
       if loop.step:
@@ -73,11 +75,24 @@ def train(run: run_lib.Run) -> dict[str, Any] | None:
     return None
   summary = metrics.summarize(
       loop.log.lines, run.config.select_on, datasets.describe(run.dataset))
-  curves.plot_curves(
-      loop.log.lines, run.workdir / 'curves.png', run.workdir.name)
+  processes.on_main(lambda: _write_results(run, loop.log.lines, summary))
+  return summary
+
+
+def _locked(run: run_lib.Run) -> contextlib.AbstractContextManager[None]:
+  """The lock on the workdir, which the main process holds for all."""
+  if processes.is_main():
+    return workdirs.locked(run.workdir)
+  return contextlib.nullcontext()
+
+
+def _write_results(
+    run: run_lib.Run, lines: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
+  """Writes curves, summary and report."""
+  curves.plot_curves(lines, run.workdir / 'curves.png', run.workdir.name)
   atomic.write_json(run.workdir / 'summary.json', summary)
   page.write_or_warn(run, 'train')
-  return summary
 
 
 def _run_steps(loop: Loop, stop: signals.StopRequest) -> bool:
@@ -102,6 +117,7 @@ def _run_step(loop: Loop, stop: signals.StopRequest) -> None:
   step_fn = loop.step_fn(position)
   started = time.perf_counter()
   loop.take_step(step_fn)
+  stop.agree()
   is_last = position + 1 == per_epoch
   is_shown = is_last or (position + 1) % config.log_every_steps == 0
   every = config.checkpoint_every_steps

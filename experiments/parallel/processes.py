@@ -8,9 +8,15 @@ collective operation does not occupy devices.
 With one process, everything here returns at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import itertools
 import json
+import os
+import signal
+import sys
+import time
+import traceback
 from typing import Any
 
 import jax
@@ -34,14 +40,20 @@ def _client() -> Any:
 
 def start(
     coordinator: str | None, num_processes: int | None,
-    process_id: int | None, automatic: bool = False) -> None:
+    process_id: int | None, *, automatic: bool = False,
+    catches_sigterm: bool = True) -> None:
   """Connects the processes of a run; must precede any computation.
+
+  The main process alone prints to stdout from here on.
 
   Args:
     coordinator: 'host:port' of process 0.
     num_processes: number of processes.
     process_id: number of this process, from 0.
     automatic: take the three from the cluster (Cloud TPU, Slurm, ...).
+    catches_sigterm: whether SIGTERM is left to
+      `multihost_utils.reached_preemption_sync_point`; otherwise it ends this
+      process, and with it the others.
 
   Raises:
     UserError: if some are missing or out of range, or if process 0 cannot be
@@ -64,8 +76,13 @@ def start(
     raise UserError(
         'the processes could not be connected: '
         f'{str(error).splitlines()[0]}') from error
-  if count() > 1:
-    watch.start(_client(), index(), count())
+  if count() == 1:
+    return
+  watch.start(_client(), index(), count())
+  if not catches_sigterm:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  if not is_main():
+    sys.stdout = open(os.devnull, 'w')
 
 
 def _check(
@@ -100,6 +117,11 @@ def index() -> int:
 def is_main() -> bool:
   """Whether this process writes the files of the run."""
   return index() == 0
+
+
+def shows_progress() -> bool:
+  """Whether this process draws progress bars: the main one, in a terminal."""
+  return is_main() and sys.stderr.isatty()
 
 
 def gather(value: Any) -> list[Any]:
@@ -152,11 +174,30 @@ def barrier() -> None:
   gather(None)
 
 
-def finish() -> None:
-  """Waits for all processes and disconnects this one, at the end of a run."""
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Context of a run: all processes end together, also after an error.
+
+  An exception in one process ends the others with its message. They would
+  otherwise wait for it in their next collective operation.
+
+  Yields:
+    Nothing.
+  """
   if count() == 1:
+    yield
     return
-  barrier()
+  try:
+    yield
+    barrier()
+  except SystemExit:
+    raise
+  except BaseException as error:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      # Often the consequence of a lost process. The watch then names it.
+      time.sleep(watch.PATIENCE + 5)
+    traceback.print_exc()
+    fail(f'{type(error).__name__}: {error}', 1)
   watch.stop()
   jax.distributed.shutdown()
 

@@ -1,6 +1,7 @@
 """Checkpoints of the last and the best state of a run, written atomically.
 
-The trainer saves and cleans up through `Checkpoints`. All other code reads
+The trainer saves and cleans up through `Checkpoints`, in all of its processes
+together. All other code reads
 through `Reader`, which changes nothing in the folder, so a run can be evaluated
 while it trains.
 """
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from experiments.parallel import processes
 from experiments.util.errors import UserError
 
 #: Sub-folders of a workdir's `checkpoints/`.
@@ -38,7 +40,7 @@ class Checkpoints:
   def __init__(self, workdir: pathlib.Path, kind: str) -> None:
     """Opens `workdir/checkpoints/<kind>`, which need not exist."""
     self.folder = (workdir / 'checkpoints' / kind).resolve()
-    _remove_parts(self.folder)
+    processes.on_main(lambda: _remove_parts(self.folder))
     self._failed = False
     self._checkpointer = ocp.training.Checkpointer(
         self.folder, cleanup_tmp_directories=True,
@@ -161,16 +163,29 @@ class Reader:
     raise CheckpointError(f'there is no checkpoint in {self.folder}.')
 
 
+def _alone() -> ocp.Context:
+  """The context for reading in one process, without waiting for others."""
+  own, context = processes.index(), ocp.Context()
+  context.multiprocessing.primary_host = own
+  context.multiprocessing.active_processes = {own}
+  context.multiprocessing.barrier_sync_key_prefix = f'reader-{own}'
+  return context
+
+
 def _notes(path: pathlib.Path) -> dict[str, Any]:
-  return dict(ocp.metadata(path).custom_metadata or {})
+  with _alone():
+    return dict(ocp.metadata(path).custom_metadata or {})
 
 
 def _read(path: pathlib.Path) -> Stored:
   # As NumPy arrays: the devices that wrote them may not exist here.
-  like = jax.tree.map(
-      lambda leaf: np.empty(leaf.shape, leaf.dtype),
-      ocp.metadata(path).metadata, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-  return Stored(int(path.name), ocp.load(path, like), _notes(path))
+  with _alone():
+    like = jax.tree.map(
+        lambda leaf: np.empty(leaf.shape, leaf.dtype),
+        ocp.metadata(path).metadata,
+        is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+    tree = ocp.load(path, like)
+  return Stored(int(path.name), tree, _notes(path))
 
 
 def read_variables(workdir: pathlib.Path, kind: str) -> Stored:

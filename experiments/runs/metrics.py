@@ -9,6 +9,7 @@ from typing import Any
 
 import tensorboardX
 
+from experiments.parallel import processes
 from experiments.util import atomic, environment
 
 #: Fields of a metrics line that may differ between identical runs.
@@ -17,7 +18,10 @@ TIMING_FIELDS = (
 
 
 class MetricsLog:
-  """Writes one line per epoch to `metrics.jsonl`, and to TensorBoard."""
+  """Writes one line per epoch to `metrics.jsonl`, and to TensorBoard.
+
+  Of several processes the main one writes, and all hold the lines.
+  """
 
   def __init__(self, workdir: pathlib.Path, completed_epochs: int) -> None:
     """Opens the log and removes lines after `completed_epochs`.
@@ -29,11 +33,13 @@ class MetricsLog:
     """
     self._path = workdir / 'metrics.jsonl'
     self.lines = [
-        line for line in read_metrics(workdir)
+        line for line in processes.from_main(lambda: read_metrics(workdir))
         if line['epoch'] <= completed_epochs]
-    self._rewrite()
-    self._writer = tensorboardX.SummaryWriter(
-        str(workdir / 'tensorboard'), purge_step=completed_epochs + 1)
+    self._writer = None
+    if processes.is_main():
+      self._rewrite()
+      self._writer = tensorboardX.SummaryWriter(
+          str(workdir / 'tensorboard'), purge_step=completed_epochs + 1)
 
   def _rewrite(self) -> None:
     atomic.write_text(
@@ -42,6 +48,8 @@ class MetricsLog:
   def append(self, line: dict[str, Any]) -> None:
     """Adds the line of an epoch; on disk before this returns."""
     self.lines.append(line)
+    if self._writer is None:
+      return
     with self._path.open('a') as file:
       file.write(json.dumps(line) + '\n')
       file.flush()
@@ -53,7 +61,8 @@ class MetricsLog:
 
   def close(self) -> None:
     """Closes the event file."""
-    self._writer.close()
+    if self._writer is not None:
+      self._writer.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:

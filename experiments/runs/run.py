@@ -2,7 +2,6 @@
 
 import functools
 import pathlib
-import sys
 from typing import Any, NamedTuple
 import zlib
 
@@ -15,6 +14,7 @@ import numpy as np
 import awp_jax
 from experiments.config import build, optimizers
 from experiments.data import batches, datasets, extra_images
+from experiments.parallel import processes
 from experiments.runs import checkpoints, warm_start, workdirs
 from experiments.util.errors import UserError
 
@@ -109,7 +109,9 @@ def prepare(
       config.eval.batch_size, num_devices, 'eval.batch_size')
   if config.init_from:
     warm_start.check(config.init_from)
-  folder = workdirs.open_workdir(workdir, config)
+  _check_equal('the config', build.flatten(config))
+  folder = pathlib.Path(workdir).expanduser()
+  processes.on_main(lambda: workdirs.open_workdir(folder, config))
   dataset, validation = _load_data(config)
   if len(dataset.x_train) < num_devices:
     raise UserError(
@@ -122,9 +124,25 @@ def prepare(
         num_classes=dataset.num_classes)
     _check_fraction(config)
   model = build.build_model(config, dataset)
-  workdirs.claim(folder, config)
-  return Run(
+  run = Run(
       config, folder, built, dataset, validation, model, num_devices, extra)
+  if processes.count() > 1:
+    _check_equal('the training data', run.order)
+  processes.on_main(lambda: workdirs.claim(folder, config))
+  return run
+
+
+def _check_equal(what: str, facts: dict[str, Any]) -> None:
+  """Raises UserError unless all processes have the same facts."""
+  first, *others = processes.gather(facts)
+  for number, other in enumerate(others, 1):
+    differing = [name for name in first if first[name] != other.get(name)]
+    if differing:
+      name = differing[0]
+      raise UserError(
+          f'the processes differ in {what}: {name} is {first[name]!r} in '
+          f'process 0 and {other.get(name)!r} in process {number}. Start all '
+          'with the same command and the same data.')
 
 
 def reopen(
@@ -168,7 +186,7 @@ def _load_data(
       config.dataset, data_dir=config.data_dir or None,
       npz_path=config.npz_path or None, num_train=config.num_train or None,
       num_test=config.num_test or None, seed=config.data_seed,
-      progress=sys.stderr.isatty())
+      progress=processes.shows_progress())
   if config.num_validation:
     dataset, *held_out = datasets.split_validation(
         dataset, config.num_validation, config.data_seed)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from experiments.parallel import processes
 from experiments.util import atomic
 
 #: Relative tolerance around the loss of constant outputs.
@@ -188,9 +189,13 @@ class Record:
     self._path = workdir / 'guard.json'
     self.factor = 1.0
     self.shrinks: list[dict[str, Any]] = []
-    if self._path.exists():
-      stored: dict[str, Any] = json.loads(self._path.read_text())
+    stored = processes.from_main(self._read)
+    if stored:
       self.factor, self.shrinks = stored['factor'], stored['shrinks']
+
+  def _read(self) -> dict[str, Any]:
+    exists = self._path.exists()
+    return dict(json.loads(self._path.read_text())) if exists else {}
 
   def shrink(self, factor: float, step: int, back_to: int, why: str) -> None:
     """Records a smaller perturbation; on disk before this returns.
@@ -204,5 +209,5 @@ class Record:
     self.factor *= factor
     self.shrinks.append({
         'step': step, 'back_to': back_to, 'factor': self.factor, 'why': why})
-    atomic.write_json(
-        self._path, {'factor': self.factor, 'shrinks': self.shrinks})
+    values = {'factor': self.factor, 'shrinks': self.shrinks}
+    processes.on_main(lambda: atomic.write_json(self._path, values))

@@ -5,6 +5,8 @@ import time
 
 import tqdm
 
+from experiments.parallel import processes
+
 
 class Progress:
   """Shows completed steps, images per second and the time left.
@@ -25,7 +27,7 @@ class Progress:
     self._total, self._first, self._batch = total_steps, first_step, batch_size
     self._started = time.perf_counter()
     self._bar = None
-    if sys.stderr.isatty():
+    if processes.shows_progress():
       self._bar = tqdm.tqdm(
           total=total_steps, initial=first_step, unit='step',
           dynamic_ncols=True, smoothing=0.1)

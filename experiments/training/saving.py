@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+
 import awp_jax
 from experiments.parallel import placement
 from experiments.runs import checkpoints
@@ -41,7 +43,8 @@ class Saving:
     notes: dict[str, Any] = {}
     if self.last.step() is not None:
       state, sums = run_lib.initial_state(self._run), step_lib.zero_sums()
-      stored, notes = self.last.load(step_lib.to_tree(state, sums))
+      stored, notes = self.last.load(
+          jax.device_get(step_lib.to_tree(state, sums)))
       state, sums = step_lib.from_tree(state, stored)
       self._check_order(notes)
     else:
