@@ -26,11 +26,11 @@ OURS = (
 TORCH = (
     'preact_resnet:AT-AWP:128:tf32:eager',
     'preact_resnet:AT-AWP:128:bfloat16:tuned',
-    'preact_resnet:AT-AWP:128:bfloat16:compiled',
     'preact_resnet:AT:128:tf32:eager',
     'wide_resnet:AT-AWP:128:tf32:eager',
     'wide_resnet:AT-AWP:128:bfloat16:tuned',
     'preact_resnet:AT-AWP:512:bfloat16:tuned',
+    'preact_resnet:AT-AWP:128:bfloat16:compiled',
 )
 
 
