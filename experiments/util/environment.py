@@ -13,10 +13,18 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-  """Versions of Python and of the packages that results depend on."""
+  """Versions of Python and of the packages that results depend on.
+
+  Returns:
+    Versions by name; 'not installed' for packages that only some commands need,
+    such as tensorflow-datasets.
+  """
   found = {'python': platform.python_version()}
   for name in PACKAGES:
-    found[name] = importlib.metadata.version(name)
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = 'not installed'
   # Not from the metadata: the package may be used without installation.
   return found | {'awp_jax': awp_jax.__version__}
 

@@ -1,10 +1,12 @@
 """The benchmarks' networks have the sizes in the files."""
 
 import importlib
+import json
 import pathlib
 
 from flax import traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -62,3 +64,86 @@ def test_resnet(benchmark):
     wanted = theirs(torch.tensor(x.transpose(0, 3, 1, 2).copy())).numpy()
   np.testing.assert_allclose(
       jax.jit(model.apply)(variables, x), wanted, atol=1e-4)
+
+
+def test_flops(benchmark):
+  # Products of [4, 6] and [6, 5], three times in a loop.
+  def products(a, b):
+    return jax.lax.fori_loop(0, 3, lambda _, c: c + a @ b, jnp.zeros((4, 5)))
+
+  flops = benchmark('flops')
+  a, b = jnp.ones((4, 6)), jnp.ones((6, 5))
+  assert flops.of(products, a, b) == 3 * 2 * 4 * 6 * 5
+  with pytest.raises(ValueError, match='unknown length'):
+    flops.of(lambda a, n: jax.lax.fori_loop(
+        0, n, lambda _, c: c @ c, a), jnp.ones((3, 3)), 2)
+
+
+@pytest.mark.parametrize('stride', (1, 2))
+def test_flops_of_convolutions(benchmark, stride):
+  # Forward, input gradient and kernel gradient cost the same.
+  x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+
+  def convolve(x, w):
+    return jax.lax.conv_general_dilated(
+        x, w, (stride, stride), 'SAME',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+  def both(x, w):
+    out, pullback = jax.vjp(convolve, x, w)
+    return pullback(out)
+
+  once = 2 * (2 * (8 // stride) ** 2 * 5) * (3 * 3 * 3)
+  flops = benchmark('flops')
+  assert flops.of(convolve, x, w) == once
+  assert flops.of(both, x, w) == 3 * once
+
+
+def test_accelerator(benchmark, capsys):
+  case = 'preact_resnet:AT-AWP:128:tf32:perturbed'
+  sizes = ['--width=1', '--depth=10', '--batch_size=2', '--image_size=4',
+           '--num_steps=1']
+  benchmark('accelerator').main(
+      ['ours', case, *sizes, '--seconds=0', '--ceilings', '1', '2'])
+  found = json.loads(capsys.readouterr().out)
+  assert found['batch_size'] == 2 and found['steps'] == 5
+  # Two passes for the attack's step, three each for ascent and descent, less
+  # the gradient of the first convolution with respect to the images.
+  assert 7.5 < found['forward_passes'] < 8.5
+  assert found['tflops'] == pytest.approx(
+      found['flops'] / found['seconds'] / 1e12)
+  assert found['share_of_ceiling'] == pytest.approx(found['tflops'] / 2)
+  with pytest.raises(ValueError, match='NETWORK:METHOD'):
+    benchmark('accelerator').main(['ours', 'resnet:AT:1:tf32:perturbed'])
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize('gamma', (0.0, 0.01))
+def test_torch_steps_agree(benchmark, monkeypatch, gamma):
+  """The tuned step makes the updates of the published one."""
+  torch = pytest.importorskip('torch')
+  steps = benchmark('torch_train_step')
+  monkeypatch.setattr(steps, '_start', lambda x: x + 0.01)
+  x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+  y, moved = torch.arange(4), {}
+  for variant in ('eager', 'tuned'):
+    torch.manual_seed(0)
+    model = steps.network('wide_resnet', width=1, depth=10)
+    before = [w.detach().clone() for w in model.parameters()]
+    steps.make_step(variant, model, x, y, gamma, 'float32')()
+    moved[variant] = [
+        (w.detach() - b).numpy()
+        for w, b in zip(model.parameters(), before, strict=True)]
+  for ours, theirs in zip(*moved.values(), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.torch
+def test_torch_wide_resnet_has_our_parameters(benchmark):
+  pytest.importorskip('torch')
+  theirs = benchmark('torch_wide_resnet').WideResNet(10, 16, 2)
+  model = models.WideResNet(10, depth=16, width=2)
+  shapes = jax.eval_shape(
+      model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
+  assert sum(p.numel() for p in theirs.parameters()) == sum(
+      leaf.size for leaf in jax.tree.leaves(shapes))
