@@ -32,7 +32,12 @@ from awp_jax.evaluation import (
 from awp_jax.evaluation.driver import Job
 from awp_jax.evaluation.model import Model, average_gradients, make_model
 from awp_jax.evaluation.protocol import AttackSpec
-from awp_jax.evaluation.results import AttackResult, AttackWarning, BatchResult
+from awp_jax.evaluation.results import (
+  AttackResult,
+  AttackWarning,
+  BatchResult,
+  Share,
+)
 from awp_jax.evaluation.verdicts import VerdictSettings
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
@@ -61,8 +66,9 @@ class EvalOptions:
       means eight batches on the CPU and two elsewhere.
     devices: shard each batch over these; None means the default device.
     progress: called with a `BatchResult` after each group.
-    done: records of an interrupted evaluation with the same arguments, in
-      order; their groups are not attacked again.
+    done: records of an interrupted evaluation with the same arguments, in any
+      order and of any group size; their examples are not attacked again.
+    share: the share of this process, if several divide the examples.
     keep_images: whether the result holds the adversarial examples.
     takes_key: whether the model is randomized: `logits_fn(images, key)`.
     eot_samples: draws of a randomized model that each gradient is averaged
@@ -79,6 +85,7 @@ class EvalOptions:
   devices: Sequence[jax.Device] | None = None
   progress: Callable[[BatchResult], None] | None = None
   done: Sequence[BatchResult] = ()
+  share: Share | None = None
   keep_images: bool = True
   takes_key: bool = False
   eot_samples: int | None = None
@@ -160,26 +167,39 @@ def _attack_group(
       setting.identity)
 
 
-def _check_record(
-    record: BatchResult, name: str, indices: np.ndarray, identity: str
-) -> None:
-  """Raises ValueError unless a record is of this evaluation's next group."""
-  if record.attack != name or not np.array_equal(record.indices, indices):
-    raise ValueError(
-        'EvalOptions.done belongs to another evaluation: expected a record of '
-        f'{name} on {len(indices)} examples, got {record.attack} on '
-        f'{len(record.indices)}. Arguments, batch size and group size must be '
-        'those of the interrupted run.')
-  if not identity:
-    raise ValueError(
-        'EvalOptions.done cannot be resumed: an attack of this evaluation has '
-        'no `settings`. Set them in its AttackSpec.')
-  if record.identity != identity:
-    raise ValueError(
-        'EvalOptions.done belongs to another evaluation: key, model, weights, '
-        'images, labels, threat model, attacks, settings or versions differ '
-        f'(expected identity {identity[:12]!r}, got '
-        f'{record.identity[:12]!r}).')
+def _attack_share(
+    setting: _Setting, spec: AttackSpec, targets: np.ndarray,
+    remaining: np.ndarray, known: Sequence[BatchResult], options: EvalOptions
+) -> list[BatchResult]:
+  """Attacks the examples without a record; returns the records of all.
+
+  Args:
+    setting: of the evaluation.
+    spec: the attack.
+    targets: target classes of all examples.
+    remaining: the examples that survived the earlier attacks.
+    known: records of this attack.
+    options: of the evaluation.
+
+  Returns:
+    The records of this attack, by all processes.
+  """
+  job = _make_job(setting, spec, options.eot_samples or spec.eot_samples or 1)
+  missing = results.without_record(remaining, known)
+  share = options.share
+  if share is not None:
+    missing = missing[share.index::share.count]
+  found = list(known)
+  for begin in range(0, missing.size, setting.group_size):
+    record = _attack_group(
+        setting, spec.name, job, missing[begin:begin + setting.group_size],
+        targets)
+    if options.progress is not None:
+      options.progress(record)
+    found.append(record)
+  if share is None:
+    return found
+  return results.of_attack(spec.name, share.exchange())
 
 
 def _run(
@@ -188,39 +208,24 @@ def _run(
     judged: results.Judgement) -> AttackResult:
   robust = natural.correct.copy()
   adversarial = setting.images.copy() if options.keep_images else None
-  done = iter(options.done)
+  results.check_records(
+      options.done, [spec.name for spec in specs], setting.identity)
   reports: list[results.AttackReport] = []
   for number, spec in enumerate(specs):
-    job = _make_job(
-        setting, spec, options.eot_samples or spec.eot_samples or 1)
-    remaining = np.flatnonzero(robust)
-    seconds, broken, largest = 0.0, [remaining[:0]], 0.0
-    anomalies = results.Anomalies()
-    for begin in range(0, remaining.size, setting.group_size):
-      indices = remaining[begin:begin + setting.group_size]
-      record = next(done, None)
-      if record is not None:
-        _check_record(record, spec.name, indices, setting.identity)
-      else:
-        record = _attack_group(
-            setting, spec.name, job, indices, natural.targets)
-        if options.progress is not None:
-          options.progress(record)
-      new = indices[record.broken]
-      robust[new] = False
-      if adversarial is not None:
-        adversarial[new] = record.adversarial
-      broken.append(new)
-      seconds += record.seconds
-      anomalies = anomalies.plus(record.anomalies)
-      largest = max([largest, *map(float, record.distances)])
-    all_broken = np.concatenate(broken)
+    records = _attack_share(
+        setting, spec, natural.targets, np.flatnonzero(robust),
+        results.of_attack(spec.name, options.done), options)
+    outcome = results.merge(records, robust)
+    robust[outcome.broken] = False
+    if adversarial is not None:
+      adversarial[outcome.broken] = outcome.adversarial
     found += diagnostics.after_attack(
-        spec, anomalies, all_broken.size / robust.size,
+        spec, outcome.anomalies, outcome.broken.size / robust.size,
         any(earlier.white_box for earlier in specs[:number]))
     reports.append(results.AttackReport(
-        spec.name, seconds, float(robust.mean()), all_broken, largest,
-        anomalies))
+        spec.name, sum(record.seconds for record in records),
+        float(robust.mean()), outcome.broken, outcome.largest_distance,
+        outcome.anomalies))
   return AttackResult(
       adversarial, robust, natural.correct, float(natural.correct.mean()),
       float(robust.mean()), tuple(reports), tuple(found), judged)

@@ -5,7 +5,8 @@
 [0.158, 0.257]
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
 import math
 import statistics
 from typing import Any, Literal, NamedTuple
@@ -101,6 +102,109 @@ class BatchResult(NamedTuple):
         attack=str(fields['attack']), seconds=float(fields['seconds']),
         anomalies=Anomalies(*map(int, fields['anomalies'])),
         identity=str(fields['identity']))
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+  """One of several processes that divide the examples of an evaluation.
+
+  All call `evaluate` with the same arguments and get the same result. Each
+  attacks every `count`-th example that has no record, on its own devices.
+
+  Attributes:
+    index: number of this process, from 0.
+    count: number of processes.
+    exchange: called after each attack; waits for all processes, and returns the
+      records of all, `EvalOptions.done` included.
+  """
+
+  index: int
+  count: int
+  exchange: Callable[[], Sequence[BatchResult]]
+
+
+class Merged(NamedTuple):
+  """The records of one attack together.
+
+  Attributes:
+    broken: the examples it broke, as rising indices [k].
+    adversarial: their adversarial examples, [k, ...].
+    largest_distance: of those from the natural images; 0 if there are none.
+    anomalies: counts over all records.
+  """
+
+  broken: np.ndarray
+  adversarial: np.ndarray
+  largest_distance: float
+  anomalies: Anomalies
+
+
+def of_attack(
+    name: str, records: Iterable[BatchResult]) -> list[BatchResult]:
+  """The records of one attack."""
+  return [record for record in records if record.attack == name]
+
+
+def without_record(
+    examples: np.ndarray, records: Iterable[BatchResult]) -> np.ndarray:
+  """The examples that no record of an attack holds, in the same order."""
+  known = [record.indices for record in records]
+  return examples[~np.isin(examples, np.concatenate(known))] if (
+      known) else examples
+
+
+def merge(records: Sequence[BatchResult], robust: np.ndarray) -> Merged:
+  """Merges the records of an attack.
+
+  Args:
+    records: at least one unless no example is robust.
+    robust: which examples survived the earlier attacks, [N]. Records may hold
+      others, after a resumed evaluation that lost records of earlier attacks.
+
+  Returns:
+    The examples that the attack broke first.
+  """
+  if not records:
+    none = np.zeros(0, np.int64)
+    return Merged(none, none, 0.0, Anomalies())
+  broken = np.concatenate([r.indices[r.broken] for r in records])
+  adversarial = np.concatenate([r.adversarial for r in records])
+  distances = np.concatenate([r.distances for r in records])
+  broken, first = np.unique(broken, return_index=True)
+  kept = first[robust[broken]]
+  anomalies = Anomalies()
+  for record in records:
+    anomalies = anomalies.plus(record.anomalies)
+  return Merged(
+      broken[robust[broken]], adversarial[kept],
+      float(max(distances[kept], default=0.0)), anomalies)
+
+
+def check_records(
+    records: Iterable[BatchResult], attacks: Sequence[str], identity: str
+) -> None:
+  """Raises ValueError unless all records are of one evaluation.
+
+  Args:
+    records: from `EvalOptions.done`.
+    attacks: the names of its attacks.
+    identity: of the evaluation; '' if an attack has no settings.
+  """
+  for record in records:
+    if not identity:
+      raise ValueError(
+          'EvalOptions.done cannot be resumed: an attack of this evaluation '
+          'has no `settings`. Set them in its AttackSpec.')
+    if record.attack not in attacks:
+      raise ValueError(
+          'EvalOptions.done belongs to another evaluation: it has a record of '
+          f'{record.attack}, this one runs {", ".join(attacks)}.')
+    if record.identity != identity:
+      raise ValueError(
+          'EvalOptions.done belongs to another evaluation: key, model, '
+          'weights, images, labels, threat model, attacks, settings or '
+          f'versions differ (expected identity {identity[:12]!r}, got '
+          f'{record.identity[:12]!r}).')
 
 
 class AttackReport(NamedTuple):

@@ -1,6 +1,9 @@
-"""Records of the finished groups of one evaluation, and a progress bar."""
+"""Records of the finished groups of one evaluation, and a progress bar.
 
-from collections.abc import Iterator
+Several processes write into one folder, and each reads the records of all.
+"""
+
+from collections.abc import Iterable
 import json
 import pathlib
 from typing import Any
@@ -16,10 +19,10 @@ from experiments.util import atomic, digests
 
 
 class Records:
-  """Finished groups of examples of one evaluation on disk, in order.
+  """Finished groups of examples of one evaluation on disk.
 
   Attributes:
-    done: the records so far.
+    done: the records so far, equal in all processes after `exchange`.
   """
 
   def __init__(
@@ -35,22 +38,33 @@ class Records:
     self._folder = folder / f'{name}-{digests.of_values(facts)}'
     self._folder.mkdir(parents=True, exist_ok=True)
     path = self._folder / 'identity.json'
-    if not path.exists():
+    if processes.is_main() and not path.exists():
       atomic.write_text(path, json.dumps(facts, indent=2) + '\n')
     self.done: list[awp_jax.BatchResult] = []
     self._environments: list[str] = []
-    for path in self._paths():
-      found = _read(path)
-      if found is None:
-        break
-      self.done.append(found[0])
-      self._environments.append(found[1])
+    self._names: set[str] = set()
+    self._own: list[str] = []
+    # All processes start with the same records.
+    self._take(processes.from_main(lambda: sorted(
+        path.name for path in self._folder.glob('*.npz'))))
+    self._next = len(self._names)
 
-  def _paths(self) -> Iterator[pathlib.Path]:
-    number = 0
-    while (path := self._folder / f'{number:05d}.npz').exists():
-      yield path
-      number += 1
+  def _take(self, names: Iterable[str]) -> None:
+    """Reads the records with new names; skips those that cannot be read."""
+    for name in names:
+      if name in self._names:
+        continue
+      self._names.add(name)
+      found = _read(self._folder / name)
+      if found is not None:
+        self.done.append(found[0])
+        self._environments.append(found[1])
+
+  def exchange(self) -> list[awp_jax.BatchResult]:
+    """Waits for all processes; returns the records of all of them."""
+    for names in processes.gather(self._own):
+      self._take(names)
+    return self.done
 
   @property
   def judged_by(self) -> list[dict[str, Any]]:
@@ -60,10 +74,14 @@ class Records:
   def append(self, record: awp_jax.BatchResult) -> None:
     """Writes a record to disk."""
     environment = json.dumps(precision.judged_by(), sort_keys=True)
-    path = self._folder / f'{len(self.done):05d}.npz'
-    with atomic.replacing(path) as file:
+    name = f'{self._next:05d}.npz' if processes.is_main() else (
+        f'{self._next:05d}-process-{processes.index()}.npz')
+    with atomic.replacing(self._folder / name) as file:
       arrays: dict[str, Any] = record.to_arrays()
       np.savez(file, **arrays, judged_by=np.array(environment))
+    self._next += 1
+    self._names.add(name)
+    self._own.append(name)
     self.done.append(record)
     self._environments.append(environment)
 

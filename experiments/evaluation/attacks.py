@@ -4,10 +4,11 @@ An evaluation is a single attack ('fgsm', 'pgd-20', 'cw-100', 'spsa', 'square',
 ...) or a version of AutoAttack ('aa-standard', 'aa-fast', ...), in which each
 attack sees the examples that survived the earlier attacks. Finished groups of
 examples are on disk. A process that was killed resumes after the last one and
-gets the same result.
+gets the same result. Several processes divide the examples.
 """
 
 from collections.abc import Sequence
+import pathlib
 import re
 from typing import Any
 
@@ -22,8 +23,10 @@ from awp_jax.core import checks, loops
 from awp_jax.evaluation import evaluate as evaluate_lib
 from awp_jax.evaluation import fingerprint
 from awp_jax.evaluation.protocol import AttackSpec
+from awp_jax.evaluation.results import Share
 from experiments.data import batches
 from experiments.evaluation import attack_records
+from experiments.parallel import placement, processes
 from experiments.runs import precision, restore
 from experiments.runs import run as run_lib
 from experiments.util import atomic, digests
@@ -135,15 +138,21 @@ def evaluate_model(
     entry['natural'] = _accuracy(result.natural) | {
         'judged_by': [precision.judged_by()]}
     entry['evaluations'][name] = _summarize(result) | {'judged_by': judged_by}
-    if result.adversarial is not None and run.config.evaluation.save_examples:
+    if run.config.evaluation.save_examples:
       path = run.workdir / 'evaluation' / f'{model.name}-{name}.npz'
-      with atomic.replacing(path) as file:
-        np.savez_compressed(
-            file, adversarial=result.adversarial, robust=result.robust,
-            natural=result.natural)
+      if processes.is_main():
+        _save_examples(path, result)
       entry['evaluations'][name]['examples'] = str(
           path.relative_to(run.workdir))
   return entry
+
+
+def _save_examples(path: pathlib.Path, result: awp_jax.AttackResult) -> None:
+  assert result.adversarial is not None
+  with atomic.replacing(path) as file:
+    np.savez_compressed(
+        file, adversarial=result.adversarial, robust=result.robust,
+        natural=result.natural)
 
 
 def _evaluate_one(
@@ -176,9 +185,10 @@ def _evaluate_one(
     bar.add(record)
 
   options = evaluate_lib.EvalOptions(
-      batch_size=batch_size, group_size=_BATCHES_PER_GROUP * batch_size,
-      devices=jax.devices() if jax.device_count() > 1 else None,
-      progress=progress, done=done)
+      batch_size=batch_size, group_size=_group_size(batch_size, len(labels)),
+      devices=placement.own_devices(), progress=progress, done=done,
+      share=None if processes.count() == 1 else Share(
+          processes.index(), processes.count(), records.exchange))
   try:
     result = evaluate_lib.evaluate(
         jax.random.key(run.config.seed), model.logits_fn, images, labels,
@@ -204,8 +214,14 @@ def _facts(
       'versions': fingerprint.versions()}
 
 
+def _group_size(batch_size: int, num_examples: int) -> int:
+  """Examples per record: at most a share of a process, in whole batches."""
+  share = -(-num_examples // (processes.count() * batch_size))
+  return batch_size * min(_BATCHES_PER_GROUP, share)
+
+
 def _batch_size(run: run_lib.Run) -> int:
-  """Examples per batch, over all devices."""
+  """Examples per batch of a process, over its devices."""
   if run.config.evaluation.batch_size:
     return run.config.evaluation.batch_size
   size = 64 if loops.unrolls() else 512

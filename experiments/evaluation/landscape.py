@@ -20,6 +20,7 @@ from awp_jax import landscape as landscape_lib
 from awp_jax.core import loops
 from experiments.data import batches
 from experiments.evaluation import landscape_records, probe
+from experiments.parallel import placement, processes
 from experiments.runs import precision, restore
 from experiments.runs import run as run_lib
 from experiments.util import digests
@@ -94,11 +95,10 @@ class Checkpoint(NamedTuple):
     measure = _measure(
         precision.network(self.run.model), self.run.setup.threat,
         config.attack.step_size, config.landscape.num_steps)
-    devices = jax.devices() if jax.device_count() > 1 else None
     landscape_lib.evaluate_points(
         self.key, measure, self.variables, self.directions(series.name),
         points, self.images[series.split], batch_size=self.batch_size,
-        devices=devices, progress=progress)
+        devices=placement.own_devices(), progress=progress)
 
 
 def _spread(available: int, count: int) -> np.ndarray:
@@ -144,6 +144,8 @@ def measure_checkpoint(
 ) -> Values:
   """Measures all series of a checkpoint; recorded points are not repeated.
 
+  Several processes divide the points.
+
   Args:
     checkpoint: what to measure.
     records: of the checkpoint; new points are added.
@@ -160,6 +162,7 @@ def measure_checkpoint(
     for one in series:
       missing = [p for p in one.points if records.find(one, p) is None]
       bar.add(len(one.points) - len(missing))
+      missing = missing[processes.index()::processes.count()]
 
       def progress(
           number: int, means: dict[str, float],
@@ -170,6 +173,8 @@ def measure_checkpoint(
 
       if missing:
         checkpoint.measure(one, missing, progress)
+      if processes.count() > 1:
+        records.exchange()
       values = [records.find(one, point) for point in one.points]
       found[one.name, one.split] = [v for v in values if v is not None]
       bar.finish_series(one, found[one.name, one.split])

@@ -59,30 +59,41 @@ def make_series(settings: ml_collections.ConfigDict) -> list[Series]:
 class Records:
   """Measured points of one checkpoint on disk, one per line.
 
+  The main process writes one file. Every other process writes one beside it,
+  and all read all of them.
+
   Attributes:
     judged_by: the distinct precisions, devices and versions used.
   """
 
   def __init__(self, path: pathlib.Path) -> None:
-    """Reads the file; drops a truncated last line."""
-    self._path = path
+    """Reads the files; drops truncated last lines.
+
+    Args:
+      path: of the main process, with the suffix '.jsonl'.
+    """
+    self._main = path
+    self._path = path if processes.is_main() else path.with_suffix(
+        f'.process-{processes.index()}.jsonl')
     path.parent.mkdir(parents=True, exist_ok=True)
     self._known: dict[tuple[str, str, tuple[float, ...]], dict[str, float]] = {}
     self.judged_by: list[dict[str, Any]] = []
     self._environment: dict[str, Any] = {}
-    text = path.read_text() if path.exists() else ''
-    good = ''
-    for one in text.splitlines(keepends=True):
-      try:
-        line = json.loads(one)
-      except json.JSONDecodeError:
-        break
-      if not one.endswith('\n'):
-        break
-      self._take(line)
-      good += one
-    if good != text:
-      atomic.write_text(path, good)
+    text = self._path.read_text() if self._path.exists() else ''
+    if (good := _whole_lines(text)) != text:
+      atomic.write_text(self._path, good)
+    self.exchange()
+    for line in good.splitlines():  # again: the next line follows these
+      self._take(json.loads(line))
+
+  def exchange(self) -> None:
+    """Waits for all processes, and reads the points of all of them."""
+    processes.barrier()
+    paths = self._main.parent.glob(f'{self._main.stem}*.jsonl')
+    for path in sorted(paths):
+      for line in _whole_lines(path.read_text()).splitlines():
+        self._take(json.loads(line))
+    processes.barrier()
 
   def _take(self, line: dict[str, Any]) -> None:
     """Adds a line: a point, or the environment of the following points."""
@@ -112,6 +123,20 @@ class Records:
       self._take(line)
     with self._path.open('a') as file:
       file.write(''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def _whole_lines(text: str) -> str:
+  """The lines up to the first that is truncated."""
+  good = ''
+  for line in text.splitlines(keepends=True):
+    try:
+      json.loads(line)
+    except json.JSONDecodeError:
+      break
+    if not line.endswith('\n'):
+      break
+    good += line
+  return good
 
 
 class Progress:

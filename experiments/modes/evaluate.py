@@ -14,6 +14,7 @@ import ml_collections
 from awp_jax.core import checks
 from experiments.data import datasets
 from experiments.evaluation import attacks
+from experiments.parallel import processes
 from experiments.runs import precision, restore
 from experiments.runs import run as run_lib
 from experiments.util import atomic, console
@@ -74,13 +75,17 @@ def evaluate(run: run_lib.Run) -> dict[str, Any]:
       'threat': config.threat.to_dict(), 'num_examples': num_examples,
       'dataset': datasets.describe(run.dataset), 'seed': config.seed,
       'subjects': subjects}
-  _keep_others(values, run.workdir / 'evaluation.json')
-  atomic.write_json(run.workdir / 'evaluation.json', values)
+  processes.on_main(lambda: _write(values, run.workdir / 'evaluation.json'))
   print(f'\n{run.dataset.name}, {config.threat.norm}, epsilon '
         f'{config.threat.epsilon:.4f}, {num_examples} test images, evaluated '
         f'in {precision.PRECISION}\n')
   print(_table(subjects))
   return values
+
+
+def _write(values: dict[str, Any], path: pathlib.Path) -> None:
+  _keep_others(values, path)
+  atomic.write_json(path, values)
 
 
 def _keep_others(values: dict[str, Any], path: pathlib.Path) -> None:

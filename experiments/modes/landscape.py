@@ -6,6 +6,7 @@ one, and a larger number of directions measures only the new ones.
 """
 
 from collections.abc import Sequence
+import functools
 import json
 import pathlib
 from typing import Any
@@ -16,6 +17,7 @@ import ml_collections
 from awp_jax.core import checks
 from experiments.data import datasets
 from experiments.evaluation import landscape, landscape_records
+from experiments.parallel import processes
 from experiments.reports import page, panels, tables
 from experiments.runs import restore, workdirs
 from experiments.runs import run as run_lib
@@ -95,7 +97,8 @@ def measure(run: run_lib.Run) -> dict[str, Any]:
                  'num_steps': settings.num_steps},
       'images': counts, 'settings': settings.to_dict(),
       'dataset': datasets.describe(run.dataset), 'subjects': subjects}
-  atomic.write_json(run.workdir / 'landscape.json', values)
+  processes.on_main(
+      lambda: atomic.write_json(run.workdir / 'landscape.json', values))
   return values
 
 
@@ -125,7 +128,7 @@ def run_all(
     run = run_lib.reopen(run_config, folder)
     name = folder.name if folder.name not in landscapes else str(folder)
     landscapes[name] = measure(run)
-    page.write_or_warn(run, 'landscape')
+    processes.on_main(functools.partial(page.write_or_warn, run, 'landscape'))
   print(f'\n{console.table(tables.flatness(landscapes))}\n')
   if len({json.dumps([values['threat'], values['attack']])
           for values in landscapes.values()}) > 1:
@@ -133,6 +136,6 @@ def run_all(
           'comparable.\n')
   if len(landscapes) > 1:
     together = folders[0] / 'figures' / 'landscapes'
-    panels.landscapes(together, landscapes)
+    processes.on_main(lambda: panels.landscapes(together, landscapes))
     print(f'all runs in one figure: {together}')
   print(f'results: {folders[0] / "landscape.json"} and report.html')

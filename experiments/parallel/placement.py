@@ -70,6 +70,12 @@ def split(tree: Any) -> Any:
       lambda leaf: _from_host(np.asarray(leaf), sharding), tree)
 
 
+def own_devices() -> list[jax.Device] | None:
+  """The devices of this process, to divide a batch over; None for one."""
+  devices = jax.local_devices()
+  return devices if len(devices) > 1 else None
+
+
 def device_numbers() -> Any:
   """The numbers of all devices, split over them: one, [1], on each."""
   return split(np.arange(jax.device_count()))

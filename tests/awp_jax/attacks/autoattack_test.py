@@ -1,9 +1,11 @@
 """Whole attacks on small models: verdicts, batches, resuming, devices."""
 
+import concurrent.futures
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from awp_jax.attacks import apgd, autoattack
 from awp_jax.core import loops
 from awp_jax.evaluation.evaluate import EvalOptions, evaluate
-from awp_jax.evaluation.results import RobustnessWarning
+from awp_jax.evaluation.results import RobustnessWarning, Share
 from awp_jax.threat import ThreatModel
 from tests.helpers.attack_oracles import (
   KEY,
@@ -92,14 +94,66 @@ def test_resumes_with_the_same_result():
 
   whole = run(records.append)
   assert len(records) > 4, records
-  for kept in (1, 4):
+  for kept in (records[:1], records[4:0:-1]):
     late = []
-    again = run(late.append, done=records[:kept])
-    assert len(late) == len(records) - kept
+    again = run(late.append, done=kept)
+    assert len(late) == len(records) - len(kept)
     np.testing.assert_array_equal(again.adversarial, whole.adversarial)
     np.testing.assert_array_equal(again.robust, whole.robust)
-  with pytest.raises(ValueError, match='belongs to another evaluation'):
-    run(done=records, group_size=5)
+  # Other groups: verdicts are the same, up to rounding.
+  again = run(done=records[:2], group_size=5)
+  np.testing.assert_array_equal(again.robust, whole.robust)
+
+
+def test_processes_that_divide_the_examples_get_the_same_result():
+  logits_fn, images, labels = network()
+  threat = ThreatModel('Linf', RADII['Linf'])
+  specs = [short_spec(name) for name in ('apgd-ce', 'square')]
+  waiting, made = threading.Barrier(3), []
+
+  def exchange():
+    waiting.wait()
+    found = tuple(made)
+    waiting.wait()
+    return found
+
+  def run(share, progress):
+    return evaluate(
+        KEY, logits_fn, images, labels, threat, specs, options=EvalOptions(
+            batch_size=8, group_size=4, share=share, progress=progress,
+            check_model=False))
+
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    parts = list(pool.map(
+        lambda k: run(Share(k, 3, exchange), made.append), range(3)))
+  own = []
+  whole = run(None, own.append)
+  for part in parts:
+    np.testing.assert_array_equal(part.robust, whole.robust)
+    np.testing.assert_array_equal(part.adversarial, parts[0].adversarial)
+    assert [list(attack.broken) for attack in part.attacks] == [
+        list(attack.broken) for attack in parts[0].attacks]
+  for name in ('apgd-ce', 'square'):
+    attacked = np.concatenate([r.indices for r in made if r.attack == name])
+    assert sorted(attacked) == sorted(
+        np.concatenate([r.indices for r in own if r.attack == name]))
+
+
+def test_a_lost_record_of_an_earlier_attack_changes_nothing():
+  logits_fn, images, labels = network()
+  records = []
+
+  def run(**options):
+    return evaluate(
+        KEY, logits_fn, images, labels, ThreatModel('Linf', RADII['Linf']),
+        [short_spec(name) for name in ('apgd-ce', 'square')],
+        options=EvalOptions(
+            batch_size=8, group_size=4, check_model=False, **options))
+
+  whole = run(progress=records.append)
+  again = run(done=records[1:])
+  np.testing.assert_array_equal(again.robust, whole.robust)
+  np.testing.assert_array_equal(again.adversarial, whole.adversarial)
 
 
 def test_recompiles_for_no_count():
