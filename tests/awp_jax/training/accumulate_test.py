@@ -1,6 +1,7 @@
 """Gradient accumulation in `train_step`: A parts equal A devices."""
 
 import functools
+import re
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 import numpy as np
+import optax
 import pytest
 
 import awp_jax
@@ -122,16 +124,51 @@ def test_shard_map(tracked, x64):
   assert_same_step(got, wanted)
 
 
+def compiled(accumulate):
+  """A step on two devices in the form of accelerators: loops."""
+
+  def forward_fn(params, batch_stats, x, train, key):
+    del train, key
+    for _ in range(8):
+      x = jnp.tanh(x @ params)
+    return x, batch_stats
+
+  state = awp_jax.TrainState.create(
+      forward_fn=forward_fn, params=jnp.eye(16), tx=optax.sgd(0.1))
+  batch = jnp.ones((2, 512, 16)), jnp.zeros((2, 512), int)
+  with loops.platform('tpu'):
+    return jax.pmap(
+        functools.partial(
+            awp_jax.train_step, objective=NATURAL, threat=THREAT, attack=ATTACK,
+            perturbation=methods.awp(0.1), axis_name='d',
+            accumulate=accumulate),
+        axis_name='d', in_axes=(None, 0, None), out_axes=None).lower(
+            state, batch, jax.random.key(0)).compile()
+
+
+def test_memory_of_one_part_and_collectives_of_one_gradient():
+  whole, parts = compiled(1), compiled(8)
+  memory = [program.memory_analysis().temp_size_in_bytes
+            for program in (whole, parts)]
+  assert memory[1] < memory[0] / 4
+  text = parts.as_text()
+  computations = dict(re.findall(
+      r'^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}', text, re.M | re.S))
+  bodies = re.findall(r'while\([^\n]*body=%?([\w.\-]+)', text)
+  assert len(bodies) >= 2  # for v, and for the gradient at w + v
+  assert not any('all-reduce' in computations[body] for body in bodies)
+  assert 0 < text.count(' all-reduce(') <= whole.as_text().count(
+      ' all-reduce(')
+
+
 def test_any_number_of_parts_without_noise_and_batch_statistics(x64):
   state, (x, y) = plain_state(), batch_of(12)
   keywords = {'perturbation': methods.awp(0.2, num_steps=2), 'alternations': 2}
-  for start in 'zero', x + 0.01:
-    attack = awp_jax.Attack(0.05, 2, start=start)
+  for start, number in ('zero', 6), (x + 0.01, 2):
+    attack = awp_jax.Attack(0.05, 1, start=start)
     wanted = step(state, (x, y), attack=attack, **keywords)
-    for number in 2, 6:
-      got = step(
-          state, (x, y), attack=attack, accumulate=number, **keywords)
-      assert_same_step(got, wanted)
+    got = step(state, (x, y), attack=attack, accumulate=number, **keywords)
+    assert_same_step(got, wanted)
 
 
 def gradients_of(state, batch, **keywords):
