@@ -242,7 +242,7 @@ def train_step(
       averages its batch statistics over the axis.
     accumulate: the number A >= 1 of equal parts that the (device's) batch is
       split into. They are processed in turn, so activations need the memory of
-      one part. A step has one v and one update, from gradients averaged over
+      one part, except on the CPU, where the parts are unrolled. A step has one v and one update, from gradients averaged over
       the parts. The result is that of A devices: noise, and batch statistics
       unless averaged over the axis, are those of each part. The parts are
       contiguous rows; for a batch sharded over devices, use `axis_name`.
