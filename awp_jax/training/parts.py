@@ -28,8 +28,8 @@ from awp_jax.types import Array
 
 
 def split(num_parts: int, tree: Any) -> Any:
-  """[B, ...] -> [A, B / A, ...] on every leaf; unchanged if A = 1."""
-  if num_parts == 1:
+  """[B, ...] -> [A, B / A, ...] on every leaf; names and A = 1: unchanged."""
+  if num_parts == 1 or isinstance(tree, str):
     return tree
   return jax.tree.map(
       lambda leaf: jnp.reshape(leaf, (num_parts, -1, *leaf.shape[1:])), tree)

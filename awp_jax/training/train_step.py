@@ -242,10 +242,11 @@ def train_step(
       averages its batch statistics over the axis.
     accumulate: the number A >= 1 of equal parts that the (device's) batch is
       split into. They are processed in turn, so activations need the memory of
-      one part, except on the CPU, where the parts are unrolled. A step has one v and one update, from gradients averaged over
-      the parts. The result is that of A devices: noise, and batch statistics
-      unless averaged over the axis, are those of each part. The parts are
-      contiguous rows; for a batch sharded over devices, use `axis_name`.
+      one part, except on the CPU, where the parts are unrolled. A step has one
+      v and one update, from gradients averaged over the parts. The result is
+      that of A devices: noise, and batch statistics unless averaged over the
+      axis, are those of each part. The parts are contiguous rows; for a batch
+      sharded over devices, use `axis_name`.
 
   Returns:
     The next state and the step's metrics.
@@ -280,10 +281,9 @@ def train_step(
       ascent_fn, descent_fn, as_published, accumulate)
   # All devices share one noise draw, so the device index is not folded in.
   noise_key = jax.random.fold_in(key, 2**32 - 1)
-  start = attack.start
+  start: Any = attack.start
   out = alternation.descend(inputs, alternation.alternate(
-      inputs, start if isinstance(start, str) else parts.split(
-          accumulate, start),
+      inputs, parts.split(accumulate, start),
       parts.copies(accumulate, state.batch_stats), attack_key, noise_key,
       alternations))
   batch_stats, is_right = out.aux
