@@ -99,15 +99,20 @@ def check_settings(
         'other starts repeat the same attack.')
 
 
+def check_start(start: Start | Array, x: Array) -> None:
+  """Raises a ValueError for an array start unless it has the shape of x."""
+  if not isinstance(start, str) and start.shape != x.shape:
+    raise ValueError(
+        f'an array start must have the shape of x, {x.shape}, got '
+        f'{start.shape}.')
+
+
 def _check(
     x: Array, start: Start | Array, step_size: float, num_steps: int,
     restarts: int) -> None:
   checks.floating('x', x)
   check_settings(start, step_size, num_steps, restarts)
-  if not isinstance(start, str) and start.shape != x.shape:
-    raise ValueError(
-        f'an array start must have the shape of x, {x.shape}, got '
-        f'{start.shape}.')
+  check_start(start, x)
 
 
 def _any_nonfinite(x: Array) -> Array:

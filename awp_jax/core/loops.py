@@ -4,9 +4,9 @@ On the CPU, XLA runs the gradient of a convolution several times slower inside a
 `while` loop than outside (jax issue 12868), so these loops are unrolled. On
 other platforms they stay loops, which compile their body once.
 
-`repeat` and `mapped` choose the form at lowering, by the target platform. If
-the default device is an accelerator, they are always plain loops, even in a
-program for the host's CPU:
+`repeat`, `summed` and `mapped` choose the form at lowering, by the target
+platform. If the default device is an accelerator, they are always plain loops,
+even in a program for the host's CPU:
 
   >>> import jax, jax.numpy as jnp
   >>> traced = jax.jit(lambda x: repeat(3, jnp.sin, x)).trace(jnp.ones(2))
@@ -23,6 +23,7 @@ context.
 from collections.abc import Callable, Iterator
 import contextlib
 import contextvars
+import functools
 from typing import Any, TypeVar
 
 import jax
@@ -42,7 +43,8 @@ def platform(name: str) -> Iterator[None]:
 
   Use it for programs on a platform other than the default device's, such as the
   CPU of a machine with an accelerator. Functions that are already traced keep
-  their form. `repeat` and `mapped` become plain loops under any name but 'cpu'.
+  their form. `repeat`, `summed` and `mapped` become plain loops under any name
+  but 'cpu'.
 
   Args:
     name: 'cpu', 'gpu', 'tpu', ...
@@ -113,6 +115,42 @@ def repeat(
   return _by_platform(unrolled, looped, init)
 
 
+def summed(
+    num_parts: int, fn: Callable[[Any], tuple[Any, Any]], parts: Any
+) -> tuple[Any, Any]:
+  """Applies `fn` to the parts sequentially, adds some outputs, stacks others.
+
+  Args:
+    num_parts: the number of parts.
+    fn: maps a part to a pair of pytrees, the one to add and the one to stack.
+    parts: a pytree of arrays [num_parts, ...].
+
+  Returns:
+    The sum of the first outputs, and the stacked second ones, each leaf with a
+    leading axis [num_parts].
+  """
+
+  def unrolled(parts: Any) -> tuple[Any, Any]:
+    terms, outs = zip(*(
+        fn(jax.tree.map(lambda leaf, i=i: leaf[i], parts))
+        for i in range(num_parts)), strict=True)
+    return (
+        jax.tree.map(lambda *leaves: functools.reduce(jnp.add, leaves), *terms),
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs))
+
+  def looped(parts: Any) -> tuple[Any, Any]:
+    first = jax.tree.map(lambda leaf: leaf[0], parts)
+
+    def body(total: Any, part: Any) -> tuple[Any, Any]:
+      terms, out = fn(part)
+      return jax.tree.map(jnp.add, total, terms), out
+
+    return jax.lax.scan(
+        body, sharding.zeros(jax.eval_shape(fn, first)[0]), parts)
+
+  return _by_platform(unrolled, looped, parts)
+
+
 def mapped(num_parts: int, fn: Callable[[Any], Any], parts: Any) -> Any:
   """Applies `fn` to the parts sequentially, as `jax.lax.map` does.
 
@@ -124,13 +162,7 @@ def mapped(num_parts: int, fn: Callable[[Any], Any], parts: Any) -> Any:
   Returns:
     The stacked outputs of `fn`, each leaf with a leading axis [num_parts].
   """
-
-  def unrolled(parts: Any) -> Any:
-    outs = [fn(jax.tree.map(lambda leaf, i=i: leaf[i], parts))
-            for i in range(num_parts)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
-
-  return _by_platform(unrolled, lambda parts: jax.lax.map(fn, parts), parts)
+  return summed(num_parts, lambda part: ((), fn(part)), parts)[1]
 
 
 def repeat_pieces(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -47,3 +48,35 @@ def varying_axes(leaf: Any) -> frozenset[str]:
       leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
   tracked = getattr(of_type, 'manual_axis_type', None)
   return frozenset(getattr(tracked, 'varying', None) or ())
+
+
+def zeros(tree: Any) -> Any:
+  """Zeros of the shapes of `jax.eval_shape`, varying over the same axes."""
+
+  def make(shape: Any) -> Any:
+    return _varying(
+        jnp.zeros(shape.shape, shape.dtype), tuple(varying_axes(shape)))
+
+  return jax.tree.map(make, tree)
+
+
+def as_local(tree: Any, axis_name: str) -> Any:
+  """Each device's own copy of replicated values.
+
+  Where `shard_map` tracks varying values, the gradient with respect to a
+  replicated value is summed over the devices. That with respect to a copy is
+  the device's own.
+
+  Args:
+    tree: a pytree of arrays, equal on all devices of the axis.
+    axis_name: the axis of the devices.
+
+  Returns:
+    The same values, marked as varying if they are tracked.
+  """
+  axes = tuple(varying_axes(jax.lax.axis_index(axis_name)))
+  return jax.tree.map(lambda leaf: _varying(leaf, axes), tree)
+
+
+def _varying(leaf: Any, axes: tuple[str, ...]) -> Any:
+  return jax.lax.pcast(leaf, axes, to='varying') if axes else leaf

@@ -77,6 +77,18 @@ class Parts:
         kernel_init=kernel_init, bias_init=bias_init, name=name)
 
 
+def rematerialized(block: Any) -> Any:
+  """A block (x, train) whose backward pass recomputes its activations.
+
+  Args:
+    block: the module class.
+
+  Returns:
+    A class with the same parameters, under the same names.
+  """
+  return nn.remat(block, static_argnums=(2,))  # 0 is self, 2 is train
+
+
 def check_image_model(
     activation: str, num_classes: int, width: int, mean: Sequence[float],
     std: Sequence[float]) -> None:

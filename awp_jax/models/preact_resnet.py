@@ -89,6 +89,8 @@ class PreActResNet(nn.Module):
     param_dtype: type of the parameters and running statistics.
     axis_name: mapped axis over which batch statistics are averaged in train
       mode, which then needs this axis; None means per-device statistics.
+    remat: whether a backward pass recomputes the activations inside each block
+      instead of storing them. The results are the same.
   """
 
   num_classes: int
@@ -100,6 +102,7 @@ class PreActResNet(nn.Module):
   dtype: Any = None
   param_dtype: Any = jnp.float32
   axis_name: str | None = None
+  remat: bool = False
 
   def __post_init__(self) -> None:
     if self.depth not in DEPTHS:
@@ -121,7 +124,8 @@ class PreActResNet(nn.Module):
     Returns:
       The logits, float32 or wider.
     """
-    block, blocks = DEPTHS[self.depth]
+    kind, blocks = DEPTHS[self.depth]
+    block = layers.rematerialized(kind) if self.remat else kind
     parts = layers.Parts(
         self.activation, self.dtype, self.param_dtype,
         axis_name=self.axis_name)

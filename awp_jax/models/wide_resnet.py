@@ -58,6 +58,8 @@ class WideResNet(nn.Module):
     param_dtype: type of the parameters and running statistics.
     axis_name: mapped axis over which batch statistics are averaged in train
       mode, which then needs this axis; None means per-device statistics.
+    remat: whether a backward pass recomputes the activations inside each block
+      instead of storing them. The results are the same.
   """
 
   num_classes: int
@@ -70,6 +72,7 @@ class WideResNet(nn.Module):
   dtype: Any = None
   param_dtype: Any = jnp.float32
   axis_name: str | None = None
+  remat: bool = False
 
   def __post_init__(self) -> None:
     checks.count('depth', self.depth, minimum=10)
@@ -101,10 +104,11 @@ class WideResNet(nn.Module):
         self.axis_name)
     x = layers.normalize_pixels(x, self.mean, self.std, self.dtype)
     x = parts.conv(16, 3, 1, 'conv1')(x)
+    block = layers.rematerialized(WideBlock) if self.remat else WideBlock
     for stage in range(3):
       for i in range((self.depth - 4) // 6):
         stride = 2 if stage > 0 and i == 0 else 1
-        x = WideBlock(
+        x = block(
             16 * self.width * 2 ** stage, stride, self.dropout_rate, parts,
             name=f'block{stage + 1}_{i}')(x, train)
     x = jnp.mean(parts.activate(x, train, 'bn1'), axis=(1, 2))

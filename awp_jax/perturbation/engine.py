@@ -202,17 +202,6 @@ def _moves(
   return loops.repeat(method.num_steps - 1, body, ascent)
 
 
-def _zeros(tree: Any) -> Any:
-  """Zeros of the given shapes, varying over the same mesh axes."""
-
-  def zeros(shape: Any) -> Array:
-    leaf = jnp.zeros(shape.shape, shape.dtype)
-    varies = tuple(sharding.varying_axes(shape))
-    return jax.lax.pcast(leaf, varies, to='varying') if varies else leaf
-
-  return jax.tree.map(zeros, tree)
-
-
 def _when(
     method: Method, state: MethodState, make: Callable[[], Any]) -> Any:
   """`make()` in perturbing steps, zeros in skipped ones."""
@@ -220,7 +209,7 @@ def _when(
     return make()
   return jax.lax.cond(
       method.perturbs_at(state.step), make,
-      lambda: _zeros(jax.eval_shape(make)))
+      lambda: sharding.zeros(jax.eval_shape(make)))
 
 
 def ascend(

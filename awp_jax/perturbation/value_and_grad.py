@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from awp_jax.core import checks, loops, sharding
+from awp_jax.core import checks, loops, numerics, sharding
 from awp_jax.perturbation import leaves
 from awp_jax.perturbation.base import Method
 from awp_jax.types import Array, LossFn, Params, Scalar
@@ -55,9 +55,34 @@ def _check_replicated(params: Params, axis_name: str | None) -> None:
         'axis_name. A noise_key must be the same on all devices.')
 
 
+def _mean_over_parts(
+    loss_fn: Callable[..., Any], num_parts: int, axis_name: str | None,
+    params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+  """((loss, aux), gradients) averaged over parts [A, ...] and devices.
+
+  Only a sum of gradients is kept. Devices communicate once, after it: the
+  gradients of the parts are with respect to each device's own copy of w.
+  """
+  local = params if axis_name is None else sharding.as_local(params, axis_name)
+
+  @jax.jit  # traced once; XLA inlines its calls
+  def part_fn(part: tuple[Any, ...]) -> tuple[Any, Any]:
+    (loss, aux), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+        local, *part, **kwargs)
+    return (loss, jax.tree.map(numerics.wide, gradients)), aux
+
+  total, aux = loops.summed(num_parts, part_fn, args)
+  loss, gradients = jax.tree.map(lambda leaf: leaf / num_parts, total)
+  if axis_name is not None:
+    loss = jax.lax.pmean(loss, axis_name)
+  return (loss, aux), jax.tree.map(
+      lambda gradient, w: gradient.astype(w.dtype), gradients, params)
+
+
 def averaged_value_and_grad(
     loss_fn: LossFn, *, has_aux: bool = False, axis_name: str | None = None,
-    reduce: Reduce = mean_loss) -> Callable[..., tuple[Any, Params]]:
+    reduce: Reduce = mean_loss, num_parts: int = 1
+) -> Callable[..., tuple[Any, Params]]:
   """`jax.value_and_grad` of the loss averaged over the devices of an axis.
 
   The loss is averaged inside the differentiated function and the gradient
@@ -72,6 +97,10 @@ def averaged_value_and_grad(
     has_aux: whether `loss_fn` returns a pair.
     axis_name: the axis of the devices, or None.
     reduce: reduces the losses of `loss_fn` to a scalar; the mean by default.
+    num_parts: A >= 1. If A > 1, every positional argument after the parameters
+      has a leading axis [A] of equal parts of this device's examples. Loss and
+      gradients are averaged over the parts, which are processed in turn, and
+      then over devices. aux gets the leading axis [A].
 
   Returns:
     A function of `loss_fn`'s arguments that returns (value, gradients); value
@@ -81,18 +110,25 @@ def averaged_value_and_grad(
     be replicated. For sharded parameters use `jax.jit` without `axis_name`.
   """
 
-  def averaged(params: Params, *args: Any, **kwargs: Any) -> Any:
+  def reduced(params: Params, *args: Any, **kwargs: Any) -> Any:
     out = loss_fn(params, *args, **kwargs)
     loss, aux = out if has_aux else (out, None)
-    loss = reduce(loss)
+    return reduce(loss), aux
+
+  def averaged(params: Params, *args: Any, **kwargs: Any) -> Any:
+    loss, aux = reduced(params, *args, **kwargs)
     if axis_name is not None:
       loss = jax.lax.pmean(loss, axis_name)
     return loss, aux
 
   def value_and_grad(params: Params, *args: Any, **kwargs: Any) -> Any:
     _check_replicated(params, axis_name)
-    (loss, aux), gradients = jax.value_and_grad(averaged, has_aux=True)(
-        params, *args, **kwargs)
+    if num_parts > 1:
+      (loss, aux), gradients = _mean_over_parts(
+          reduced, num_parts, axis_name, params, args, kwargs)
+    else:
+      (loss, aux), gradients = jax.value_and_grad(averaged, has_aux=True)(
+          params, *args, **kwargs)
     if axis_name is not None:
       gradients = jax.lax.pmean(gradients, axis_name)
     return ((loss, aux) if has_aux else loss), gradients
@@ -102,7 +138,7 @@ def averaged_value_and_grad(
 
 def gradient_fns(
     method: Method, loss_fn: LossFn, *, has_aux: bool = False,
-    axis_name: str | None = None
+    axis_name: str | None = None, num_parts: int = 1
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """The passes of a method, for the ascent and for the descent.
 
@@ -112,6 +148,7 @@ def gradient_fns(
       a pair of that and aux.
     has_aux: whether `loss_fn` returns a pair.
     axis_name: the axis of the devices, or None.
+    num_parts: as in `averaged_value_and_grad`.
 
   Returns:
     Two functions of `loss_fn`'s arguments that return ((loss, aux), gradients),
@@ -124,11 +161,11 @@ def gradient_fns(
     return out if has_aux else (out, None)
 
   descent_fn = averaged_value_and_grad(
-      paired, has_aux=True, axis_name=axis_name)
+      paired, has_aux=True, axis_name=axis_name, num_parts=num_parts)
   if method.examples_below is None:
     return descent_fn, descent_fn
   return averaged_value_and_grad(
-      paired, has_aux=True, axis_name=axis_name,
+      paired, has_aux=True, axis_name=axis_name, num_parts=num_parts,
       reduce=mean_below(method.examples_below)), descent_fn
 
 

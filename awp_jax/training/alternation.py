@@ -12,6 +12,7 @@ import jax
 
 from awp_jax.perturbation import engine, leaves
 from awp_jax.perturbation.base import Method, MethodState
+from awp_jax.training import parts
 from awp_jax.types import Array, Params
 
 #: (params, batch_stats, key, start) -> (x', statistics after the attack).
@@ -35,28 +36,35 @@ class Round(NamedTuple):
 class AlternationInputs(NamedTuple):
   """Inputs shared by the passes of one step.
 
+  With A > 1 parts, all arrays of examples, keys and statistics have a leading
+  axis [A]; see `awp_jax.training.parts`.
+
   Attributes:
     params: w.
     images: x [B, ...].
     labels: [B] or [B, C].
+    dropout_key: the key of the weight passes.
     method: the weight perturbation method.
     method_state: the method's state.
     attack_fn: computes x'.
-    ascent_fn: (params, batch_stats, x', x, labels) -> ((loss, aux), gradients)
-      for the ascent of v.
+    ascent_fn: (params, batch_stats, x', x, labels, dropout key) -> ((loss,
+      aux), gradients) for the ascent of v.
     descent_fn: the same for the loss that the optimizer descends.
     keeps_statistics: whether attack passes update the running statistics.
+    num_parts: A.
   """
 
   params: Params
   images: Array
   labels: Array
+  dropout_key: Array
   method: Method
   method_state: MethodState
   attack_fn: AttackFn
   ascent_fn: Callable[..., Any]
   descent_fn: Callable[..., Any]
   keeps_statistics: bool
+  num_parts: int
 
 
 def _is_halved(method: Method) -> bool:
@@ -68,11 +76,12 @@ def _pass_fn(
     inputs: AlternationInputs, done: Round, gradient_fn: Callable[..., Any],
     rows: slice) -> engine.PassFn:
   """Returns a pass over the given rows, as a function of the parameters."""
+  index = rows if inputs.num_parts == 1 else (slice(None), rows)
 
   def pass_fn(params: Params) -> Any:
     return gradient_fn(
-        params, done.batch_stats, done.x_adv[rows], inputs.images[rows],
-        inputs.labels[rows])
+        params, done.batch_stats, done.x_adv[index], inputs.images[index],
+        inputs.labels[index], inputs.dropout_key)
 
   return pass_fn
 
@@ -110,7 +119,7 @@ def alternate(
     inputs: the inputs of the step.
     start: the start of the first attack; later attacks continue from x'.
     batch_stats: the running statistics before the step.
-    key: this device's PRNG key.
+    key: this device's PRNG key, or the keys [A] of its parts.
     noise_key: a PRNG key for methods that draw noise, the same on all devices.
     alternations: A >= 1.
 
@@ -119,7 +128,7 @@ def alternate(
   """
   method, state = inputs.method, inputs.method_state
   rounds = 1 if method.is_off else alternations
-  keys = jax.random.split(key, rounds)
+  keys = parts.round_keys(inputs.num_parts, key, rounds)
   first = _round(
       inputs, method,
       Round(start, batch_stats, engine.begin(method, state, noise_key)),

@@ -29,7 +29,6 @@ It is a pure function: jit or pmap it with the keywords closed over.
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -43,7 +42,7 @@ from awp_jax.objectives import Objective, Pass
 from awp_jax.perturbation import leaves, methods, perturbed_step, value_and_grad
 from awp_jax.perturbation.base import Method, MethodState
 from awp_jax.threat import ThreatModel
-from awp_jax.training import alternation
+from awp_jax.training import alternation, parts
 from awp_jax.training.eval_step import EvalMetrics as EvalMetrics
 from awp_jax.training.eval_step import eval_step as eval_step
 from awp_jax.training.state import TrainState as TrainState
@@ -80,34 +79,24 @@ class TrainMetrics(NamedTuple):
   unperturbed_loss: Array
 
 
-def _device_key(
-    key: Array, step: int | Array, axis_name: str | None) -> Array:
-  """The key of this step; under an axis, of this step and device."""
-  key = jax.random.fold_in(key, step)
-  if axis_name is None:
-    return key
-  return jax.random.fold_in(key, jax.lax.axis_index(axis_name))
-
-
 def _mean(tree: Any, axis_name: str | None) -> Any:
   return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
 
 def _weight_loss(
-    state: TrainState, objective: Objective, passes: tuple[Pass, ...],
-    dropout_key: Array
+    state: TrainState, objective: Objective, passes: tuple[Pass, ...]
 ) -> Callable[..., tuple[Array, tuple[Any, Array]]]:
   """Returns the loss function of the weights.
 
-  It maps (params, statistics, x', x, labels) to the losses [B] and the pair of
-  the next statistics and whether x' is classified correctly [B]. `passes` is
-  the order in which forward passes update the statistics; a repeated pass
-  updates them again.
+  It maps (params, statistics, x', x, labels, dropout key) to the losses [B] and
+  the pair of the next statistics and whether x' is classified correctly [B].
+  `passes` is the order in which forward passes update the statistics; a
+  repeated pass updates them again.
   """
 
   def loss_fn(
       params: Params, batch_stats: Any, x_adv: Array, natural: Array,
-      labels: Array) -> tuple[Array, tuple[Any, Array]]:
+      labels: Array, dropout_key: Array) -> tuple[Array, tuple[Any, Array]]:
     images = {'adversarial': x_adv, 'natural': natural}
     logits: dict[str, Array] = {}
     for name in passes:
@@ -122,18 +111,19 @@ def _weight_loss(
 
 
 def _attack_inputs(
-    state: TrainState, images: Array, labels: Array, params: Params,
+    state: TrainState, params: Params, images: Array, labels: Array,
     batch_stats: Any, key: Array, start: pgd_lib.Start | Array, *,
-    objective: Objective, threat: ThreatModel, attack: Attack,
-    axis_name: str | None) -> tuple[Array, Any]:
-  """x' at `params`, and the running statistics after the attack's passes."""
-  if objective.attack_loss is None:
-    return images, batch_stats
+    objective: Objective, threat: ThreatModel, attack: Attack, num_shares: int
+) -> tuple[Array, Any]:
+  """x' at `params`, and the running statistics after the attack's passes.
+
+  The images are one of `num_shares` equal shares of the global batch.
+  """
   attack_loss = objective.attack_loss
+  assert attack_loss is not None
   train = (attack.mode or objective.attack_mode) == 'train'
   attack_key, dropout_key = jax.random.split(key)
-  devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-  batch_size = images.shape[0] * devices
+  batch_size = images.shape[0] * num_shares
 
   def run(x: Array, batch_stats: Any) -> tuple[Array, Any]:
     return forward(
@@ -159,14 +149,40 @@ def _attack_inputs(
   return x_adv, moved
 
 
+def _attack_fn(
+    state: TrainState, images: Array, labels: Array, num_parts: int,
+    axis_name: str | None, **settings: Any) -> alternation.AttackFn:
+  """Returns the attack on the parts, as `alternation` calls it."""
+  devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+
+  def attack_fn(
+      params: Params, batch_stats: Any, key: Array,
+      start: pgd_lib.Start | Array) -> tuple[Array, Any]:
+    if settings['objective'].attack_loss is None:
+      return images, batch_stats
+    named, arrays = ((start,), ()) if isinstance(start, str) else (
+        (), (start,))
+
+    def part_fn(*args: Any) -> tuple[Array, Any]:
+      return _attack_inputs(
+          state, params, *args, *named, num_shares=num_parts * devices,
+          **settings)
+
+    return parts.each(
+        num_parts, part_fn, images, labels, batch_stats, key, *arrays)
+
+  return attack_fn
+
+
 def _check(
     batch: tuple[Array, Array], objective: Objective, attack: Attack,
-    perturbation: Method | None, alternations: int, statistics: Statistics
-) -> None:
+    perturbation: Method | None, alternations: int, statistics: Statistics,
+    accumulate: int) -> None:
   images, labels = batch
   checks.floating('images', images)
   checks.one_of('statistics', statistics, STATISTICS)
   checks.count('alternations', alternations)
+  checks.count('accumulate', accumulate)
   checks.one_of('mode', attack.mode or objective.attack_mode, MODES)
   if perturbation is not None and not isinstance(perturbation, Method):
     raise TypeError(
@@ -176,11 +192,19 @@ def _check(
     raise ValueError(
         f'alternations={alternations} continue one attack; '
         f'restarts={attack.restarts} run several. One of them must be 1.')
-  if perturbation and perturbation.natural_batch == 'other' and (
-      len(labels) < 2):
+  size, rest = divmod(len(labels), accumulate)
+  if rest:
+    raise ValueError(
+        f'accumulate={accumulate} must divide the batch of {len(labels)} '
+        'images on every device.')
+  if accumulate > 1:
+    pgd_lib.check_settings(
+        attack.start, attack.step_size, attack.num_steps, attack.restarts)
+    pgd_lib.check_start(attack.start, images)
+  if perturbation and perturbation.natural_batch == 'other' and size < 2:
     raise ValueError(
         f'method {perturbation.name!r} halves the batch: it needs at least two '
-        f'images on every device, got {len(labels)}.')
+        f'images in every part on every device, got {size}.')
 
 
 def train_step(
@@ -188,7 +212,7 @@ def train_step(
     objective: Objective, threat: ThreatModel, attack: Attack,
     perturbation: Method | None = None, alternations: int = 1,
     statistics: Statistics = 'perturbed', axis_name: str | None = None,
-) -> tuple[TrainState, TrainMetrics]:
+    accumulate: int = 1) -> tuple[TrainState, TrainMetrics]:
   """One step of adversarial training, with or without weight perturbation.
 
   Args:
@@ -216,6 +240,13 @@ def train_step(
       Gradients, statistics and metrics are averaged over it, and there is one v
       for the global batch. The attack does not communicate, unless the model
       averages its batch statistics over the axis.
+    accumulate: the number A >= 1 of equal parts that the (device's) batch is
+      split into. They are processed in turn, so activations need the memory of
+      one part, except on the CPU, where the parts are unrolled. A step has one
+      v and one update, from gradients averaged over the parts. The result is
+      that of A devices: noise, and batch statistics unless averaged over the
+      axis, are those of each part. The parts are contiguous rows; for a batch
+      sharded over devices, use `axis_name`.
 
   Returns:
     The next state and the step's metrics.
@@ -225,39 +256,44 @@ def train_step(
     ValueError: if an argument is out of range, images are not floating, or the
       state's memory does not match the method. Raised before compilation.
   """
-  _check(batch, objective, attack, perturbation, alternations, statistics)
+  _check(
+      batch, objective, attack, perturbation, alternations, statistics,
+      accumulate)
   if perturbation is not None:
     check_memory(state, perturbation)
   method = perturbation or _OFF
-  images, labels = batch
-  images = numerics.wide(images)
-  attack_key, dropout_key = jax.random.split(
-      _device_key(key, state.step, axis_name))
+  images, labels = parts.split(
+      accumulate, (numerics.wide(batch[0]), batch[1]))
+  attack_key, dropout_key = parts.step_keys(
+      accumulate, key, state.step, axis_name)
   as_published = statistics == 'reference'
   ascent_fn, descent_fn = value_and_grad.gradient_fns(
       method, _weight_loss(
           state, objective,
-          objective.reference_passes if as_published else objective.passes,
-          dropout_key), has_aux=True, axis_name=axis_name)
+          objective.reference_passes if as_published else objective.passes),
+      has_aux=True, axis_name=axis_name, num_parts=accumulate)
   inputs = alternation.AlternationInputs(
-      state.params, images, labels, method,
+      state.params, images, labels, dropout_key, method,
       MethodState(jnp.asarray(state.step), state.memory),
-      functools.partial(
-          _attack_inputs, state, images, labels, objective=objective,
-          threat=threat, attack=attack, axis_name=axis_name),
-      ascent_fn, descent_fn, keeps_statistics=as_published)
+      _attack_fn(
+          state, images, labels, accumulate, axis_name, objective=objective,
+          threat=threat, attack=attack),
+      ascent_fn, descent_fn, as_published, accumulate)
   # All devices share one noise draw, so the device index is not folded in.
   noise_key = jax.random.fold_in(key, 2**32 - 1)
+  start: Any = attack.start
   out = alternation.descend(inputs, alternation.alternate(
-      inputs, attack.start, state.batch_stats, attack_key, noise_key,
+      inputs, parts.split(accumulate, start),
+      parts.copies(accumulate, state.batch_stats), attack_key, noise_key,
       alternations))
   batch_stats, is_right = out.aux
   params, opt_state = perturbed_step.apply_at_perturbed(
       state.tx, state.params, state.opt_state, out.perturbation, out.gradients,
       update_at=method.update_at, value=out.loss)
   if as_published and objective.reference_pass_after_update:
-    _, batch_stats = forward(
-        state, params, batch_stats, images, train=True, key=dropout_key)
+    batch_stats = parts.each(accumulate, lambda *args: forward(
+        state, params, args[0], args[1], train=True, key=args[2])[1],
+        batch_stats, images, dropout_key)
   metrics = TrainMetrics(
       loss=out.loss,
       robust_accuracy=_mean(jnp.mean(is_right, dtype=jnp.float32), axis_name),
@@ -268,4 +304,5 @@ def train_step(
   return state.replace(
       step=state.step + 1, params=params, opt_state=opt_state,
       memory=out.state.memory,
-      batch_stats=_mean(batch_stats, axis_name)), metrics
+      batch_stats=_mean(
+          parts.mean(accumulate, batch_stats), axis_name)), metrics

@@ -211,7 +211,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
       'beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup'):
     checks.not_negative(name, fields[name])
   for name in (
-      'epochs', 'batch_size', 'attack.num_steps', 'attack.restarts',
+      'epochs', 'batch_size', 'accumulate',
+      'attack.num_steps', 'attack.restarts',
       'awp.num_steps', 'awp.alternations', 'eval.every_epochs',
       'eval.batch_size', 'eval.num_steps', 'eval.num_train', 'model.width',
       'log_every_steps', 'guard.stretch_steps'):
@@ -254,14 +255,24 @@ def _check_together(config: ml_collections.ConfigDict) -> None:
         f'mixup={config.augmentation.mixup!r}.')
 
 
-def check_devices(batch_size: int, num_devices: int, name: str) -> None:
-  """Raises UserError unless `num_devices` divides the batch size."""
-  if batch_size % num_devices:
-    lower = batch_size // num_devices * num_devices
+def check_devices(
+    batch_size: int, num_devices: int, name: str, accumulate: int = 1) -> None:
+  """Raises UserError unless a batch size divides into equal parts.
+
+  Args:
+    batch_size: the size of the global batch.
+    num_devices: the number of devices.
+    name: the config field of the batch size.
+    accumulate: the number of parts on every device.
+  """
+  shares = num_devices * accumulate
+  if batch_size % shares:
+    lower = batch_size // shares * shares
+    parts = f', times accumulate={accumulate} parts' if accumulate > 1 else ''
     raise UserError(
-        f'{name}={batch_size} does not divide among {num_devices} devices; '
-        f'{" or ".join(str(b) for b in (lower, lower + num_devices) if b)} '
-        'would.')
+        f'{name}={batch_size} does not divide among {num_devices} '
+        f'devices{parts}; '
+        f'{" or ".join(str(b) for b in (lower, lower + shares) if b)} would.')
 
 
 def build_model(
@@ -279,4 +290,5 @@ def build_model(
         width=config.model.width, mean=tuple(scale[0]), std=tuple(scale[1]),
         activation=config.model.activation, dtype=dtype,
         param_dtype=jnp.dtype(config.model.param_dtype),
-        axis_name=mapping.AXIS if config.model.sync_batch_norm else None)
+        axis_name=mapping.AXIS if config.model.sync_batch_norm else None,
+        remat=config.model.remat)

@@ -53,6 +53,7 @@ def _add_model(config: ml_collections.ConfigDict) -> None:
       'dtype': 'float32',  # of computations: float32, bfloat16, float64
       'param_dtype': 'float32',
       'sync_batch_norm': False,  # batch statistics over all devices
+      'remat': False,  # recompute activations: less memory, a third more work
   })
   # Initial weights: a PyTorch file (.pt, .pth, .tar), or the workdir of a run,
   # of which the best checkpoint is used. A classifier with another number of
@@ -95,6 +96,7 @@ def _add_objective(config: ml_collections.ConfigDict) -> None:
 def _add_optimization(config: ml_collections.ConfigDict) -> None:
   config.epochs = 200
   config.batch_size = 128  # over all devices; a smaller last one is kept
+  config.accumulate = 1  # parts of a device's batch, processed in turn
   config.optimizer = ml_collections.ConfigDict({
       'name': 'sgd',  # sgd, adamw
       'learning_rate': 0.1,

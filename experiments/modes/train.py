@@ -27,20 +27,29 @@ from experiments.util import atomic
 
 __all__ = ['Collapsed', 'Diverged', 'train']
 
-#: Fewer images per device than this print a notice on batch statistics.
+#: Fewer images per part than this print a notice on batch statistics.
 _FEW_IMAGES = 32
 
 
 def few_images(run: run_lib.Run) -> str:
-  """A notice if batch statistics are over few images per device, else ''."""
-  part = run.config.batch_size // run.num_devices
-  if (run.num_devices == 1 or part >= _FEW_IMAGES
-      or run.config.model.sync_batch_norm):
+  """A notice if batch statistics are over few images per part, else ''."""
+  config, devices = run.config, run.num_devices
+  if config.model.sync_batch_norm:
+    devices = 1
+  part = config.batch_size // (devices * config.accumulate)
+  if devices * config.accumulate == 1 or part >= _FEW_IMAGES:
     return ''
-  return (
-      f'batch statistics are over {part} images on each of {run.num_devices} '
-      'devices, also in the attack; model.sync_batch_norm=True uses all '
-      f'{run.config.batch_size} images')
+  notice = f'batch statistics are over {part} images'
+  if config.accumulate > 1:
+    notice += f' in each of {config.accumulate} parts'
+  if devices > 1:
+    notice += f' on each of {devices} devices'
+  notice += ', also in the attack'
+  if devices > 1:
+    notice += (
+        '; model.sync_batch_norm=True uses those of all devices, '
+        f'{devices * part} images')
+  return notice
 
 
 def train(run: run_lib.Run) -> dict[str, Any] | None:

@@ -43,6 +43,11 @@ class Run(NamedTuple):
   extra: extra_images.ExtraData | None = None
 
   @property
+  def num_shares(self) -> int:
+    """Number of equal shares of a batch: the parts of all devices."""
+    return self.num_devices * self.config.accumulate
+
+  @property
   def steps_per_epoch(self) -> int:
     """Batches in an epoch, the smaller last one included."""
     return len(self.batch_sizes)
@@ -52,7 +57,7 @@ class Run(NamedTuple):
     """The size of each batch of an epoch.
 
     The last batch has the remaining images, rounded down to a multiple of
-    `num_devices`; the images dropped differ in every epoch. With extra images
+    `num_shares`; the images dropped differ in every epoch. With extra images
     all batches are full, and an epoch has as many batches as the data set
     alone would fill.
     """
@@ -60,7 +65,7 @@ class Run(NamedTuple):
       return [self.config.batch_size] * -(
           -len(self.dataset.x_train) // self.config.batch_size)
     full, rest = divmod(len(self.dataset.x_train), self.config.batch_size)
-    rest -= rest % self.num_devices
+    rest -= rest % self.num_shares
     return [self.config.batch_size] * full + ([rest] if rest else [])
 
   @property
@@ -104,7 +109,8 @@ def prepare(
   """
   built = build.build(config)
   num_devices = jax.device_count()
-  build.check_devices(config.batch_size, num_devices, 'batch_size')
+  build.check_devices(
+      config.batch_size, num_devices, 'batch_size', config.accumulate)
   build.check_devices(
       config.eval.batch_size, num_devices, 'eval.batch_size')
   if config.init_from:
@@ -113,10 +119,10 @@ def prepare(
   folder = pathlib.Path(workdir).expanduser()
   processes.on_main(lambda: workdirs.open_workdir(folder, config))
   dataset, validation = _load_data(config)
-  if len(dataset.x_train) < num_devices:
+  if len(dataset.x_train) < num_devices * config.accumulate:
     raise UserError(
         f'{len(dataset.x_train)} training images cannot be spread over '
-        f'{num_devices} devices.')
+        f'{num_devices} devices with accumulate={config.accumulate}.')
   extra = None
   if config.extra.path:
     extra = extra_images.load(

@@ -102,7 +102,8 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
         objective=run.setup.objective, threat=run.setup.threat,
         attack=run.setup.attack, perturbation=perturbation,
         alternations=run.setup.alternations,
-        statistics=config.statistics, axis_name=mapping.AXIS)
+        statistics=config.statistics, axis_name=mapping.AXIS,
+        accumulate=config.accumulate)
     if state.average is not None:
       state = state.replace(average=awp_jax.update_average(
           state.average, state.params, state.batch_stats,

@@ -183,7 +183,8 @@ def of_train_step(run, monkeypatch):
       'batch': images.shape, 'pixels': str(images.dtype),
       'labels': labels.shape, 'decay': [call[0][0] for call in decay.calls],
       'mixed': [args[-2:] for args, _ in mixed.calls],
-      'statistics': kwargs['statistics']}
+      'statistics': kwargs['statistics'],
+      'accumulate': kwargs['accumulate']}
   found |= {f'policy.{name}': value
             for name, value in policy.calls[0][0][2]._asdict().items()}
   found |= {f'threat.{name}': value

@@ -1,5 +1,6 @@
 """Tests of the objects built from configs, and of invalid configs."""
 
+from contextlib import nullcontext
 from fractions import Fraction
 
 import jax.numpy as jnp
@@ -106,6 +107,7 @@ def test_no_momentum_is_plain_descent():
     ({'awp__alternations': 2, 'attack__restarts': 3},
      'awp.alternations=2', 'attack.restarts=3'),
     ({'epochs': 0}, 'epochs', '>= 1, got 0'),
+    ({'accumulate': 0}, 'accumulate', '>= 1, got 0'),
     ({'epochs': 1.5}, 'epochs', 'whole number >= 1, got 1.5'),
     ({'seed': -1}, 'seed', '>= 0, got -1'),
     ({'augmentation__pad_mode': 'zero'}, "'reflect'", "got 'zero'"),
@@ -313,16 +315,14 @@ def test_bad_models(fields, shown):
   assert shown in str(error.value)
 
 
-def test_devices_that_do_not_divide_a_batch():
-  build.check_devices(32, 8, 'batch_size')
-  with pytest.raises(ValueError, match=r'batch_size=30 .* 8 devices; 24 or 32'):
-    build.check_devices(30, 8, 'batch_size')
-  with pytest.raises(ValueError, match=r'8 devices; 8 would\.'):
-    build.check_devices(5, 8, 'batch_size')
-  build.check_devices(8, 8, 'batch_size')
-  build.check_devices(3, 1, 'batch_size')
-  with pytest.raises(errors.UserError, match=r'eval=17 .* 16 or 24 would\.'):
-    build.check_devices(17, 8, 'eval')
+@pytest.mark.parametrize('sizes, error', [
+    ((32, 8), ''), ((8, 8), ''), ((3, 1), ''), ((48, 4, 3), ''),
+    ((30, 8), r'field=30 .* 8 devices; 24 or 32 would\.'),
+    ((5, 8), r'8 devices; 8 would\.'), ((17, 8), '; 16 or 24 would'),
+    ((32, 4, 3), '4 devices, times accumulate=3 parts; 24 or 36 would')])
+def test_devices_and_parts_that_divide_a_batch(sizes, error):
+  with pytest.raises(errors.UserError, match=error) if error else nullcontext():
+    build.check_devices(*sizes[:2], 'field', *sizes[2:])
 
 
 @pytest.mark.parametrize('wrong, near', [

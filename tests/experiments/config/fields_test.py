@@ -96,6 +96,7 @@ TABLE = {
     'model.param_dtype': Row(
         'bfloat16', {'model.param_dtype': np.dtype('bfloat16')}),
     'model.sync_batch_norm': Row(True, {'model.axis_name': 'batch'}),
+    'model.remat': Row(True, {'model.remat': True}),
     'init_from': Row('w.pt', {'init_from': [('w.pt',)]}),
     'objective': Row('TRADES', {
         'objective.name': 'TRADES', 'objective.attack_mode': 'eval',
@@ -141,6 +142,9 @@ TABLE = {
     'batch_size': Row(24, shorter(
         12, 3, batch=(3, 8, 8, 3), labels=(3,),
         updates=updates(at=rates(3)))),
+    # 8 images, the last batch, are fewer than two on each of eight devices.
+    'accumulate': Row(2, shorter(
+        12, 3, accumulate=2, sizes=[16], updates=updates(at=rates(3)))),
     'optimizer.name': Row('adamw', {'updates': updates('adamw')}),
     'optimizer.learning_rate': Row(0.2, rescheduled(
         functools.partial(rates, rate=0.2),

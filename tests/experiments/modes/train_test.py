@@ -157,6 +157,11 @@ def test_remainder_over_the_devices_is_dropped(watched):
   assert watched.run._replace(dataset=shorter).batch_sizes == [32]
   shorter = dataset._replace(x_train=dataset.x_train[:20])
   assert watched.run._replace(dataset=shorter).batch_sizes == [16]
+  config = watched.run.config.copy_and_resolve_references()
+  config.accumulate = 2  # 20 images are one multiple of 16
+  parted = watched.run._replace(config=config)
+  assert parted.batch_sizes == [32]
+  assert parted._replace(dataset=shorter).batch_sizes == [16]
 
 
 def test_warm_up_has_no_perturbation(watched):

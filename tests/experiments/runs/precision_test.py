@@ -204,16 +204,20 @@ def test_synchronized_statistics_are_those_of_one_device(
                 - whole.batch_stats['bn']['var']).max() > 1e-4
 
 
-@pytest.mark.parametrize('batch, devices, sync, says', [
-    (16, 8, False, True), (248, 8, False, True), (256, 8, False, False),
-    (16, 8, True, False), (16, 1, False, False), (64, 2, False, False),
-    (62, 2, False, True)])
-def test_few_images_on_a_device_are_worth_a_notice(
-    batch, devices, sync, says, prepared, monkeypatch):
+@pytest.mark.parametrize('batch, devices, accumulate, sync, says', [
+    (16, 8, 1, False, '2 images on each of 8 devices'),
+    (248, 8, 1, False, '31 images on each of 8 devices'),
+    (256, 8, 1, False, ''), (16, 8, 1, True, ''), (16, 1, 1, False, ''),
+    (64, 2, 1, False, ''), (62, 2, 1, False, '31 images on each of 2 devices'),
+    (128, 2, 4, False, '16 images in each of 4 parts on each of 2 devices'),
+    (128, 2, 2, False, ''), (128, 2, 4, True, ''),
+    (64, 2, 4, True, '16 images in each of 4 parts,'),
+    (64, 1, 4, False, '16 images in each of 4 parts,')])
+def test_few_images_are_worth_a_notice(
+    batch, devices, accumulate, sync, says, prepared):
   run = prepared(model__sync_batch_norm=sync)
-  run.config.batch_size = batch
+  run.config.batch_size, run.config.accumulate = batch, accumulate
   notice = train.few_images(run._replace(num_devices=devices))
-  assert bool(notice) == says
-  if says:
-    assert f'over {batch // devices} images on each of {devices}' in notice
-    assert 'model.sync_batch_norm' in notice
+  assert bool(notice) == bool(says)
+  assert f'over {says}' in notice or not says
+  assert ('model.sync_batch_norm' in notice) == ('devices' in says)
