@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import json
-import pathlib
 from typing import Any
 import zipfile
 
@@ -12,7 +11,7 @@ import tqdm
 import awp_jax
 from experiments.parallel import processes
 from experiments.runs import precision
-from experiments.util import atomic, digests
+from experiments.util import atomic, digests, paths
 
 
 class Records:
@@ -23,7 +22,7 @@ class Records:
   """
 
   def __init__(
-      self, folder: pathlib.Path, name: str, facts: dict[str, Any]) -> None:
+      self, folder: paths.Path, name: str, facts: dict[str, Any]) -> None:
     """Reads the existing records, if any.
 
     Args:
@@ -46,7 +45,7 @@ class Records:
       self.done.append(found[0])
       self._environments.append(found[1])
 
-  def _paths(self) -> Iterator[pathlib.Path]:
+  def _paths(self) -> Iterator[paths.Path]:
     number = 0
     while (path := self._folder / f'{number:05d}.npz').exists():
       yield path
@@ -68,10 +67,11 @@ class Records:
     self._environments.append(environment)
 
 
-def _read(path: pathlib.Path) -> tuple[awp_jax.BatchResult, str] | None:
+def _read(path: paths.Path) -> tuple[awp_jax.BatchResult, str] | None:
   """A record and its environment; None if broken or of another version."""
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open('rb') as file, np.load(
+        file, allow_pickle=False) as archive:
       return (awp_jax.BatchResult.from_arrays(archive),
               str(archive['judged_by']))
   except (KeyError, TypeError, ValueError, zipfile.BadZipFile):

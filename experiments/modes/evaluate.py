@@ -16,12 +16,12 @@ from experiments.data import datasets
 from experiments.evaluation import attacks
 from experiments.runs import precision, restore
 from experiments.runs import run as run_lib
-from experiments.util import atomic, console
+from experiments.util import atomic, console, paths
 from experiments.util.errors import user_errors
 
 
 @user_errors()
-def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def check(config: ml_collections.ConfigDict, workdir: paths.Path) -> None:
   """Raises ValueError if the evaluation cannot run; reads no data."""
   settings = config.evaluation
   attacks.check_names(settings.attacks)
@@ -83,7 +83,7 @@ def evaluate(run: run_lib.Run) -> dict[str, Any]:
   return values
 
 
-def _keep_others(values: dict[str, Any], path: pathlib.Path) -> None:
+def _keep_others(values: dict[str, Any], path: paths.Path) -> None:
   """Adds earlier evaluations of these and other models on the same images."""
 
   def facts(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,8 +7,6 @@ while it trains.
 """
 
 from collections.abc import Callable
-import pathlib
-import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +14,17 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.parallel import processes
+from experiments.util import paths
 from experiments.util.errors import UserError
 
 #: Sub-folders of a workdir's `checkpoints/`.
 KINDS = ('best', 'last')
 
-#: A step without this file is incomplete or partly removed.
+#: A local step without this file is incomplete or partly removed.
 _COMPLETE = '_CHECKPOINT_METADATA'
+
+#: Orbax writes this file last, where it cannot rename a complete step.
+_COMMITTED = 'commit_success.txt'
 
 
 class CheckpointError(UserError):
@@ -37,9 +39,9 @@ class Checkpoints:
   at any moment leaves a valid one.
   """
 
-  def __init__(self, workdir: pathlib.Path, kind: str) -> None:
+  def __init__(self, workdir: paths.Path, kind: str) -> None:
     """Opens `workdir/checkpoints/<kind>`, which need not exist."""
-    self.folder = (workdir / 'checkpoints' / kind).resolve()
+    self.folder = paths.absolute(workdir / 'checkpoints' / kind)
     processes.on_main(lambda: _remove_parts(self.folder))
     self._failed = False
     self._checkpointer = ocp.training.Checkpointer(
@@ -118,15 +120,15 @@ class Reader:
   A trainer may save at the same time. Nothing is written, removed or locked.
   """
 
-  def __init__(self, workdir: pathlib.Path, kind: str) -> None:
+  def __init__(self, workdir: paths.Path, kind: str) -> None:
     """Sets the folder `workdir/checkpoints/<kind>`, which need not exist."""
-    self.folder = (workdir / 'checkpoints' / kind).resolve()
+    self.folder = paths.absolute(workdir / 'checkpoints' / kind)
 
   def step(self) -> int | None:
     """The step of the newest complete checkpoint, or None."""
     return max((
         int(step.name) for step in self.folder.glob('[0-9]*')
-        if step.name.isdecimal() and (step / _COMPLETE).exists()), default=None)
+        if step.name.isdecimal() and _is_complete(step)), default=None)
 
   def notes(self) -> dict[str, Any]:
     """The notes of the newest checkpoint; {} if there is none."""
@@ -140,7 +142,7 @@ class Reader:
     """
     return self._newest(_read)
 
-  def _newest(self, read: Callable[[pathlib.Path], Any]) -> Any:
+  def _newest(self, read: Callable[[paths.Path], Any]) -> Any:
     """Calls `read` until the checkpoint is still the newest afterwards.
 
     The trainer removes a checkpoint as soon as a newer one is complete, so a
@@ -172,12 +174,12 @@ def _alone() -> ocp.Context:
   return context
 
 
-def _notes(path: pathlib.Path) -> dict[str, Any]:
+def _notes(path: paths.Path) -> dict[str, Any]:
   with _alone():
     return dict(ocp.metadata(path).custom_metadata or {})
 
 
-def _read(path: pathlib.Path) -> Stored:
+def _read(path: paths.Path) -> Stored:
   # As NumPy arrays: the devices that wrote them may not exist here.
   with _alone():
     like = jax.tree.map(
@@ -188,7 +190,7 @@ def _read(path: pathlib.Path) -> Stored:
   return Stored(int(path.name), tree, _notes(path))
 
 
-def read_variables(workdir: pathlib.Path, kind: str) -> Stored:
+def read_variables(workdir: paths.Path, kind: str) -> Stored:
   """Reads the weights to evaluate: the moving average, if there is one.
 
   Args:
@@ -208,7 +210,7 @@ def read_variables(workdir: pathlib.Path, kind: str) -> Stored:
       'batch_stats': network.get('batch_stats') or {}})
 
 
-def check_same(like: Any, stored: Any, folder: pathlib.Path) -> None:
+def check_same(like: Any, stored: Any, folder: paths.Path) -> None:
   """Raises CheckpointError unless both have the same names and shapes."""
   wanted, found = _shapes(like), _shapes(stored)
   for name in sorted(wanted.keys() | found.keys()):
@@ -219,11 +221,16 @@ def check_same(like: Any, stored: Any, folder: pathlib.Path) -> None:
           f'{wanted.get(name, "(absent)")}.')
 
 
-def _remove_parts(folder: pathlib.Path) -> None:
+def _is_complete(step: paths.Path) -> bool:
+  return (step / (
+      _COMMITTED if paths.is_bucket(step) else _COMPLETE)).exists()
+
+
+def _remove_parts(folder: paths.Path) -> None:
   """Removes checkpoints that a killed process had not fully deleted."""
   for step in folder.glob('[0-9]*'):
-    if step.name.isdecimal() and not (step / _COMPLETE).exists():
-      shutil.rmtree(step)
+    if step.name.isdecimal() and not _is_complete(step):
+      paths.remove_tree(step)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
