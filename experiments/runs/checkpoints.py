@@ -14,6 +14,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.parallel import processes
+from experiments.runs import mirrors
 from experiments.util import paths
 from experiments.util.errors import UserError
 
@@ -22,9 +23,6 @@ KINDS = ('best', 'last')
 
 #: A local step without this file is incomplete or partly removed.
 _COMPLETE = '_CHECKPOINT_METADATA'
-
-#: Orbax writes this file last, where it cannot rename a complete step.
-_COMMITTED = 'commit_success.txt'
 
 
 class CheckpointError(UserError):
@@ -42,10 +40,13 @@ class Checkpoints:
   def __init__(self, workdir: paths.Path, kind: str) -> None:
     """Opens `workdir/checkpoints/<kind>`, which need not exist."""
     self.folder = paths.absolute(workdir / 'checkpoints' / kind)
+    self._mirror = (
+        mirrors.Mirror(self.folder) if mirrors.is_needed(self.folder) else None)
     processes.on_main(lambda: _remove_parts(self.folder))
     self._failed = False
     self._checkpointer = ocp.training.Checkpointer(
-        self.folder, cleanup_tmp_directories=True,
+        self._mirror.local if self._mirror else self.folder,
+        cleanup_tmp_directories=True,
         preservation_policy=(
             ocp.training.preservation_policies.LatestN(n=1)))
 
@@ -61,7 +62,10 @@ class Checkpoints:
     if latest is not None and latest.step == step:
       return
     try:
-      self._checkpointer.save(step, tree, custom_metadata=notes)
+      with paths.errors(self.folder):
+        self._checkpointer.save(step, tree, custom_metadata=notes)
+        if self._mirror:
+          self._mirror.upload(step)
     except (OSError, ValueError) as error:  # raised for a full disk
       self._failed = True
       raise CheckpointError(
@@ -98,6 +102,8 @@ class Checkpoints:
     """Closes the checkpointer."""
     if not self._failed:  # otherwise it would raise the failure again
       self._checkpointer.close()
+    if self._mirror:
+      self._mirror.close()
 
 
 class Stored(NamedTuple):
@@ -175,19 +181,20 @@ def _alone() -> ocp.Context:
 
 
 def _notes(path: paths.Path) -> dict[str, Any]:
-  with _alone():
-    return dict(ocp.metadata(path).custom_metadata or {})
+  with _alone(), mirrors.readable(path) as place:
+    return dict(ocp.metadata(place).custom_metadata or {})
 
 
 def _read(path: paths.Path) -> Stored:
   # As NumPy arrays: the devices that wrote them may not exist here.
-  with _alone():
+  with _alone(), mirrors.readable(path) as place:
+    metadata = ocp.metadata(place)
     like = jax.tree.map(
         lambda leaf: np.empty(leaf.shape, leaf.dtype),
-        ocp.metadata(path).metadata,
-        is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-    tree = ocp.load(path, like)
-  return Stored(int(path.name), tree, _notes(path))
+        metadata.metadata, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+    return Stored(
+        int(path.name), ocp.load(place, like),
+        dict(metadata.custom_metadata or {}))
 
 
 def read_variables(workdir: paths.Path, kind: str) -> Stored:
@@ -223,11 +230,13 @@ def check_same(like: Any, stored: Any, folder: paths.Path) -> None:
 
 def _is_complete(step: paths.Path) -> bool:
   return (step / (
-      _COMMITTED if paths.is_bucket(step) else _COMPLETE)).exists()
+      mirrors.MARKER if paths.is_bucket(step) else _COMPLETE)).exists()
 
 
 def _remove_parts(folder: paths.Path) -> None:
   """Removes checkpoints that a killed process had not fully deleted."""
+  if paths.is_bucket(folder) and not mirrors.is_needed(folder):
+    return  # orbax removes steps without its marker itself
   for step in folder.glob('[0-9]*'):
     if step.name.isdecimal() and not _is_complete(step):
       paths.remove_tree(step)

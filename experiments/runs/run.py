@@ -112,7 +112,7 @@ def prepare(
   if config.init_from:
     warm_start.check(config.init_from)
   _check_equal('the config', build.flatten(config))
-  folder = pathlib.Path(workdir).expanduser()
+  folder = paths.parse(workdir)
   processes.on_main(lambda: workdirs.open_workdir(folder, config))
   dataset, validation = _load_data(config)
   if len(dataset.x_train) < num_devices:
