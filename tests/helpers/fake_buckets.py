@@ -11,6 +11,7 @@ import functools
 from http import server
 import io
 import json
+import os
 import re
 import threading
 from unittest import mock
@@ -21,6 +22,8 @@ from etils.epath import backend
 import fsspec
 from fsspec.registry import _registry
 from orbax.checkpoint._src.path import gcs_utils
+
+from experiments.util import paths
 
 #: Content by bucket and name, 'bucket/folder/name'.
 Objects = dict[str, bytes]
@@ -34,9 +37,10 @@ class _Upload(io.BytesIO):
     self._save = save
 
   def close(self):
-    if not self.closed:
-      self._save(self.getvalue())
+    data = None if self.closed else self.getvalue()
     super().close()
+    if data is not None:
+      self._save(data)
 
 
 class FakeBucket(fsspec.AbstractFileSystem):
@@ -44,7 +48,7 @@ class FakeBucket(fsspec.AbstractFileSystem):
 
   Attributes:
     objects: all objects; of the subclass, so that of all instances.
-    failing: raised by every write, if not None.
+    failing: raised by every write through fsspec, if not None.
   """
 
   cachable = False
@@ -52,8 +56,8 @@ class FakeBucket(fsspec.AbstractFileSystem):
   failing: Exception | None = None
 
   def _put(self, name, data, mode='overwrite'):
-    if self.failing:
-      raise self.failing
+    if self.failing:  # a new one, because it keeps the frames it went through
+      raise type(self.failing)(*self.failing.args)
     if not name.startswith('bucket/'):
       raise FileNotFoundError(errno.ENOENT, 'the bucket does not exist')
     if mode == 'create' and name in self.objects:
@@ -198,26 +202,25 @@ SYSTEMS = {
 
 
 @functools.cache
-def _address():
-  """Starts the server; tensorstore reads its address once per process."""
+def _start():
+  """Starts the server and names it to tensorstore, once per process."""
   web = server.ThreadingHTTPServer(
       ('127.0.0.1', 0), type('Handler', (_Handler,), {
           'objects': SYSTEMS['gs'].objects}))
   threading.Thread(target=web.serve_forever, daemon=True).start()
-  return f'http://127.0.0.1:{web.server_port}'
+  os.environ['TENSORSTORE_GCS_HTTP_URL'] = f'http://127.0.0.1:{web.server_port}'
+  os.environ['GOOGLE_AUTH_TOKEN_FOR_TESTING'] = 'token'
 
 
 @contextlib.contextmanager
 def served():
   """Yields the file systems of the empty `gs://bucket` and `s3://bucket`."""
+  _start()
   forget = backend._FileSystemSpecBackend._get_filesystem.cache_clear
   with contextlib.ExitStack() as stack:
     stack.enter_context(mock.patch.dict(_registry, {
         name: system for system in SYSTEMS.values()
         for name in system.protocol}))
-    stack.enter_context(mock.patch.dict('os.environ', {
-        'EPATH_USE_TF': 'false', 'TENSORSTORE_GCS_HTTP_URL': _address(),
-        'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'token'}))
     # Asks Google's own client whether a bucket has real folders.
     stack.enter_context(mock.patch.object(
         gcs_utils, 'is_hierarchical_namespace_enabled', lambda path: False))
@@ -227,3 +230,8 @@ def served():
     forget()
     stack.callback(forget)
     yield SYSTEMS
+
+
+def root(scheme):
+  """The path of the bucket of a scheme."""
+  return paths.parse(f'{scheme}://bucket')
