@@ -21,7 +21,7 @@ from experiments.util.errors import UserError
 
 Path: TypeAlias = pathlib.Path | epath.Path
 
-#: Scheme -> the package that reads and writes there. `awp_jax[SCHEME]` has it.
+#: Scheme -> the package that reads and writes there.
 PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
 
 
@@ -60,7 +60,7 @@ def parse(text: str | os.PathLike[str]) -> Path:
   except ImportError:
     raise UserError(
         f'{name!r} needs the package {PACKAGES[scheme]}: pip install '
-        f'"awp_jax[{scheme}]".') from None
+        f'{PACKAGES[scheme]}.') from None
   return epath.Path(name)
 
 

@@ -59,7 +59,7 @@ def test_a_wrong_address_is_an_error_with_the_address(
 @pytest.mark.parametrize(('scheme', 'package'), paths.PACKAGES.items())
 def test_a_missing_package_is_named(scheme, package):
   with mock.patch.dict(sys.modules, {package: None}), pytest.raises(
-      UserError, match=rf'needs the package {package}: .*awp_jax\[{scheme}\]'):
+      UserError, match=f'needs the package {package}: pip install {package}'):
     paths.parse(f'{scheme}://bucket/run')
 
 
