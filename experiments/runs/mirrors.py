@@ -113,7 +113,7 @@ def _download(step: epath.Path, folder: pathlib.Path) -> pathlib.Path:
   target = folder / step.name
   target.mkdir()
   with paths.errors(step):
-    for path in step.iterdir():
+    for path in paths.children(step):
       if path.is_dir():
         _download(path, target)
       else:

@@ -78,9 +78,13 @@ def absolute(path: Path) -> Path:
 def children(folder: Path) -> list[Path]:
   """The files and folders in a folder; none if it does not exist."""
   try:
-    return [folder / path.name for path in folder.iterdir()]
+    found = [folder / path.name for path in folder.iterdir()]
   except FileNotFoundError:
     return []
+  # A folder made by hand is an object, 'run/', and is listed in itself.
+  return [
+      path for path in found
+      if not is_bucket(path) or path.name != folder.name or path.exists()]
 
 
 def remove_tree(folder: Path) -> None:

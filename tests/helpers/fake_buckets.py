@@ -69,10 +69,11 @@ class FakeBucket(fsspec.AbstractFileSystem):
     if folder in self.objects:
       names = {folder}
     else:
+      rests = [name.removeprefix(f'{folder}/') for name in self.objects
+               if name.startswith(f'{folder}/')]
+      # An object 'folder/' is listed as the folder itself.
       names = {
-          re.match(r'[^/]+', name.removeprefix(f'{folder}/'))[0]
-          for name in self.objects if name.startswith(f'{folder}/')}
-      names = {f'{folder}/{name}' for name in names}
+          f'{folder}/{rest.partition("/")[0]}'.rstrip('/') for rest in rests}
     if not names:
       raise FileNotFoundError(errno.ENOENT, 'no such object', folder)
     found = [self.info(name) for name in sorted(names)]

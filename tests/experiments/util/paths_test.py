@@ -90,11 +90,17 @@ def test_one_of_many_creates_an_object(folder):
   assert path.read_text() == str(created.index(True))
 
 
-def test_folders_are_the_objects_in_them(folder):
+def test_folders_are_the_objects_in_them(folder, systems):
   assert paths.children(folder) == []
   atomic.write_text(folder / 'a' / 'b', '')
   atomic.write_text(folder / 'c', '')
   assert sorted(paths.children(folder)) == [folder / 'a', folder / 'c']
+  # As the consoles of providers make them.
+  systems[str(folder)[:2]].objects['bucket/run/'] = b''
+  assert sorted(paths.children(folder)) == [folder / 'a', folder / 'c']
+  atomic.write_text(folder / 'run', '')
+  assert folder / 'run' in paths.children(folder)
+  paths.remove_tree(folder / 'run')
   paths.remove_tree(folder / 'a')
   assert paths.children(folder) == [folder / 'c']
 
