@@ -1,11 +1,11 @@
 """Tests of workdirs and checkpoints in buckets."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.configs import base
+from experiments.parallel import processes
 from experiments.runs import checkpoints, warm_start, workdirs
 from experiments.util.errors import UserError
 from tests.helpers import fake_buckets
@@ -87,7 +87,7 @@ def test_a_failed_write_is_one_error_and_keeps_the_old(
 
 
 def test_several_processes_need_another_folder_than_s3(systems, monkeypatch):
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(processes, 'count', lambda: 2)
   with pytest.raises(UserError, match=r's3://bucket/run.* 2 processes'):
     checkpoints.Checkpoints(fake_buckets.root('s3') / 'run', 'last')
 
