@@ -18,13 +18,13 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.reports import comparison, curves
-from experiments.util import console
+from experiments.util import console, paths
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """Prints the table; writes the figure and the page."""
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('workdirs', nargs='+', type=pathlib.Path)
+  parser.add_argument('workdirs', nargs='+', help='local or in a bucket')
   parser.add_argument(
       '--output', type=pathlib.Path, default=pathlib.Path('comparison.png'),
       help='path of the figure (default: comparison.png); the page is written '
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   options = parser.parse_args(argv)
   try:
     groups = comparison.group_by_config(
-        [comparison.read_run(path) for path in options.workdirs])
+        [comparison.read_run(paths.parse(text))
+         for text in options.workdirs])
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   print('Accuracies on test images in percent. The gap is robust accuracy on '

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 
 if TYPE_CHECKING:
   from experiments.runs import run as run_lib
+  from experiments.util import paths
 
 CONFIGS = ROOT / 'experiments' / 'configs'
 DEFAULT = CONFIGS / 'digits_awp.py'
@@ -28,7 +29,8 @@ DEFAULT = CONFIGS / 'digits_awp.py'
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, f'Config file; by default {DEFAULT.name}.')
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder of the run; by default runs/<config name>.')
+    'workdir', None, 'Folder of the run, local or gs://bucket/... or '
+    's3://bucket/...; by default runs/<config name>.')
 _MODE = flags.DEFINE_enum(
     'mode', 'train', ['train', 'evaluate', 'landscape'], 'What to run.')
 _COMPARE_TO = flags.DEFINE_list(
@@ -135,7 +137,7 @@ def _run_name() -> str:
 
 
 def _of_run(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path
+    config: ml_collections.ConfigDict, workdir: 'paths.Path'
 ) -> ml_collections.ConfigDict:
   """The config for reading the run in `workdir`."""
   from experiments.runs import workdirs
@@ -171,6 +173,7 @@ def _run_mode() -> None:
   from experiments.configs import base
   from experiments.modes import landscape
   from experiments.runs import run as run_lib
+  from experiments.util import paths
   from experiments.util.errors import UserError
 
   if _CACHE.value:
@@ -178,8 +181,7 @@ def _run_mode() -> None:
   config = _CONFIG.value
   try:
     build.check_fields(config, base.get_config())
-    workdir = pathlib.Path(
-        _WORKDIR.value or f'runs/{_run_name()}').expanduser()
+    workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
     if _COMPARE_TO.value and _MODE.value != 'landscape':
       raise UserError('--compare_to requires --mode=landscape.')
     if _MODE.value == 'landscape':
@@ -195,7 +197,7 @@ def _run_mode() -> None:
 
 
 def _evaluate(
-    config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    config: ml_collections.ConfigDict, workdir: 'paths.Path') -> None:
   """Evaluates the run in `workdir` or a PyTorch file; writes the report."""
   from experiments.modes import evaluate
   from experiments.parallel import processes

@@ -32,7 +32,7 @@ from experiments.data import batches, extra_images
 from experiments.modes import evaluate
 from experiments.runs import checkpoints, precision, restore, workdirs
 from experiments.runs import run as run_lib
-from experiments.util import atomic, console
+from experiments.util import atomic, console, paths
 from experiments.util.errors import UserError, user_errors
 
 
@@ -147,7 +147,7 @@ def select(
 
 
 def prepare(
-    workdir: pathlib.Path, torch_checkpoint: pathlib.Path | None
+    workdir: paths.Path, torch_checkpoint: pathlib.Path | None
 ) -> run_lib.Run:
   """Opens the run in a workdir to use its network.
 
@@ -210,7 +210,8 @@ def run_all(options: Any) -> None:
   folder = options.output.parent
   if not folder.is_dir():
     raise UserError(f'--output: there is no folder {str(folder)!r}.')
-  run = prepare(options.workdir, options.torch_checkpoint)
+  workdir = paths.parse(options.workdir)
+  run = prepare(workdir, options.torch_checkpoint)
   num_classes = run.dataset.num_classes
   images = extra_images.load_images(
       options.images, image_shape=run.dataset.x_train.shape[1:])
@@ -229,7 +230,7 @@ def run_all(options: Any) -> None:
     labeled = Labeled(*(values[chosen] for values in labeled))
   origin = {
       **subject.origin, 'judged_by': precision.judged_by(),
-      'workdir': str(options.workdir), 'images': str(options.images),
+      'workdir': str(workdir), 'images': str(options.images),
       'min_confidence': options.min_confidence,
       'per_class': options.per_class}
   save(options.output, images, labeled, origin, compress=options.compress)
@@ -245,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return pathlib.Path(text).expanduser()
 
   parser.add_argument(
-      '--workdir', type=path, required=True, help='folder of a run')
+      '--workdir', required=True, help='folder of a run')
   parser.add_argument(
       '--images', type=path, required=True, help='.npz or pickle')
   parser.add_argument('--output', type=path, required=True, help='an .npz')

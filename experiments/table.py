@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from experiments.reports import comparison, curves
 from experiments.sweeps import jobs, published, records, runner
-from experiments.util import atomic, console
+from experiments.util import atomic, console, paths
 from experiments.util.errors import UserError
 
 #: Key of `records.measure` -> heading.
@@ -119,7 +119,7 @@ def as_json(groups: dict[str, list[records.Record]]) -> dict[str, Any]:
       for name, runs in groups.items()}
 
 
-def write(workdir: pathlib.Path, listed: Sequence[str]) -> str:
+def write(workdir: paths.Path, listed: Sequence[str]) -> str:
   """Writes `table.md`, `table.json` and `table.png`.
 
   Args:
@@ -154,7 +154,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
       '--configs', type=str, help='files, separated by commas')
   parser.add_argument(
       '--seeds', default='0', help='separated by commas; default: 0')
-  parser.add_argument('--workdir', type=pathlib.Path, required=True)
+  parser.add_argument('--workdir', required=True)
   parser.add_argument(
       '--only_table', action='store_true',
       help='only write the table; run nothing')
@@ -184,8 +184,8 @@ def main(
     The exit code: 1 if a listed run failed, 2 for wrong arguments.
   """
   options, overrides = _parse(argv)
-  workdir = options.workdir.expanduser()
   try:
+    workdir = paths.parse(options.workdir)
     listed = [
         jobs.Job(config, seed)
         for seed in jobs.parse_seeds(options.seeds)

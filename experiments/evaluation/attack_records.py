@@ -5,7 +5,6 @@ Several processes write into one folder, and each reads the records of all.
 
 from collections.abc import Iterable
 import json
-import pathlib
 from typing import Any
 import zipfile
 
@@ -15,7 +14,7 @@ import tqdm
 import awp_jax
 from experiments.parallel import processes
 from experiments.runs import precision
-from experiments.util import atomic, digests
+from experiments.util import atomic, digests, paths
 
 
 class Records:
@@ -26,7 +25,7 @@ class Records:
   """
 
   def __init__(
-      self, folder: pathlib.Path, name: str, facts: dict[str, Any]) -> None:
+      self, folder: paths.Path, name: str, facts: dict[str, Any]) -> None:
     """Reads the existing records, if any.
 
     Args:
@@ -86,10 +85,11 @@ class Records:
     self._environments.append(environment)
 
 
-def _read(path: pathlib.Path) -> tuple[awp_jax.BatchResult, str] | None:
+def _read(path: paths.Path) -> tuple[awp_jax.BatchResult, str] | None:
   """A record and its environment; None if broken or of another version."""
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open('rb') as file, np.load(
+        file, allow_pickle=False) as archive:
       return (awp_jax.BatchResult.from_arrays(archive),
               str(archive['judged_by']))
   except (KeyError, TypeError, ValueError, zipfile.BadZipFile):

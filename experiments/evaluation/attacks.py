@@ -8,7 +8,6 @@ gets the same result. Several processes divide the examples.
 """
 
 from collections.abc import Sequence
-import pathlib
 import re
 from typing import Any
 
@@ -29,7 +28,7 @@ from experiments.evaluation import attack_records
 from experiments.parallel import placement, processes
 from experiments.runs import precision, restore
 from experiments.runs import run as run_lib
-from experiments.util import atomic, digests
+from experiments.util import atomic, digests, paths
 from experiments.util.errors import UserError, user_errors
 
 #: Prefix of the versions of AutoAttack in a config's list.
@@ -147,7 +146,7 @@ def evaluate_model(
   return entry
 
 
-def _save_examples(path: pathlib.Path, result: awp_jax.AttackResult) -> None:
+def _save_examples(path: paths.Path, result: awp_jax.AttackResult) -> None:
   assert result.adversarial is not None
   with atomic.replacing(path) as file:
     np.savez_compressed(

@@ -1,7 +1,6 @@
 """The points of a landscape to measure, and records of the measured ones."""
 
 import json
-import pathlib
 import time
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import tqdm
 
 from experiments.parallel import processes
 from experiments.runs import precision
-from experiments.util import atomic
+from experiments.util import atomic, paths
 
 #: Metrics of each point.
 METRICS = (
@@ -66,7 +65,7 @@ class Records:
     judged_by: the distinct precisions, devices and versions used.
   """
 
-  def __init__(self, path: pathlib.Path) -> None:
+  def __init__(self, path: paths.Path) -> None:
     """Reads the files; drops truncated last lines.
 
     Args:
@@ -121,8 +120,8 @@ class Records:
         'series': series.name, 'split': series.split, 'point': point} | means)
     for line in lines:
       self._take(line)
-    with self._path.open('a') as file:
-      file.write(''.join(json.dumps(line) + '\n' for line in lines))
+    atomic.append_text(
+        self._path, ''.join(json.dumps(line) + '\n' for line in lines))
 
 
 def _whole_lines(text: str) -> str:

@@ -187,7 +187,8 @@ def measure(run: run_lib.Run) -> Probe:
   step = checkpoints.Reader(run.workdir, 'best').step()
   path = run.workdir / 'figures' / 'probe.npz'
   if path.exists():
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open('rb') as file, np.load(
+        file, allow_pickle=False) as archive:
       if archive['step'] == step:
         return Probe(*(archive[name][()] for name in Probe._fields))
   ((_, step, variables),) = restore.load_variables(run, ('best',))

@@ -17,12 +17,12 @@ from experiments.evaluation import attacks
 from experiments.parallel import processes
 from experiments.runs import precision, restore
 from experiments.runs import run as run_lib
-from experiments.util import atomic, console
+from experiments.util import atomic, console, paths
 from experiments.util.errors import user_errors
 
 
 @user_errors()
-def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def check(config: ml_collections.ConfigDict, workdir: paths.Path) -> None:
   """Raises ValueError if the evaluation cannot run; reads no data."""
   settings = config.evaluation
   attacks.check_names(settings.attacks)
@@ -83,12 +83,12 @@ def evaluate(run: run_lib.Run) -> dict[str, Any]:
   return values
 
 
-def _write(values: dict[str, Any], path: pathlib.Path) -> None:
+def _write(values: dict[str, Any], path: paths.Path) -> None:
   _keep_others(values, path)
   atomic.write_json(path, values)
 
 
-def _keep_others(values: dict[str, Any], path: pathlib.Path) -> None:
+def _keep_others(values: dict[str, Any], path: paths.Path) -> None:
   """Adds earlier evaluations of these and other models on the same images."""
 
   def facts(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ one, and a larger number of directions measures only the new ones.
 from collections.abc import Sequence
 import functools
 import json
-import pathlib
+import os
 from typing import Any
 
 import jax
@@ -21,12 +21,12 @@ from experiments.parallel import processes
 from experiments.reports import page, panels, tables
 from experiments.runs import restore, workdirs
 from experiments.runs import run as run_lib
-from experiments.util import atomic, console, digests
+from experiments.util import atomic, console, digests, paths
 from experiments.util.errors import UserError, user_errors
 
 
 @user_errors()
-def check(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+def check(config: ml_collections.ConfigDict, workdir: paths.Path) -> None:
   """Raises ValueError if the landscape cannot be measured; reads no data."""
   settings = config.landscape
   for name in ('num_directions', 'num_steps'):
@@ -103,7 +103,7 @@ def measure(run: run_lib.Run) -> dict[str, Any]:
 
 
 def run_all(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path,
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str],
     compare_to: Sequence[str]) -> None:
   """Measures the landscapes of one or more runs and prints their flatness.
 
@@ -115,8 +115,8 @@ def run_all(
   Raises:
     ValueError: for wrong settings or folders, before anything is measured.
   """
-  folders = [pathlib.Path(workdir), *map(pathlib.Path, compare_to)]
-  if len({folder.resolve() for folder in folders}) < len(folders):
+  folders = [paths.parse(path) for path in (workdir, *compare_to)]
+  if len({paths.absolute(folder) for folder in folders}) < len(folders):
     raise UserError('--compare_to contains a workdir twice.')
   configs = [config]
   for folder in folders:

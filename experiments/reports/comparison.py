@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 import json
-import pathlib
 import statistics
 from typing import Any
 
 from experiments.reports import page as page_lib
 from experiments.reports import panels, tables
 from experiments.runs import metrics, workdirs
+from experiments.util import paths
 
 #: Heading -> path of the value in summary.json. Values are fractions, shown in
 #: percent.
@@ -21,7 +21,7 @@ COLUMNS = {
 }
 
 
-def read_run(workdir: pathlib.Path) -> dict[str, Any]:
+def read_run(workdir: paths.Path) -> dict[str, Any]:
   """Summary, config and metrics of a finished run.
 
   Raises:
@@ -113,7 +113,7 @@ def _facts(groups: dict[str, list[dict[str, Any]]]) -> list[list[str]]:
 
 
 def write_page(
-    groups: dict[str, list[dict[str, Any]]], path: pathlib.Path) -> None:
+    groups: dict[str, list[dict[str, Any]]], path: paths.Path) -> None:
   """Writes the page, and its figures to a folder next to it.
 
   Curves, landscapes and attacks are those of the first run of each group.

@@ -1,7 +1,6 @@
 """Learning curves of one or more runs as PNG."""
 
 from collections.abc import Mapping, Sequence
-import pathlib
 from typing import Any
 
 import matplotlib
@@ -10,6 +9,7 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
 from experiments.runs.metrics import evaluated
+from experiments.util import atomic, paths
 
 #: Okabe and Ito's colors, which color-blind readers can distinguish. The line
 #: style is redundant, for grayscale print.
@@ -20,8 +20,15 @@ RUN_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 RUN_MARKERS = ('o', '^', 's', 'v', 'D', 'P', 'X')
 
 
+def _save(figure: Any, path: paths.Path) -> None:
+  """Writes a figure in the format of the path's suffix, and closes it."""
+  with atomic.replacing(path) as file:
+    figure.savefig(file, dpi=120, format=path.suffix[1:] or None)
+  plt.close(figure)
+
+
 def plot_curves(
-    lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    lines: Sequence[dict[str, Any]], path: paths.Path, title: str) -> None:
   """Plots robust and natural accuracy and robust loss over the epochs.
 
   Args:
@@ -49,12 +56,11 @@ def plot_curves(
       axis.set_ylim(0, 1)
   axes[0].legend(frameon=False)
   figure.suptitle(title)
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  _save(figure, path)
 
 
 def plot_comparison(
-    runs: Mapping[str, Sequence[dict[str, Any]]], path: pathlib.Path) -> None:
+    runs: Mapping[str, Sequence[dict[str, Any]]], path: paths.Path) -> None:
   """Plots robust and natural accuracy of several runs over the epochs.
 
   Args:
@@ -84,5 +90,4 @@ def plot_comparison(
         loc='outside right upper')
   else:
     axes[0].legend(frameon=False, loc='lower right')
-  figure.savefig(path, dpi=120)
-  plt.close(figure)
+  _save(figure, path)

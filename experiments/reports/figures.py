@@ -10,7 +10,6 @@ import contextlib
 import html
 import io
 import math
-import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.ticker import MaxNLocator
 import numpy as np
 
-from experiments.util import atomic
+from experiments.util import atomic, paths
 
 #: Colors of a page: CSS variable -> (on light, on dark). The SVG contains the
 #: color on light; a page replaces it by the variable.
@@ -137,7 +136,7 @@ def inline(svg: str, name: str, title: str) -> str:
 
 
 def _save(
-    axis: Any, folder: pathlib.Path, name: str, title: str, caption: str,
+    axis: Any, folder: paths.Path, name: str, title: str, caption: str,
     numbers: Any) -> Drawn:
   folder.mkdir(parents=True, exist_ok=True)
   figure, buffer = axis.figure, io.StringIO()
@@ -145,11 +144,12 @@ def _save(
   for patch in (figure.patch, *(each.patch for each in figure.axes)):
     patch.set_alpha(0)
   FigureCanvasSVG(figure).print_svg(buffer, metadata={'Date': None})
-  (folder / f'{name}.svg').write_text(buffer.getvalue())
+  atomic.write_text(folder / f'{name}.svg', buffer.getvalue())
   figure.set_layout_engine('none')
   figure.patch.set(alpha=1, facecolor='white')
   figure.set_dpi(150)
-  FigureCanvasAgg(figure).print_png(folder / f'{name}.png')
+  with atomic.replacing(folder / f'{name}.png') as file:
+    FigureCanvasAgg(figure).print_png(file)
   atomic.write_json(
       folder / f'{name}.json',
       {'title': title, 'caption': caption, 'numbers': numbers})
@@ -187,7 +187,7 @@ def name_curves(figure: Any) -> None:
 
 
 def lines(
-    folder: pathlib.Path, name: str, curves: Sequence[Curve], *, title: str,
+    folder: paths.Path, name: str, curves: Sequence[Curve], *, title: str,
     caption: str, xlabel: str, ylabel: str,
     ylim: tuple[float, float] | None = None, zero: bool = False,
     legend: bool = True) -> Drawn:
@@ -240,7 +240,7 @@ def lines(
 
 
 def dots(
-    folder: pathlib.Path, name: str, labels: Sequence[str],
+    folder: paths.Path, name: str, labels: Sequence[str],
     groups: dict[str, Sequence[tuple[float, float, float] | None]], *,
     title: str, caption: str, xlabel: str,
     xlim: tuple[float | None, float | None] = (None, None)) -> Drawn:
@@ -284,7 +284,7 @@ def dots(
 
 
 def contour(
-    folder: pathlib.Path, name: str, side: Sequence[float],
+    folder: paths.Path, name: str, side: Sequence[float],
     values: Sequence[Sequence[float | None]], *, title: str,
     caption: str, scale: Sequence[Sequence[float | None]] = ()) -> Drawn:
   """Draws a loss over the plane of two directions.

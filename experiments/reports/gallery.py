@@ -2,7 +2,6 @@
 
 import base64
 import io
-import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ from PIL import Image, ImageDraw
 
 import awp_jax
 from experiments.evaluation import probe
-from experiments.util import atomic
+from experiments.util import atomic, paths
 
 #: Class names by data set; others show class numbers.
 CLASS_NAMES = {
@@ -89,7 +88,7 @@ def _verdict(label: int, before: int, after: int) -> str:
 
 
 def draw(
-    folder: pathlib.Path, probed: probe.Probe, threat: awp_jax.ThreatModel,
+    folder: paths.Path, probed: probe.Probe, threat: awp_jax.ThreatModel,
     dataset: str) -> tuple[list[Card], float]:
   """Makes the gallery and saves it as `gallery.png` and `gallery.json`.
 
@@ -124,7 +123,7 @@ def draw(
 
 
 def _save(
-    folder: pathlib.Path, rows: list[np.ndarray], cards: list[Card],
+    folder: paths.Path, rows: list[np.ndarray], cards: list[Card],
     factor: float, probed: probe.Probe) -> None:
   step = _TILE + _MARGIN
   sheet = Image.new(
@@ -139,7 +138,8 @@ def _save(
     pen.text(
         (left, _MARGIN + 3 * step), f'{card.before} ->\n{card.after}',
         fill='black')
-  sheet.save(folder / 'gallery.png')
+  with atomic.replacing(folder / 'gallery.png') as file:
+    sheet.save(file, 'PNG')
   values: dict[str, Any] = {
       'attack': probed.attack, 'checkpoint_step': int(probed.step),
       'magnification': factor, 'images': [

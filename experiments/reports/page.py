@@ -19,12 +19,12 @@ from experiments.evaluation import probe
 from experiments.reports import figures, gallery, panels, tables
 from experiments.runs import checkpoints, metrics
 from experiments.runs import run as run_lib
-from experiments.util import atomic
+from experiments.util import atomic, paths
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent / 'templates'
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: paths.Path) -> dict[str, Any]:
   """The values of a JSON file; {} if it does not exist."""
   return json.loads(path.read_text()) if path.exists() else {}
 
@@ -46,7 +46,7 @@ def render(template: str, context: dict[str, Any]) -> str:
       context | {'colors': figures.COLORS})
 
 
-def write(run: run_lib.Run, mode: str = '') -> pathlib.Path:
+def write(run: run_lib.Run, mode: str = '') -> paths.Path:
   """Writes `report.html` and its figures.
 
   Args:
@@ -166,7 +166,7 @@ def _cards_note(probed: probe.Probe | None, magnification: float) -> str:
       'attack.')
 
 
-def _commands(workdir: pathlib.Path, mode: str) -> list[str]:
+def _commands(workdir: paths.Path, mode: str) -> list[str]:
   """The latest command of each mode, including that of this process."""
   path = workdir / 'figures' / 'commands.json'
   commands = read_json(path)

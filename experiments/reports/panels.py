@@ -5,13 +5,13 @@ and markers distinguish the runs, and line styles the images.
 """
 
 from collections.abc import Sequence
-import pathlib
 from typing import Any
 
 from experiments.evaluation import probe
 from experiments.reports import figures
 from experiments.reports.figures import Curve, Drawn
 from experiments.runs import metrics
+from experiments.util import paths
 
 #: Color and dash of a split if there is one run.
 _SPLITS = {'test': (0, 0), 'train': (1, 1)}
@@ -50,7 +50,7 @@ def _gaps(records: dict[str, Lines]) -> list[Curve]:
   return curves
 
 
-def training(folder: pathlib.Path, records: dict[str, Lines]) -> list[Drawn]:
+def training(folder: paths.Path, records: dict[str, Lines]) -> list[Drawn]:
   """Draws accuracy, loss, the gap and the learning rate over the epochs.
 
   Args:
@@ -121,7 +121,7 @@ def _landscape_caption(
 
 
 def landscapes(
-    folder: pathlib.Path, records: dict[str, dict[str, Any]]) -> list[Drawn]:
+    folder: paths.Path, records: dict[str, dict[str, Any]]) -> list[Drawn]:
   """Draws the loss around the weights of one or more runs.
 
   Args:
@@ -158,7 +158,7 @@ def landscapes(
 
 
 def _plane(
-    folder: pathlib.Path, records: dict[str, dict[str, Any]], name: str,
+    folder: paths.Path, records: dict[str, dict[str, Any]], name: str,
     kind: str, plane: dict[str, Any]) -> Drawn:
   alone = len(records) == 1
   which = kind if alone else f'{name}, {kind}'
@@ -177,7 +177,7 @@ def _plane(
 
 
 def attacks(
-    folder: pathlib.Path, records: dict[str, dict[str, Any]]) -> Drawn:
+    folder: paths.Path, records: dict[str, dict[str, Any]]) -> Drawn:
   """Draws the accuracies of all evaluations with their intervals.
 
   Args:
@@ -208,7 +208,7 @@ def attacks(
 
 
 def layers(
-    folder: pathlib.Path, probed: probe.Probe, gamma: float) -> list[Drawn]:
+    folder: paths.Path, probed: probe.Probe, gamma: float) -> list[Drawn]:
   """Draws size and effect of the weight perturbation by layer.
 
   Args:

@@ -7,8 +7,6 @@ while it trains.
 """
 
 from collections.abc import Callable
-import pathlib
-import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +14,14 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.parallel import processes
+from experiments.runs import mirrors
+from experiments.util import paths
 from experiments.util.errors import UserError
 
 #: Sub-folders of a workdir's `checkpoints/`.
 KINDS = ('best', 'last')
 
-#: A step without this file is incomplete or partly removed.
+#: A local step without this file is incomplete or partly removed.
 _COMPLETE = '_CHECKPOINT_METADATA'
 
 
@@ -37,13 +37,16 @@ class Checkpoints:
   at any moment leaves a valid one.
   """
 
-  def __init__(self, workdir: pathlib.Path, kind: str) -> None:
+  def __init__(self, workdir: paths.Path, kind: str) -> None:
     """Opens `workdir/checkpoints/<kind>`, which need not exist."""
-    self.folder = (workdir / 'checkpoints' / kind).resolve()
+    self.folder = paths.absolute(workdir / 'checkpoints' / kind)
+    self._mirror = (
+        mirrors.Mirror(self.folder) if mirrors.is_needed(self.folder) else None)
     processes.on_main(lambda: _remove_parts(self.folder))
     self._failed = False
     self._checkpointer = ocp.training.Checkpointer(
-        self.folder, cleanup_tmp_directories=True,
+        self._mirror.local if self._mirror else self.folder,
+        cleanup_tmp_directories=True,
         preservation_policy=(
             ocp.training.preservation_policies.LatestN(n=1)))
 
@@ -59,7 +62,10 @@ class Checkpoints:
     if latest is not None and latest.step == step:
       return
     try:
-      self._checkpointer.save(step, tree, custom_metadata=notes)
+      with paths.errors(self.folder):
+        self._checkpointer.save(step, tree, custom_metadata=notes)
+        if self._mirror:
+          self._mirror.upload(step)
     except (OSError, ValueError) as error:  # raised for a full disk
       self._failed = True
       raise CheckpointError(
@@ -96,6 +102,8 @@ class Checkpoints:
     """Closes the checkpointer."""
     if not self._failed:  # otherwise it would raise the failure again
       self._checkpointer.close()
+    if self._mirror:
+      self._mirror.close()
 
 
 class Stored(NamedTuple):
@@ -118,15 +126,15 @@ class Reader:
   A trainer may save at the same time. Nothing is written, removed or locked.
   """
 
-  def __init__(self, workdir: pathlib.Path, kind: str) -> None:
+  def __init__(self, workdir: paths.Path, kind: str) -> None:
     """Sets the folder `workdir/checkpoints/<kind>`, which need not exist."""
-    self.folder = (workdir / 'checkpoints' / kind).resolve()
+    self.folder = paths.absolute(workdir / 'checkpoints' / kind)
 
   def step(self) -> int | None:
     """The step of the newest complete checkpoint, or None."""
     return max((
         int(step.name) for step in self.folder.glob('[0-9]*')
-        if step.name.isdecimal() and (step / _COMPLETE).exists()), default=None)
+        if step.name.isdecimal() and _is_complete(step)), default=None)
 
   def notes(self) -> dict[str, Any]:
     """The notes of the newest checkpoint; {} if there is none."""
@@ -140,7 +148,7 @@ class Reader:
     """
     return self._newest(_read)
 
-  def _newest(self, read: Callable[[pathlib.Path], Any]) -> Any:
+  def _newest(self, read: Callable[[paths.Path], Any]) -> Any:
     """Calls `read` until the checkpoint is still the newest afterwards.
 
     The trainer removes a checkpoint as soon as a newer one is complete, so a
@@ -172,23 +180,24 @@ def _alone() -> ocp.Context:
   return context
 
 
-def _notes(path: pathlib.Path) -> dict[str, Any]:
-  with _alone():
-    return dict(ocp.metadata(path).custom_metadata or {})
+def _notes(path: paths.Path) -> dict[str, Any]:
+  with _alone(), mirrors.readable(path) as place:
+    return dict(ocp.metadata(place).custom_metadata or {})
 
 
-def _read(path: pathlib.Path) -> Stored:
+def _read(path: paths.Path) -> Stored:
   # As NumPy arrays: the devices that wrote them may not exist here.
-  with _alone():
+  with _alone(), mirrors.readable(path) as place:
+    metadata = ocp.metadata(place)
     like = jax.tree.map(
         lambda leaf: np.empty(leaf.shape, leaf.dtype),
-        ocp.metadata(path).metadata,
-        is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-    tree = ocp.load(path, like)
-  return Stored(int(path.name), tree, _notes(path))
+        metadata.metadata, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+    return Stored(
+        int(path.name), ocp.load(place, like),
+        dict(metadata.custom_metadata or {}))
 
 
-def read_variables(workdir: pathlib.Path, kind: str) -> Stored:
+def read_variables(workdir: paths.Path, kind: str) -> Stored:
   """Reads the weights to evaluate: the moving average, if there is one.
 
   Args:
@@ -208,7 +217,7 @@ def read_variables(workdir: pathlib.Path, kind: str) -> Stored:
       'batch_stats': network.get('batch_stats') or {}})
 
 
-def check_same(like: Any, stored: Any, folder: pathlib.Path) -> None:
+def check_same(like: Any, stored: Any, folder: paths.Path) -> None:
   """Raises CheckpointError unless both have the same names and shapes."""
   wanted, found = _shapes(like), _shapes(stored)
   for name in sorted(wanted.keys() | found.keys()):
@@ -219,11 +228,18 @@ def check_same(like: Any, stored: Any, folder: pathlib.Path) -> None:
           f'{wanted.get(name, "(absent)")}.')
 
 
-def _remove_parts(folder: pathlib.Path) -> None:
+def _is_complete(step: paths.Path) -> bool:
+  return (step / (
+      mirrors.MARKER if paths.is_bucket(step) else _COMPLETE)).exists()
+
+
+def _remove_parts(folder: paths.Path) -> None:
   """Removes checkpoints that a killed process had not fully deleted."""
+  if paths.is_bucket(folder) and not mirrors.is_needed(folder):
+    return  # orbax removes steps without its marker itself
   for step in folder.glob('[0-9]*'):
-    if step.name.isdecimal() and not (step / _COMPLETE).exists():
-      shutil.rmtree(step)
+    if step.name.isdecimal() and not _is_complete(step):
+      paths.remove_tree(step)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Sequence
 import json
 import numbers
-import os
 import pathlib
+import tempfile
 from typing import Any
 
 import tensorboardX
 
 from experiments.parallel import processes
-from experiments.util import atomic, environment
+from experiments.util import atomic, environment, paths
 
 #: Fields of a metrics line that may differ between identical runs.
 TIMING_FIELDS = (
@@ -23,7 +23,7 @@ class MetricsLog:
   Of several processes the main one writes, and all hold the lines.
   """
 
-  def __init__(self, workdir: pathlib.Path, completed_epochs: int) -> None:
+  def __init__(self, workdir: paths.Path, completed_epochs: int) -> None:
     """Opens the log and removes lines after `completed_epochs`.
 
     Args:
@@ -35,11 +35,10 @@ class MetricsLog:
     self.lines = [
         line for line in processes.from_main(lambda: read_metrics(workdir))
         if line['epoch'] <= completed_epochs]
-    self._writer = None
+    self._events = None
     if processes.is_main():
       self._rewrite()
-      self._writer = tensorboardX.SummaryWriter(
-          str(workdir / 'tensorboard'), purge_step=completed_epochs + 1)
+      self._events = _Events(workdir / 'tensorboard', completed_epochs + 1)
 
   def _rewrite(self) -> None:
     atomic.write_text(
@@ -48,24 +47,50 @@ class MetricsLog:
   def append(self, line: dict[str, Any]) -> None:
     """Adds the line of an epoch; on disk before this returns."""
     self.lines.append(line)
-    if self._writer is None:
+    if self._events is None:
       return
-    with self._path.open('a') as file:
-      file.write(json.dumps(line) + '\n')
-      file.flush()
-      os.fsync(file.fileno())
+    atomic.append_text(self._path, json.dumps(line) + '\n')
+    self._events.add(line)
+
+  def close(self) -> None:
+    """Closes the event file."""
+    if self._events is not None:
+      self._events.close()
+
+
+class _Events:
+  """TensorBoard events; those for a bucket are written locally and copied."""
+
+  def __init__(self, folder: paths.Path, purge_step: int) -> None:
+    self._folder = folder
+    self._local = (
+        tempfile.TemporaryDirectory() if paths.is_bucket(folder) else None)
+    self._writer = tensorboardX.SummaryWriter(
+        str(self._local.name if self._local else folder), purge_step=purge_step)
+
+  def add(self, line: dict[str, Any]) -> None:
+    """Adds the numbers of an epoch."""
     for name, value in line.items():
       if name != 'epoch' and isinstance(value, numbers.Real):
         self._writer.add_scalar(name, value, line['epoch'])
     self._writer.flush()
+    self._copy()
+
+  def _copy(self) -> None:
+    if self._local:
+      for file in pathlib.Path(self._local.name).iterdir():
+        with atomic.replacing(self._folder / file.name) as copy:
+          copy.write(file.read_bytes())
 
   def close(self) -> None:
-    """Closes the event file."""
-    if self._writer is not None:
-      self._writer.close()
+    """Writes what is left and closes the file."""
+    self._writer.close()
+    self._copy()
+    if self._local:
+      self._local.cleanup()
 
 
-def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: paths.Path) -> list[dict[str, Any]]:
   """The lines of `metrics.jsonl`; none if there is no such file.
 
   A partial last line, left by a killed process, is dropped.

@@ -1,7 +1,7 @@
 """A run: its config, folder, data and network, checked before training."""
 
 import functools
-import pathlib
+import os
 from typing import Any, NamedTuple
 import zlib
 
@@ -16,6 +16,7 @@ from experiments.config import build, optimizers
 from experiments.data import batches, datasets, extra_images
 from experiments.parallel import processes
 from experiments.runs import checkpoints, warm_start, workdirs
+from experiments.util import paths
 from experiments.util.errors import UserError
 
 
@@ -34,7 +35,7 @@ class Run(NamedTuple):
   """
 
   config: ml_collections.ConfigDict
-  workdir: pathlib.Path
+  workdir: paths.Path
   setup: build.Setup
   dataset: datasets.Dataset
   validation: tuple[np.ndarray, np.ndarray]
@@ -94,7 +95,8 @@ def _crc32(images: np.ndarray, labels: np.ndarray) -> int:
 
 
 def prepare(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Run:
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> Run:
   """Checks the config, the folder and the data.
 
   Args:
@@ -116,7 +118,7 @@ def prepare(
   if config.init_from:
     warm_start.check(config.init_from)
   _check_equal('the config', build.flatten(config))
-  folder = pathlib.Path(workdir).expanduser()
+  folder = paths.parse(workdir)
   processes.on_main(lambda: workdirs.open_workdir(folder, config))
   dataset, validation = _load_data(config)
   if len(dataset.x_train) < num_devices * config.accumulate:
@@ -152,7 +154,8 @@ def _check_equal(what: str, facts: dict[str, Any]) -> None:
 
 
 def reopen(
-    config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> Run:
+    config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> Run:
   """Opens a run for reading; it may still be training.
 
   Nothing in the folder is created, changed, removed or locked. Files that only
@@ -170,7 +173,7 @@ def reopen(
       that the run was trained on.
   """
   built = build.build(config)
-  folder = pathlib.Path(workdir).expanduser()
+  folder = paths.parse(workdir)
   dataset, validation = _load_data(config)
   now = _crc32(dataset.x_train, dataset.y_train)
   then = checkpoints.Reader(folder, 'last').notes().get(

@@ -5,7 +5,6 @@ which the best checkpoint is used (its moving average, if it has one). A
 classifier with another number of classes is initialized randomly instead.
 """
 
-import pathlib
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 
 from awp_jax.models import torch_exchange
 from experiments.runs import checkpoints
+from experiments.util import paths
 from experiments.util.errors import user_errors
 
 #: Modules whose shape depends on the number of classes.
@@ -22,12 +22,19 @@ CLASSIFIERS = ('fc', 'linear')
 @user_errors()
 def check(path: str) -> None:
   """Raises ValueError unless `path` is a file or the workdir of a run."""
-  place = pathlib.Path(path).expanduser()
-  if place.is_dir():
-    if not (place / 'checkpoints' / 'best').is_dir():
+  place = paths.parse(path)
+  with paths.errors(place):
+    is_folder = place.is_dir()
+    is_run = (place / 'checkpoints' / 'best').is_dir()
+  if is_folder:
+    if not is_run:
       raise ValueError(
           f'init_from={path!r} is a folder without checkpoints/best: it is not '
           'the workdir of a run.')
+  elif paths.is_bucket(place):
+    raise ValueError(
+        f'init_from={path!r} is not the workdir of a run; a PyTorch file must '
+        'be local.')
   elif not place.is_file():
     raise ValueError(
         f'init_from={path!r}: no such file or folder.')
@@ -41,7 +48,7 @@ def read(path: str) -> dict[str, Any]:
     ValueError: if it is unreadable, or of an unsupported network.
   """
   check(path)
-  place = pathlib.Path(path).expanduser()
+  place = paths.parse(path)
   if place.is_dir():
     return checkpoints.read_variables(place, 'best').tree
   state_dict = torch_exchange.read_state_dict(place)

@@ -5,7 +5,7 @@ import contextlib
 import fcntl
 import json
 import os
-import pathlib
+import secrets
 import tempfile
 from typing import Any
 
@@ -13,7 +13,7 @@ import ml_collections
 
 from experiments.config import build
 from experiments.configs import base
-from experiments.util import atomic
+from experiments.util import atomic, paths
 from experiments.util.errors import UserError
 
 #: Fields of older versions -> their present names.
@@ -46,7 +46,7 @@ def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def open_workdir(
     workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
-) -> pathlib.Path:
+) -> paths.Path:
   """Creates the folder, or opens the one of a run with the same config.
 
   Args:
@@ -59,11 +59,9 @@ def open_workdir(
   Raises:
     UserError: if it is not writable, or holds a run with another config.
   """
-  folder = pathlib.Path(workdir).expanduser()
+  folder = paths.parse(workdir)
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-      pass
+    _check_writable(folder)
   except OSError as error:
     raise UserError(
         f'the workdir {str(folder)!r} cannot be written to '
@@ -71,7 +69,7 @@ def open_workdir(
     ) from None
   path = folder / 'config.json'
   foreign = [
-      file for file in folder.iterdir()
+      file for file in paths.children(folder)
       if file not in (path, folder / LOCK) and not atomic.is_leftover(file)]
   if path.exists():
     _check_same(folder, _plain(config))
@@ -82,7 +80,20 @@ def open_workdir(
   return folder
 
 
-def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+def _check_writable(folder: paths.Path) -> None:
+  """Creates the folder; raises OSError if no file can be written there."""
+  if paths.is_bucket(folder):
+    probe = folder / f'.{secrets.token_hex(8)}'
+    with paths.errors(folder):
+      probe.write_bytes(b'')
+      probe.unlink()
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryFile(dir=folder):
+    pass
+
+
+def claim(folder: paths.Path, config: ml_collections.ConfigDict) -> None:
   """Writes `config.json`, or checks the existing one.
 
   Called last, after all other checks: a config with a mistyped `npz_path` must
@@ -102,7 +113,7 @@ def claim(folder: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     _check_same(folder, wanted)
 
 
-def stored_fields(workdir: pathlib.Path) -> dict[str, Any]:
+def stored_fields(workdir: paths.Path) -> dict[str, Any]:
   """The fields of a run's config, with defaults for absent ones.
 
   Args:
@@ -115,7 +126,9 @@ def stored_fields(workdir: pathlib.Path) -> dict[str, Any]:
     UserError: if there is no run in the folder.
   """
   path = workdir / 'config.json'
-  if not path.is_file():
+  with paths.errors(workdir):
+    is_run = path.is_file()
+  if not is_run:
     raise UserError(
         f'{str(workdir)!r} holds no config.json of a run: train there first.')
   try:
@@ -148,7 +161,7 @@ def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def stored_config(
-    workdir: pathlib.Path, like: ml_collections.ConfigDict | None = None
+    workdir: paths.Path, like: ml_collections.ConfigDict | None = None
 ) -> ml_collections.ConfigDict:
   """The config of the run in a folder.
 
@@ -182,7 +195,7 @@ def stored_config(
 
 
 def reader_config(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict,
+    workdir: paths.Path, config: ml_collections.ConfigDict,
     overrides: dict[str, Any] | None) -> ml_collections.ConfigDict:
   """The config to evaluate a run with.
 
@@ -198,7 +211,9 @@ def reader_config(
   Raises:
     UserError: if any other field has another value.
   """
-  if not (workdir / 'config.json').exists():
+  with paths.errors(workdir):
+    is_run = (workdir / 'config.json').exists()
+  if not is_run:
     return config
   if overrides is not None:
     config = stored_config(workdir)
@@ -218,11 +233,12 @@ def reader_config(
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
+def locked(workdir: paths.Path) -> Iterator[None]:
   """Locks a run's folder against other trainers; readers need no lock.
 
   The lock is on a separate file, which is never replaced. The operating system
-  releases it when the process ends.
+  releases it when the process ends. There are no locks in a bucket, as on some
+  network file systems: there the user must not start a run twice.
 
   Args:
     workdir: the run's folder.
@@ -234,6 +250,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     WorkdirBusy: if another process trains there.
   """
   with contextlib.ExitStack() as stack:
+    if paths.is_bucket(workdir):
+      yield
+      return
     try:
       # Network file systems only lock files opened for writing.
       file = stack.enter_context((workdir / LOCK).open('a'))
@@ -263,7 +282,7 @@ def _differences(
       and stored.get(name) != wanted.get(name)]
 
 
-def _check_same(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
+def _check_same(folder: paths.Path, wanted: dict[str, Any]) -> None:
   differing = _differences(stored_fields(folder), wanted)
   if differing:
     raise UserError(

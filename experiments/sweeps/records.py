@@ -13,6 +13,7 @@ from experiments.config import build
 from experiments.reports import comparison
 from experiments.runs import checkpoints, metrics, workdirs
 from experiments.sweeps import jobs, runner
+from experiments.util import paths
 from experiments.util.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
@@ -42,7 +43,7 @@ class Record(NamedTuple):
   left_out: str = ''
 
 
-def read(workdir: pathlib.Path, name: str) -> Record:
+def read(workdir: paths.Path, name: str) -> Record:
   """Reads a run, which may be unfinished.
 
   Args:
@@ -70,7 +71,7 @@ def read(workdir: pathlib.Path, name: str) -> Record:
 
 def measure(
     lines: Sequence[dict[str, Any]], config: dict[str, Any],
-    folder: pathlib.Path) -> dict[str, float]:
+    folder: paths.Path) -> dict[str, float]:
   """Computes the table's values of a run, which may be unfinished.
 
   Args:
@@ -102,7 +103,7 @@ def measure(
   return measured | ({} if autoattack is None else {'autoattack': autoattack})
 
 
-def read_autoattack(folder: pathlib.Path) -> tuple[float | None, str]:
+def read_autoattack(folder: paths.Path) -> tuple[float | None, str]:
   """Robust accuracy of the best checkpoint under the standard AutoAttack.
 
   Args:

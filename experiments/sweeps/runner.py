@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 from experiments.config import build
 from experiments.runs import metrics, workdirs
 from experiments.sweeps.jobs import Job, parse_name
+from experiments.util import paths
 from experiments.util.errors import UserError
 
 MAIN = pathlib.Path(__file__).resolve().parents[1] / 'main.py'
@@ -41,7 +42,7 @@ class State(NamedTuple):
 
 
 def check_overrides(
-    jobs: Sequence[Job], workdir: pathlib.Path, overrides: Sequence[str]
+    jobs: Sequence[Job], workdir: paths.Path, overrides: Sequence[str]
 ) -> None:
   """Raises UserError if a run already exists with other values or fields.
 
@@ -116,7 +117,7 @@ class _Stop:
       signal.signal(number, handler)
 
 
-def _locked(file: IO[str], kind: int) -> bool:
+def _locked(file: IO[Any], kind: int) -> bool:
   """Locks a file; returns False if another process holds the lock."""
   try:
     fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -128,7 +129,7 @@ def _locked(file: IO[str], kind: int) -> bool:
 
 
 def _run_one(
-    job: Job, workdir: pathlib.Path, overrides: Sequence[str],
+    job: Job, workdir: paths.Path, overrides: Sequence[str],
     main: pathlib.Path, stop: _Stop) -> None:
   """Runs a job unless it is finished or another process runs it."""
   folder = workdir / job.name
@@ -155,7 +156,7 @@ def _run_one(
 
 
 def run_jobs(
-    jobs: Sequence[Job], workdir: pathlib.Path, overrides: Sequence[str] = (),
+    jobs: Sequence[Job], workdir: paths.Path, overrides: Sequence[str] = (),
     main: pathlib.Path = MAIN, after_each: Callable[[], object] | None = None
 ) -> str | None:
   """Runs all unfinished jobs; continues after failures.
@@ -172,8 +173,14 @@ def run_jobs(
     resumes it.
 
   Raises:
-    UserError: if a run already exists with other values than `overrides`.
+    UserError: if a run already exists with other values than `overrides`, or
+      if the folder is in a bucket.
   """
+  if paths.is_bucket(workdir):
+    raise UserError(
+        f'{workdir} is in a bucket, which has no locks for the runs of a '
+        'table: start each with main.py, in a folder there called '
+        f'{jobs[0].name} and so on, and make the table with --only_table.')
   workdir.mkdir(parents=True, exist_ok=True)
   check_overrides(jobs, workdir, overrides)
   with _Stop() as stop:
@@ -185,7 +192,7 @@ def run_jobs(
   return stop.name
 
 
-def state_of(workdir: pathlib.Path, name: str) -> State:
+def state_of(workdir: paths.Path, name: str) -> State:
   """The state of the run of that name."""
   folder, path = workdir / name, workdir / f'{name}.stderr'
   lines = metrics.read_metrics(folder)
@@ -194,10 +201,11 @@ def state_of(workdir: pathlib.Path, name: str) -> State:
     return State('finished', epochs)
   if not path.exists():
     return State('stopped' if folder.exists() else 'not started', epochs)
-  with path.open(errors='replace') as file:
-    if not _locked(file, fcntl.LOCK_SH):
+  with path.open('rb') as file:
+    if not paths.is_bucket(path) and not _locked(file, fcntl.LOCK_SH):
       return State('running', epochs)
-    output = [line.strip() for line in file if line.strip()]
+    text = file.read().decode(errors='replace')
+  output = [line.strip() for line in text.splitlines() if line.strip()]
   match = _EXIT.fullmatch(output[-1]) if output else None
   if match is None:
     return State('stopped', epochs)
@@ -215,7 +223,7 @@ def _reason(output: list[str], code: int) -> str:
   return f'exit code {code}, no output'
 
 
-def find_runs(workdir: pathlib.Path) -> list[str]:
+def find_runs(workdir: paths.Path) -> list[str]:
   """Names of all runs that were started in a folder, sorted."""
   if not workdir.is_dir():
     return []
@@ -225,7 +233,7 @@ def find_runs(workdir: pathlib.Path) -> list[str]:
   return sorted(name for name in names if parse_name(name))
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_config(folder: paths.Path) -> dict[str, Any]:
   """The fields of a run's config by dotted name; empty if there is none."""
   path = folder / 'config.json'
   try:

@@ -15,14 +15,13 @@ for `guard.stretch_steps`, or if the gradient is exactly zero.
 
 import json
 import math
-import pathlib
 from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
 
 from experiments.parallel import processes
-from experiments.util import atomic
+from experiments.util import atomic, paths
 
 #: Relative tolerance around the loss of constant outputs.
 _NEAR = 0.01
@@ -180,7 +179,7 @@ class Detector:
 class Record:
   """`guard.json`: the perturbation factor and its changes, across restarts."""
 
-  def __init__(self, workdir: pathlib.Path) -> None:
+  def __init__(self, workdir: paths.Path) -> None:
     """Reads the file if it exists.
 
     Args:

@@ -2,29 +2,31 @@
 
 from collections.abc import Iterator
 import contextlib
+import io
 import json
 import os
-import pathlib
 import secrets
 from typing import IO, Any
+
+from experiments.util import paths
 
 _SUFFIX = '.tmp'
 
 
-def _temporary(path: pathlib.Path) -> pathlib.Path:
+def _temporary(path: paths.Path) -> paths.Path:
   """A hidden file beside `path`, under a name of its own."""
   return path.with_name(
       f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}')
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
+def replacing(path: paths.Path) -> Iterator[IO[bytes]]:
   """Opens a file that replaces `path` when the block ends.
 
   The content is written to a hidden file next to `path`. Its name is unique, so
   concurrent writers do not collide: the last one to finish wins. After an
   exception `path` is unchanged and the hidden file is removed; a killed process
-  leaves it.
+  leaves it. An object in a bucket is written whole, without a hidden file.
 
   Args:
     path: the file to write.
@@ -35,6 +37,12 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
   Raises:
     OSError: if the file cannot be written.
   """
+  if paths.is_bucket(path):
+    buffer = io.BytesIO()
+    yield buffer
+    with paths.errors(path):
+      path.write_bytes(buffer.getvalue())
+    return
   temporary = _temporary(path)
   try:
     with temporary.open('xb') as file:
@@ -46,13 +54,13 @@ def replacing(path: pathlib.Path) -> Iterator[IO[bytes]]:
     temporary.unlink(missing_ok=True)
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: paths.Path, text: str) -> None:
   """Writes UTF-8 text atomically."""
   with replacing(path) as file:
     file.write(text.encode())
 
 
-def create_text(path: pathlib.Path, text: str) -> bool:
+def create_text(path: paths.Path, text: str) -> bool:
   """Writes UTF-8 text atomically unless the file exists.
 
   Args:
@@ -62,6 +70,9 @@ def create_text(path: pathlib.Path, text: str) -> bool:
   Returns:
     Whether this call created the file; True for one of concurrent callers.
   """
+  if paths.is_bucket(path):
+    with paths.errors(path):
+      return paths.create(path, text.encode())
   temporary = _temporary(path)
   try:
     with temporary.open('x') as file:
@@ -76,11 +87,34 @@ def create_text(path: pathlib.Path, text: str) -> bool:
   return True
 
 
-def write_json(path: pathlib.Path, values: Any) -> None:
+def append_text(path: paths.Path, text: str) -> None:
+  """Appends UTF-8 text to a file; on disk before this returns.
+
+  An object in a bucket is rewritten, by one process only.
+
+  Args:
+    path: the file; created if absent.
+    text: to append.
+
+  Raises:
+    OSError: if the file cannot be written.
+  """
+  if paths.is_bucket(path):
+    with paths.errors(path):
+      before = path.read_bytes() if path.exists() else b''
+      path.write_bytes(before + text.encode())
+    return
+  with path.open('a') as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_json(path: paths.Path, values: Any) -> None:
   """Writes JSON atomically."""
   write_text(path, json.dumps(values, indent=2) + '\n')
 
 
-def is_leftover(path: pathlib.Path) -> bool:
+def is_leftover(path: paths.Path) -> bool:
   """Whether a file was left by a process killed inside `replacing`."""
   return path.name.startswith('.') and path.name.endswith(_SUFFIX)

@@ -1,6 +1,7 @@
 """Tests of opening, claiming, locking and reading a run's folder."""
 
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -220,7 +221,7 @@ def test_of_two_that_claim_a_folder_at_once_one_gets_it(tmp_path, monkeypatch):
     # The second finds no file when it checks.
     workdirs.claim(folder, first)
     before = (folder / 'config.json').read_bytes()
-    patch.setattr(workdirs.pathlib.Path, 'exists', lambda path: False)
+    patch.setattr(pathlib.Path, 'exists', lambda path: False)
     with pytest.raises(ValueError, match=r'seed \(0 there, 5 now\)'):
       workdirs.claim(folder, second)
     workdirs.claim(folder, first)
