@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 import awp_jax
-from experiments.parallel import placement
+from experiments.parallel import placement, processes
 from experiments.runs import checkpoints
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
@@ -70,6 +70,11 @@ class Saving:
           f'{notes["num_devices"]}: noise and batch statistics are per device, '
           'so results will differ from those of an uninterrupted run.',
           flush=True)
+    elif notes.get('num_processes', 1) != processes.count():
+      print(
+          f'resuming with {processes.count()} processes instead of '
+          f'{notes.get("num_processes", 1)}, on as many devices: results will '
+          'differ from those of an uninterrupted run by rounding.', flush=True)
 
   def save_last(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums, *,
@@ -86,7 +91,8 @@ class Saving:
     self.last.save(
         step, step_lib.to_tree(state, sums),
         {'seconds_training': seconds, 'suspicious': is_suspicious,
-         'num_devices': self._run.num_devices, **self._order})
+         'num_devices': self._run.num_devices,
+         'num_processes': processes.count(), **self._order})
 
   def save_best(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums,

@@ -1,9 +1,10 @@
 """Runs main.py with a network that compiles fast, for tests of processes.
 
-  python tests/helpers/worker.py FAULT [flags of main.py]
+  python tests/helpers/worker.py FAULT MODES [flags of main.py]
 
-FAULT is 'none', or 'step:what': after this step of training the process gets a
-signal, as 'SIGTERM' or 'SIGKILL', or raises an 'error'.
+MODES are run in turn, separated by commas. FAULT is 'none', or 'step:what':
+after this step of training the process gets a signal, 'SIGTERM' or 'SIGKILL',
+or raises an 'error'.
 """
 
 import pathlib
@@ -12,10 +13,12 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from absl import app
+from absl import app, flags
 
 from experiments import main
 from experiments.config import build
+from experiments.parallel import watch
+from experiments.reports import page
 from experiments.training import loop
 from tests.experiments.modes.train_test import TinyNet
 
@@ -34,10 +37,25 @@ def fail_at(step, what):
   loop.Loop.take_step = take_step
 
 
+def run_modes(modes):
+  """Makes main.py run several modes in one process."""
+  run_mode = main._run_mode
+
+  def run_all():
+    for mode in modes.split(','):
+      flags.FLAGS.mode = mode
+      run_mode()
+
+  main._run_mode = run_all
+
+
 if __name__ == '__main__':
-  fault = sys.argv.pop(1)
+  fault, modes = sys.argv.pop(1), sys.argv.pop(1)
   if fault != 'none':
-    when, _, what = fault.partition(':')
-    fail_at(int(when), what)
+    when, _, kind = fault.partition(':')
+    fail_at(int(when), kind)
+  run_modes(modes)
+  watch.PATIENCE = 5.0
+  page.write_or_warn = lambda run, mode: None  # reports have their own tests
   build.build_model = lambda config, dataset: TinyNet()
   app.run(main.main, flags_parser=main.parse)
