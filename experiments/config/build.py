@@ -208,7 +208,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
       'threat.epsilon', 'attack.step_size', 'eval.step_size', 'guard.factor'):
     checks.positive(name, fields[name])
   for name in (
-      'beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup'):
+      'beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup',
+      'data_on_device_gib'):
     checks.not_negative(name, fields[name])
   for name in (
       'epochs', 'batch_size', 'accumulate',

@@ -29,8 +29,11 @@ def _add_data(config: ml_collections.ConfigDict) -> None:
   config.num_train = 0  # class-balanced subset of the training images
   config.num_test = 0
   config.num_validation = 0  # held out from the training images
+  # More training images, with the extra ones, stay on the host and are passed
+  # to the devices step by step. 0: all stay there. Changes no number.
+  config.data_on_device_gib = 4.0
   config.extra = ml_collections.ConfigDict({
-      'path': '',  # images with (pseudo-)labels: .npz, .pickle
+      'path': '',  # images with (pseudo-)labels: .npz, .pickle, folder
       'fraction': 0.0,  # share of each batch, in [0, 1)
   })
   config.augmentation = ml_collections.ConfigDict({

@@ -9,13 +9,14 @@ either uint8 in 0..255 or floating point in [0, 1]; labels are [N], integers in
   3
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from experiments.util.errors import UserError
 
-_CHUNK = 1024  # images per float64 copy
+_CHUNK = 1024  # images per float64 copy, or per read from a memory map
 _CONSTANT = 1e-6  # smaller standard deviations are rounding errors
 
 
@@ -103,7 +104,7 @@ def check_images(name: str, x: np.ndarray) -> None:
     raise DataError(
         f'{name} must be uint8 in 0..255 or floating point in [0, 1], got '
         f'{x.dtype}.')
-  low, high = float(np.min(x)), float(np.max(x))  # NaN if x contains NaN
+  low, high = _range(x)
   if not (np.isfinite(low) and np.isfinite(high)):
     bad = next(i for i, image in enumerate(x) if not np.isfinite(image).all())
     raise DataError(
@@ -113,6 +114,21 @@ def check_images(name: str, x: np.ndarray) -> None:
     raise DataError(
         f'{name} is floating point and must lie in [0, 1], got values from '
         f'{low:g} to {high:g}: divide by 255, or save uint8.')
+
+
+def _range(x: np.ndarray) -> tuple[float, float]:
+  """Minimum and maximum; NaN if x contains NaN."""
+  low, high = np.inf, -np.inf
+  for chunk in chunks(x):
+    low = np.minimum(low, np.min(chunk))  # unlike min(), keeps NaN
+    high = np.maximum(high, np.max(chunk))
+  return float(low), float(high)
+
+
+def chunks(x: np.ndarray) -> Iterator[np.ndarray]:
+  """Successive parts of an array, so that a memory map is not read whole."""
+  for start in range(0, len(x), _CHUNK):
+    yield x[start:start + _CHUNK]
 
 
 def check_label_form(name: str, y: np.ndarray, length: int) -> None:
@@ -208,13 +224,11 @@ def channel_statistics(
   unit = 255.0 if x.dtype == np.uint8 else 1.0
   size = x[..., 0].size
   mean = np.zeros(x.shape[-1])
-  for start in range(0, len(x), _CHUNK):
-    chunk = x[start:start + _CHUNK]
+  for chunk in chunks(x):
     mean += chunk.sum(axis=(0, 1, 2), dtype=np.float64) / size
   variance = np.zeros(x.shape[-1])
-  for start in range(0, len(x), _CHUNK):
-    chunk = x[start:start + _CHUNK] - mean
-    variance += np.square(chunk).sum(axis=(0, 1, 2)) / size
+  for chunk in chunks(x):
+    variance += np.square(chunk - mean).sum(axis=(0, 1, 2)) / size
   std = np.sqrt(variance) / unit
   std = np.where(std > _CONSTANT, std, 1)
   return tuple((mean / unit).tolist()), tuple(std.tolist())

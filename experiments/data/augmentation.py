@@ -1,5 +1,8 @@
 """Random augmentation of training images on the device.
 
+`draw` makes the random numbers of a batch, and `apply` uses those of any of its
+rows: devices draw for the whole batch, but transform only their own images.
+
   >>> import jax, jax.numpy as jnp
   >>> images = jnp.ones((2, 8, 8, 3), jnp.uint8)
   >>> changed = augment(
@@ -8,7 +11,7 @@
   ((2, 8, 8, 3), 'uint8')
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,18 +41,69 @@ class Augmentation(NamedTuple):
   mixup: float = 0.0
 
 
-def _crop(
-    row_key: Array, column_key: Array, images: Array, pad: int, mode: str
-) -> Array:
-  size, height, width, channels = images.shape
+class Draws(NamedTuple):
+  """The random numbers of a batch of B images; None where they are not needed.
+
+  Attributes:
+    rows: offsets of the crops from the top of the padded images, [B].
+    columns: the same from the left.
+    flips: whether to mirror each image, [B, 1, 1, 1].
+    angles: degrees, [B].
+    tops: first row of each black square, [B, 1]; may be negative.
+    lefts: the same for columns.
+  """
+
+  rows: Any = None
+  columns: Any = None
+  flips: Any = None
+  angles: Any = None
+  tops: Any = None
+  lefts: Any = None
+
+
+def draw(
+    key: Array, size: int, image_shape: tuple[int, ...],
+    augmentation: Augmentation) -> Draws:
+  """Draws the random numbers of a batch.
+
+  Args:
+    key: a PRNG key.
+    size: number of images B.
+    image_shape: (H, W, C).
+    augmentation: the transformations.
+
+  Returns:
+    The numbers that its transformations except mixup need.
+  """
+  draws: dict[str, Array] = {}
+  row_key, column_key, flip_key = jax.random.split(key, 3)
+  turn_key, cut_key = (jax.random.fold_in(key, number) for number in (3, 4))
+  if augmentation.pad:
+    offsets = 2 * augmentation.pad + 1
+    draws['rows'] = jax.random.randint(row_key, (size,), 0, offsets)
+    draws['columns'] = jax.random.randint(column_key, (size,), 0, offsets)
+  if augmentation.flip:
+    draws['flips'] = jax.random.bernoulli(flip_key, 0.5, (size, 1, 1, 1))
+  if augmentation.rotation:
+    draws['angles'] = augmentation.rotation * jax.random.uniform(
+        turn_key, (size,), minval=-1.0, maxval=1.0)
+  if augmentation.cutout:
+    for name, cut, length in zip(
+        ('tops', 'lefts'), jax.random.split(cut_key), image_shape,
+        strict=False):
+      draws[name] = jax.random.randint(
+          cut, (size, 1), 0, length) - augmentation.cutout // 2
+  return Draws(**draws)
+
+
+def _crop(draws: Draws, images: Array, pad: int, mode: str) -> Array:
+  _, height, width, channels = images.shape
   margins = ((0, 0), (pad, pad), (pad, pad), (0, 0))
   padded = jnp.pad(images, margins, mode=mode)
-  rows = jax.random.randint(row_key, (size,), 0, 2 * pad + 1)
-  columns = jax.random.randint(column_key, (size,), 0, 2 * pad + 1)
   return jax.vmap(
       lambda image, row, column: jax.lax.dynamic_slice(
           image, (row, column, 0), (height, width, channels))
-  )(padded, rows, columns)
+  )(padded, draws.rows, draws.columns)
 
 
 def rotate(images: Array, angles: Array) -> Array:
@@ -82,20 +136,39 @@ def rotate(images: Array, angles: Array) -> Array:
   return jax.vmap(turn)(images, angles)
 
 
-def _cut_out(key: Array, images: Array, side: int) -> Array:
-  size, height, width, _ = images.shape
-  row_key, column_key = jax.random.split(key)
-  top = jax.random.randint(row_key, (size, 1), 0, height) - side // 2
-  left = jax.random.randint(column_key, (size, 1), 0, width) - side // 2
+def _cut_out(draws: Draws, images: Array, side: int) -> Array:
+  _, height, width, _ = images.shape
   rows, columns = jnp.arange(height), jnp.arange(width)
-  in_rows = (rows >= top) & (rows < top + side)
-  in_columns = (columns >= left) & (columns < left + side)
+  in_rows = (rows >= draws.tops) & (rows < draws.tops + side)
+  in_columns = (columns >= draws.lefts) & (columns < draws.lefts + side)
   is_cut = in_rows[:, :, None, None] & in_columns[:, None, :, None]
   return jnp.where(is_cut, jnp.zeros_like(images), images)
 
 
-def augment(key: Array, images: Array, augmentation: Augmentation) -> Array:
+def apply(draws: Draws, images: Array, augmentation: Augmentation) -> Array:
   """Applies all random transformations except mixup.
+
+  Args:
+    draws: those of these images, rows of the result of `draw`.
+    images: [B, H, W, C] of any dtype.
+    augmentation: the transformations.
+
+  Returns:
+    Images like `images`.
+  """
+  if augmentation.pad:
+    images = _crop(draws, images, augmentation.pad, augmentation.pad_mode)
+  if augmentation.flip:
+    images = jnp.where(draws.flips, images[:, :, ::-1], images)
+  if augmentation.rotation:
+    images = rotate(images, draws.angles)
+  if augmentation.cutout:
+    images = _cut_out(draws, images, augmentation.cutout)
+  return images
+
+
+def augment(key: Array, images: Array, augmentation: Augmentation) -> Array:
+  """Draws and applies all random transformations except mixup.
 
   Args:
     key: a PRNG key.
@@ -105,21 +178,8 @@ def augment(key: Array, images: Array, augmentation: Augmentation) -> Array:
   Returns:
     Images like `images`.
   """
-  size = images.shape[0]
-  row_key, column_key, flip_key = jax.random.split(key, 3)
-  turn_key, cut_key = (jax.random.fold_in(key, number) for number in (3, 4))
-  if augmentation.pad:
-    images = _crop(
-        row_key, column_key, images, augmentation.pad, augmentation.pad_mode)
-  if augmentation.flip:
-    flips = jax.random.bernoulli(flip_key, 0.5, (size, 1, 1, 1))
-    images = jnp.where(flips, images[:, :, ::-1], images)
-  if augmentation.rotation:
-    angles = jax.random.uniform(turn_key, (size,), minval=-1.0, maxval=1.0)
-    images = rotate(images, augmentation.rotation * angles)
-  if augmentation.cutout:
-    images = _cut_out(cut_key, images, augmentation.cutout)
-  return images
+  draws = draw(key, len(images), images.shape[1:], augmentation)
+  return apply(draws, images, augmentation)
 
 
 def mix(

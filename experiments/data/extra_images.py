@@ -3,13 +3,15 @@
 Carmon et al., "Unlabeled Data Improves Adversarial Robustness", NeurIPS 2019,
 also train on images with pseudo-labels of a naturally trained network, or on
 generated images. The file is an .npz, or the pickle of 500,000 images published
-with that paper, which is read without executing its code.
+with that paper, which is read without executing its code. Millions of images
+come as a folder with `images.npy` and `labels.npy`: the images are mapped into
+memory and read when they are needed.
 
     extra = extra_images.load('ti_500K_pseudo_labeled.pickle',
                               image_shape=(32, 32, 3), num_classes=10)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -26,11 +28,33 @@ LABEL_KEYS = ('label', 'labels', 'y', 'extrapolated_targets')
 _ZIP = b'PK\x03\x04'
 
 
+class _Folder(Mapping[str, np.ndarray]):
+  """The .npy files of a folder by name, opened as memory maps."""
+
+  def __init__(self, path: pathlib.Path) -> None:
+    """Opens nothing.
+
+    Args:
+      path: the folder.
+    """
+    self._files = {file.stem: file for file in sorted(path.glob('*.npy'))}
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    return np.load(self._files[name], mmap_mode='r', allow_pickle=False)
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self._files)
+
+  def __len__(self) -> int:
+    return len(self._files)
+
+
 class ExtraData(NamedTuple):
   """Images from outside the data set, with labels.
 
   Attributes:
-    images: [N, H, W, C], uint8 in 0..255 or float32 in [0, 1].
+    images: [N, H, W, C], uint8 in 0..255 or float32 in [0, 1]; of a folder, a
+      read-only memory map.
     labels: [N], int32 in 0..num_classes - 1.
     source: description of where they were read from.
   """
@@ -47,12 +71,13 @@ def load(
 
   Args:
     path: an .npz or a pickle of a dictionary, with images under one of
-      `IMAGE_KEYS` and labels under one of `LABEL_KEYS`.
+      `IMAGE_KEYS` and labels under one of `LABEL_KEYS`; or a folder with .npy
+      files of these names.
     image_shape: (H, W, C) of the data set.
     num_classes: number of classes of the data set.
 
   Returns:
-    The images and labels, in memory once.
+    The images and labels, in memory once; images of a folder are not loaded.
 
   Raises:
     DataError: (a UserError) for an unreadable file, a pickle of other objects
@@ -108,7 +133,20 @@ def _checked_images(
     raise DataError(
         f"{name} must have the data set's shape {tuple(image_shape)}, got "
         f'{images.shape[1:]}.')
+  if isinstance(images, np.memmap):
+    _check_mapped(name, images)
   return np.ascontiguousarray(arrays.as_images(images))
+
+
+def _check_mapped(name: str, images: np.memmap) -> None:
+  """Raises DataError if the images would have to be loaded whole."""
+  if images.dtype not in (np.uint8, np.float32):
+    raise DataError(
+        f'{name} of a folder must be uint8 or float32 in the byte order of '
+        f'this machine, got {images.dtype.str}.')
+  if not images.flags.c_contiguous:
+    raise DataError(
+        f'{name} of a folder must be saved in C order, got Fortran order.')
 
 
 def _as_labels(path: pathlib.Path, labels: Any) -> np.ndarray:
@@ -129,6 +167,8 @@ def _read(
 ) -> dict[str, Any]:
   """Reads the value of the one key of each group that is in the file."""
   try:
+    if path.is_dir():
+      return _picked(path, _Folder(path), wanted)
     with path.open('rb') as file:
       is_zip = file.read(len(_ZIP)) == _ZIP
     if is_zip:
@@ -145,8 +185,8 @@ def _read(
   # Each layer (zip, NumPy, pickle) raises its own errors for a damaged file.
   except Exception as error:
     raise DataError(
-        f'{path} is neither a readable .npz file of plain arrays nor a pickle '
-        f'of them ({one_line(error)}).') from error
+        f'{path} is neither a readable .npz file of plain arrays, nor a pickle '
+        f'or a folder of them ({one_line(error)}).') from error
   if not isinstance(content, dict):
     raise DataError(
         f'{path} is a pickle of {type(content).__name__}; it must be a '

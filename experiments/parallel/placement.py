@@ -76,6 +76,48 @@ def own_devices() -> list[jax.Device] | None:
   return devices if len(devices) > 1 else None
 
 
+def local_rows(size: int) -> np.ndarray:
+  """The numbers of the rows of a batch on the devices of this process.
+
+  Args:
+    size: of the batch over all devices, whose number divides it.
+
+  Returns:
+    Integers [L], ascending; all of 0..size - 1 if there is one process.
+  """
+  rows = np.arange(size).reshape(jax.device_count(), -1)
+  own = [device.process_index == jax.process_index()
+         for device in jax.devices()]
+  return rows[own].ravel()
+
+
+def split_local(tree: Any, size: int) -> Any:
+  """Like `split`, for a process that has only the rows of its own devices.
+
+  Args:
+    tree: arrays [L, ...] of the host, the rows `local_rows(size)`.
+    size: of the batch over all devices.
+
+  Returns:
+    The pytree, as arguments in `rows` of `mapping.over_devices`.
+  """
+  if jax.process_count() == 1:
+    return split(tree)
+  sharding = jax.sharding.NamedSharding(
+      mapping.mesh(), jax.sharding.PartitionSpec(mapping.AXIS))
+  rows = local_rows(size)
+
+  def place(leaf: np.ndarray) -> Any:
+    def part(index: Any) -> np.ndarray:
+      # JAX asks only for the rows of this process.
+      return leaf[np.searchsorted(rows, np.arange(size)[index[0]])]
+
+    return jax.make_array_from_callback(
+        (size, *leaf.shape[1:]), sharding, part)
+
+  return jax.tree.map(place, tree)
+
+
 def device_numbers() -> Any:
   """The numbers of all devices, split over them: one, [1], on each."""
   return split(np.arange(jax.device_count()))

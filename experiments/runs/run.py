@@ -13,7 +13,7 @@ import numpy as np
 
 import awp_jax
 from experiments.config import build, optimizers
-from experiments.data import batches, datasets, extra_images
+from experiments.data import arrays, batches, datasets, extra_images
 from experiments.parallel import processes
 from experiments.runs import checkpoints, warm_start, workdirs
 from experiments.util import paths
@@ -89,9 +89,10 @@ class Run(NamedTuple):
 
 
 def _crc32(images: np.ndarray, labels: np.ndarray) -> int:
-  return zlib.crc32(
-      np.ascontiguousarray(images).data,
-      zlib.crc32(np.ascontiguousarray(labels).data))
+  value = zlib.crc32(np.ascontiguousarray(labels).data)
+  for chunk in arrays.chunks(images):
+    value = zlib.crc32(np.ascontiguousarray(chunk).data, value)
+  return value
 
 
 def prepare(

@@ -22,7 +22,9 @@ RENAMED = {
 
 #: Fields that may differ when a run is resumed. They set where data is and how
 #: often to log or save, and change no result.
-FREE_FIELDS = ('data_dir', 'log_every_steps', 'checkpoint_every_steps')
+FREE_FIELDS = (
+    'data_dir', 'data_on_device_gib', 'log_every_steps',
+    'checkpoint_every_steps')
 
 #: Groups of fields that may differ: they apply after training.
 FREE_GROUPS = ('evaluation.', 'landscape.')

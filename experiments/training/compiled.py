@@ -6,7 +6,7 @@ import awp_jax
 from experiments.parallel import placement
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
-from experiments.training import training_data
+from experiments.training import streaming, training_data
 
 
 class CompiledSteps:
@@ -17,16 +17,20 @@ class CompiledSteps:
   """
 
   def __init__(self, run: run_lib.Run) -> None:
-    """Puts images and keys on all devices; compiles nothing.
+    """Puts keys, and images unless they are streamed, on all devices.
 
     Args:
       run: the run.
     """
     self._run = run
-    self._data = placement.replicate(training_data.of_run(run))
+    self._stream = (
+        streaming.Stream(run) if training_data.is_streamed(run) else None)
+    self._data = None if self._stream else placement.replicate(
+        training_data.of_run(run))
     self._devices = placement.device_numbers()
     self._keys = placement.replicate(run_lib.keys(run.config))
-    self._order_fn = training_data.make_order_fn(run)
+    self._order_fn = training_data.make_order_fn(
+        run, placement.replicated())
     self._order: tuple[int, Any] | None = None
     self._programs: dict[tuple[int, float], Any] = {}
 
@@ -62,10 +66,21 @@ class CompiledSteps:
       step: number of completed steps.
 
     Returns:
-      State, sums, training data, order, keys and device numbers.
+      State, sums, training data, order, keys and device numbers; the rows of
+      the step instead of the training data, and no order, if they are streamed.
     """
+    if self._stream:
+      self._stream.wait(sums)
+      return (
+          state, sums, self._stream.rows(step), None, self._keys,
+          self._devices)
     number = training_data.order_number(self._run, step)
     if self._order is None or self._order[0] != number:
       self._order = number, self._order_fn(self._keys['order'], number)
     return (
         state, sums, self._data, self._order[1], self._keys, self._devices)
+
+  def close(self) -> None:
+    """Ends the threads that gather images, if there are any."""
+    if self._stream:
+      self._stream.close()

@@ -182,7 +182,8 @@ class Loop:
     return line
 
   def close(self) -> None:
-    """Closes the terminal and the files."""
+    """Closes the terminal, the data and the files."""
     self.progress.close()
+    self._steps.close()
     self.log.close()
     self._saving.close()

@@ -70,7 +70,8 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
   """The mapped step: (state, sums, data, order, keys, device numbers).
 
   It returns the next state and sums. The keys are arguments, so runs of several
-  seeds share a compilation cache.
+  seeds share a compilation cache. If images are streamed, the step takes its
+  rows instead of the data, and None instead of the order.
 
   Args:
     run: the run.
@@ -89,16 +90,14 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
 
   def step(
       state: awp_jax.TrainState, sums: Sums,
-      data: training_data.TrainingData, order: Any, keys: dict[str, Any],
-      device: Any
+      source: training_data.TrainingData | training_data.Rows, order: Any,
+      keys: dict[str, Any], device: Any
   ) -> tuple[awp_jax.TrainState, Sums]:
     number = jnp.asarray(state.step)
-    images, labels = (
-        placement.own_rows(array, device)
-        for array in training_data.global_batch(
-            run, data, order, keys, number, size))
+    batch = training_data.device_batch(
+        run, source, order, keys, number, size, device)
     state, metrics = awp_jax.train_step(
-        state, (images, labels), keys['step'],
+        state, batch, keys['step'],
         objective=run.setup.objective, threat=run.setup.threat,
         attack=run.setup.attack, perturbation=perturbation,
         alternations=run.setup.alternations,
@@ -113,7 +112,10 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
         (total + size * means[name]).astype(jnp.float32)
         for name, total in sums._asdict().items()))
 
-  return mapping.over_devices(step, rows=(5,), donate=(0, 1))
+  is_split = training_data.is_streamed(run) and not (
+      training_data.needs_all_rows(run))
+  return mapping.over_devices(
+      step, rows=(2, 5) if is_split else (5,), donate=(0, 1))
 
 
 def make_eval_fn(run: run_lib.Run) -> Callable[..., Any]:

@@ -164,19 +164,23 @@ def of_train_step(run, monkeypatch):
   zeros = awp_jax.TrainMetrics(*(
       jnp.zeros(()) for _ in awp_jax.TrainMetrics._fields))
   decay = Spy(lambda *_: 0.5)
-  policy.answer = lambda key, images, _: images
+  policy.answer = lambda draws, images, _: images
   mixed = Spy(batches.mixed_batch_indices)
   with monkeypatch.context() as patch:
     patch.setattr(awp_jax, 'train_step', step)
     patch.setattr(awp_jax, 'ema_decay', decay)
-    patch.setattr(augmentation, 'augment', policy)
+    patch.setattr(augmentation, 'apply', policy)
     patch.setattr(batches, 'mixed_batch_indices', mixed)
     state = jax.eval_shape(lambda: run_lib.initial_state(run))
-    size = run.batch_sizes[0]
+    size, is_streamed = run.batch_sizes[0], training_data.is_streamed(run)
+    source, order = training_data.of_run(run), np.arange(
+        len(run.dataset.y_train))
+    if is_streamed:
+      source, order = placement.split(training_data.Rows(
+          source.images[:size], source.labels[:size])), None
     jax.eval_shape(
         step_lib.make_train_fn(run, size, 1.0), state, step_lib.zero_sums(),
-        training_data.of_run(run), np.arange(len(run.dataset.y_train)),
-        run_lib.keys(run.config), placement.device_numbers())
+        source, order, run_lib.keys(run.config), placement.device_numbers())
   ((args, kwargs),) = step.calls
   images, labels = args[1]
   found = {
@@ -184,7 +188,7 @@ def of_train_step(run, monkeypatch):
       'labels': labels.shape, 'decay': [call[0][0] for call in decay.calls],
       'mixed': [args[-2:] for args, _ in mixed.calls],
       'statistics': kwargs['statistics'],
-      'accumulate': kwargs['accumulate']}
+      'accumulate': kwargs['accumulate'], 'streamed': is_streamed}
   found |= {f'policy.{name}': value
             for name, value in policy.calls[0][0][2]._asdict().items()}
   found |= {f'threat.{name}': value
@@ -269,7 +273,8 @@ def of_loop(run, monkeypatch, diverge_at=None):
         (checkpoints, 'Checkpoints', stores), (metrics, 'MetricsLog', log),
         (step_lib, 'make_train_fn', fake_train_fn(made, diverge_at)),
         (step_lib, 'evaluate', evaluate),
-        (training_data, 'make_order_fn', lambda run: Spy()),
+        (training_data, 'make_order_fn', lambda run, *_: Spy(
+            lambda *_: np.arange(len(run.dataset.y_train)))),
         (placement, 'replicate', lambda tree: tree),
         (guard, '_all_finite', lambda state: True),
         (loop.Loop, 'look', look), (collapse, 'Detector', detector),

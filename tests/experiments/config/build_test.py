@@ -150,8 +150,8 @@ def test_bad_values(fields, shown, allowed):
 #: Group of fields -> smallest valid value, largest invalid value.
 EDGES = {
     ('threat.epsilon', 'attack.step_size', 'eval.step_size'): (1e-30, 0.0),
-    ('beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup'):
-        (0.0, -1e-9),
+    ('beta', 'awp.gamma', 'augmentation.rotation', 'augmentation.mixup',
+     'data_on_device_gib'): (0.0, -1e-9),
     ('epochs', 'batch_size', 'attack.num_steps', 'attack.restarts',
      'awp.num_steps', 'awp.alternations', 'eval.every_epochs',
      'eval.batch_size', 'eval.num_steps', 'eval.num_train', 'model.width',

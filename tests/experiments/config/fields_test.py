@@ -76,6 +76,7 @@ TABLE = {
     'num_validation': Row(8, shorter(
         12, 3, validation=[(8, 0)], validation_n=8, sizes=[16],
         validation_key=eval_key(0, 5, 2), updates=updates(at=rates(3)))),
+    'data_on_device_gib': Row(0.0, {'streamed': True}),
     'extra.path': Row('b.npz', {'extra': [('b.npz',)]}, EXTRA),
     'extra.fraction': Row(0.25, {'mixed': [(12, 4)]}, EXTRA),
     'augmentation.pad': Row(2, {'policy.pad': 2}),

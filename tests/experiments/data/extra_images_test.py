@@ -285,3 +285,62 @@ def test_wrong_content_of_pickles(tmp_path, content, shown):
 def test_no_file(tmp_path):
   with pytest.raises(DataError, match='No such file'):
     load(tmp_path / 'nowhere.npz')
+
+
+def write_folder(path, images, labels, names=('images', 'labels')):
+  path.mkdir()
+  for name, array in zip(names, (images, labels), strict=True):
+    np.save(path / f'{name}.npy', array)
+  return path
+
+
+@pytest.mark.parametrize('names', [('images', 'labels'), ('data', 'y')])
+def test_folders_are_mapped(tmp_path, names):
+  extra = load(write_folder(tmp_path / 'x', IMAGES, LABELS, names))
+  assert_same(extra)
+  assert isinstance(extra.images.base, np.memmap)
+  assert not extra.images.flags.writeable
+  assert extra.source == f'{tmp_path / "x"}, 6 images'
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.float32])
+def test_images_of_a_folder_are_not_in_memory(tmp_path, dtype):
+  images = np.zeros((5000, 32, 32, 3), dtype)
+  path = write_folder(tmp_path / 'x', images, np.zeros(5000, int))
+  tracemalloc.start()
+  load(path, image_shape=(32, 32, 3), num_classes=10)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < images.nbytes / 50
+
+
+@pytest.mark.parametrize('images, labels, shown', [
+    (IMAGES / 255, LABELS, 'uint8 or float32 in the byte order.* got <f8'),
+    ((IMAGES / 255).astype('>f4'), LABELS, 'got >f4'),
+    (np.asfortranarray(IMAGES), LABELS, 'saved in C order'),
+    (IMAGES, LABELS + 1, r'0\.\.2 \(3 classes\)'),
+    (IMAGES.astype(np.float32), LABELS, 'divide by 255'),
+    (IMAGES.astype(object), LABELS, 'neither a readable .npz'),
+])
+def test_wrong_folders(tmp_path, images, labels, shown):
+  path = write_folder(tmp_path / 'x', images, labels)
+  with pytest.raises(DataError, match=shown):
+    load(path)
+
+
+def test_a_folder_without_the_names(tmp_path):
+  path = write_folder(tmp_path / 'x', IMAGES, LABELS, ('pictures', 'label'))
+  with pytest.raises(DataError, match='for images it has none among label, p'):
+    load(path)
+
+
+def test_the_range_of_floats_is_that_of_all_of_them(tmp_path):
+  images = np.zeros((2500, 4, 4, 3), np.float32)
+  for number, value, shown in (
+      (0, -0.1, 'from -0.1 to 0'), (1500, 2.0, 'from 0 to 2'),
+      (2499, np.nan, 'first in image 2499'), (1023, np.inf, 'image 1023')):
+    broken = images.copy()
+    broken[number, 1, 2, 0] = value
+    path = tmp_path / f'{number}'
+    with pytest.raises(DataError, match=shown):
+      load(write_folder(path, broken, np.zeros(2500, int)))

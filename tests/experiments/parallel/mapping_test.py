@@ -1,5 +1,7 @@
 """Mapped functions: pmap and shard_map give the same numbers."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,28 @@ def test_replicated_arrays_are_whole_on_every_device(form):
   assert jax.random.key_impl(tree['key']) == jax.random.key_impl(KEY)
   np.testing.assert_array_equal(
       jax.random.key_data(tree['key']), jax.random.key_data(KEY))
+
+
+def test_rows_of_own_devices_are_split_like_all(form):
+  images = np.arange(48.0, dtype=np.float32).reshape(16, 3)
+  rows = placement.local_rows(16)
+  np.testing.assert_array_equal(rows, np.arange(16))
+  for array in (images, images[:, 0].astype(np.int32)):
+    wanted = placement.split(array)
+    found = placement.split_local((array[rows],), 16)[0]
+    assert found.shape == wanted.shape
+    np.testing.assert_array_equal(found, wanted)
+    if form == 'shard_map':
+      assert found.sharding == wanted.sharding
+
+
+def test_rows_of_devices_in_turn(monkeypatch):
+  """Devices 0, 2, 4 and 6 of eight belong to process 0."""
+  devices = [
+      types.SimpleNamespace(process_index=number % 2) for number in range(8)]
+  monkeypatch.setattr(jax, 'devices', lambda *_: devices)
+  np.testing.assert_array_equal(
+      placement.local_rows(16), [0, 1, 4, 5, 8, 9, 12, 13])
 
 
 def test_devices_that_do_not_run_can_be_compiled_for():

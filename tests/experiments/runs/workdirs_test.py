@@ -41,7 +41,7 @@ def test_free_fields_may_differ(tmp_path):
   claimed(tmp_path, digits_awp.get_config())
   config = digits_awp.get_config()
   config.data_dir, config.log_every_steps = 'elsewhere', 7
-  config.checkpoint_every_steps = 3
+  config.checkpoint_every_steps, config.data_on_device_gib = 3, 0.0
   claimed(tmp_path, config)
 
 
