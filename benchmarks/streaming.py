@@ -3,8 +3,8 @@
   python benchmarks/streaming.py --batch_size=128 --num_extra=1000000
 
 Both run in turn on the same random images, several rounds of steps each, and
-the medians are compared. Processor time is reported next to wall-clock time, for
-machines that do other work. The extra images are a memory-mapped file in a
+the medians are compared. Processor time is reported next to wall-clock time,
+for machines that do other work. The extra images are a memory-mapped file in a
 temporary folder. Compilation is not timed.
 """
 
