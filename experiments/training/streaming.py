@@ -6,6 +6,7 @@ gather on the device: the same function selects them, from (seed, step) alone.
 """
 
 import collections
+import mmap
 import threading
 from typing import Any
 
@@ -40,6 +41,18 @@ def _host_device() -> Any:
     return jax.local_devices()[0]
 
 
+def _expect_random_reads(array: np.ndarray | None) -> None:
+  """Tells the system not to read ahead in the file of a memory map.
+
+  Reading ahead fetches many times the rows of a batch and displaces others.
+  """
+  base: Any = array
+  while isinstance(base, np.ndarray):
+    base = base.base
+  if isinstance(base, mmap.mmap):
+    base.madvise(mmap.MADV_RANDOM)
+
+
 class Stream:
   """The rows of each step, gathered on the host ahead of it."""
 
@@ -50,6 +63,7 @@ class Stream:
       run: the run.
     """
     self._run, self._data = run, training_data.of_run(run)
+    _expect_random_reads(self._data.extra_images)
     self._key = jax.device_put(
         run_lib.keys(run.config)['order'], _host_device())
     self._order_fn = training_data.make_order_fn(run)

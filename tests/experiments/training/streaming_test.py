@@ -1,5 +1,8 @@
 """Tests of streamed images: the batches and the runs of resident images."""
 
+import pathlib
+import shutil
+import sys
 import threading
 
 import jax
@@ -141,6 +144,21 @@ def test_a_process_gathers_the_rows_of_its_devices(folder, tmp_path):
     stream.close()
   assert size == 16
   np.testing.assert_array_equal(rows.images, expected(run, 1)[mine])
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_mapped_files_are_not_read_ahead(folder, tmp_path):
+  def flags():
+    text = pathlib.Path('/proc/self/smaps').read_text()
+    _, _, mapping = text.partition(str(tmp_path / 'images.npy'))
+    return mapping.partition('VmFlags:')[2].partition('\n')[0].split()
+
+  for file in (folder / 'levels').iterdir():
+    shutil.copy(file, tmp_path)  # other tests may still map the original
+  run = prepared(folder, tmp_path / 'run', tmp_path, **STREAMED)
+  assert 'mr' in flags() and 'rr' not in flags()
+  streaming.Stream(run)
+  assert 'rr' in flags()
 
 
 def test_threads_end_with_the_stream(folder, tmp_path):
