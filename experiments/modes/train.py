@@ -20,7 +20,7 @@ from experiments.parallel import processes
 from experiments.reports import curves, page
 from experiments.runs import metrics, workdirs
 from experiments.runs import run as run_lib
-from experiments.training import signals
+from experiments.training import signals, training_data
 from experiments.training.collapse import Collapsed, Diverged
 from experiments.training.loop import Loop
 from experiments.util import atomic
@@ -52,6 +52,15 @@ def few_images(run: run_lib.Run) -> str:
   return notice
 
 
+def streamed(run: run_lib.Run) -> str:
+  """A notice if the training images stay on the host, else ''."""
+  if not training_data.is_streamed(run):
+    return ''
+  return (
+      'training images stay on the host, because they take more than '
+      f'data_on_device_gib={run.config.data_on_device_gib:g}')
+
+
 def train(run: run_lib.Run) -> dict[str, Any] | None:
   """Trains to the end, from the last checkpoint if there is one.
 
@@ -72,7 +81,7 @@ def train(run: run_lib.Run) -> dict[str, Any] | None:
     try:
       if loop.step:
         loop.progress.say(f'resuming from step {loop.step} of {loop.total}')
-      if notice := few_images(run):
+      for notice in filter(None, (few_images(run), streamed(run))):
         loop.progress.say(notice)
       finished = _run_steps(loop, stop)
     finally:
