@@ -1,0 +1,118 @@
+"""Flags of several processes, and the watch over them with a fake service."""
+
+import time
+
+import pytest
+
+from experiments.parallel import processes, watch
+from experiments.util.errors import UserError
+
+
+@pytest.mark.parametrize('given, automatic, says', [
+    (('host:1', None, 0), False, "must be set together, got 'host:1', None"),
+    ((None, 2, None), False, 'must be set together, got None, 2 and None'),
+    (('host', 2, 0), False, "must be 'host:port' of process 0"),
+    (('host:x', 2, 0), False, "such as '10.0.0.2:8476', got 'host:x'"),
+    (('host:1', 2, 2), False, 'must be in [0, num_processes), got 2 of 2'),
+    (('host:1', 2, -1), False, 'got -1 of 2'),
+    (('host:1', 0, 0), False, 'got 0 of 0'),
+    (('host:1', 2, 0), True, 'omit --coordinator, --num_processes')])
+def test_wrong_flags_are_one_clear_error(given, automatic, says):
+  with pytest.raises(UserError) as caught:
+    processes.start(*given, automatic=automatic)
+  assert says in str(caught.value)
+
+
+def test_one_process_agrees_with_itself():
+  called = []
+  assert processes.is_main() and processes.count() == 1
+  assert processes.gather({'a': 1}) == [{'a': 1}]
+  assert processes.from_main(lambda: (1, 2)) == (1, 2)
+  processes.on_main(lambda: called.append(1))
+  with processes.together():
+    called.append(2)
+  assert called == [1, 2]
+
+
+def test_an_error_of_one_process_is_raised_as_it_is():
+  with pytest.raises(ZeroDivisionError), processes.together():
+    _ = 1 / 0
+  processes.fail('returns', 1)
+
+
+class Ended(BaseException):
+  """Stands for the end of the process."""
+
+
+class Service:
+  """A key-value store like that of JAX."""
+
+  def __init__(self):
+    self.values, self.is_reachable = {}, True
+
+  def key_value_set(self, key, value, allow_overwrite=False):
+    self.key_value_dir_get('')
+    assert allow_overwrite or key not in self.values
+    self.values[key] = value
+
+  def key_value_dir_get(self, folder):
+    if not self.is_reachable:
+      raise RuntimeError('UNAVAILABLE')
+    return [(k, v) for k, v in self.values.items() if k.startswith(folder)]
+
+
+@pytest.fixture
+def service(monkeypatch):
+  def ended(code):
+    raise Ended(code)
+
+  monkeypatch.setattr(watch.os, '_exit', ended)
+  monkeypatch.setattr(watch, '_EVERY', 0.01)
+  monkeypatch.setattr(watch, 'PATIENCE', 0.3)
+  monkeypatch.setattr(watch, '_GRACE', 0.3)
+  return Service()
+
+
+def reason(service, capsys):
+  """The message of the watch of process 0 of 2, when it ends the process."""
+  with pytest.raises(Ended) as caught:
+    watch._Watch(service, 0, 2).run()
+  assert caught.value.args == (1,)
+  return capsys.readouterr().err
+
+
+def test_the_watch_names_the_error_of_another_process(service, capsys):
+  with pytest.raises(Ended) as caught:
+    watch._Watch(service, 1, 2).fail('no space left', 3)
+  assert caught.value.args == (3,)
+  assert 'error: process 1 failed: no space left. Process 0 ends too' in (
+      reason(service, capsys))
+  assert 'awp_jax/watch/read/0' in service.values
+
+
+def test_the_watch_names_a_silent_process(service, capsys):
+  started = time.monotonic()
+  service.key_value_set('awp_jax/watch/alive/1', '7')
+  assert 'process 1 has been silent' in reason(service, capsys)
+  assert time.monotonic() - started > watch.PATIENCE
+
+
+def test_the_watch_names_a_lost_service(service, capsys):
+  service.is_reachable = False
+  assert 'process 0 cannot be reached' in reason(service, capsys)
+
+
+def test_a_process_that_reports_is_not_ended(service, monkeypatch):
+  one, two = (watch._Watch(service, index, 2) for index in (0, 1))
+  reports = iter(range(100))
+
+  def wait(seconds):
+    del seconds
+    service.values['awp_jax/watch/alive/1'] = str(next(reports))
+    time.sleep(0.01)
+    return next(reports) > 90
+
+  monkeypatch.setattr(one._done, 'wait', wait)
+  one.run()
+  two.stop()
+  two.run()
