@@ -5,7 +5,6 @@ failed, go to `cifar10_awp+L2-seed0.stderr` next to that folder. The process
 holds a lock on this file while it runs, so two sweeps never run the same job.
 """
 
-import ast
 from collections.abc import Callable, Sequence
 import fcntl
 import json
@@ -16,13 +15,22 @@ import subprocess
 import sys
 from typing import IO, Any, NamedTuple
 
+from absl import flags
+from ml_collections.config_flags import tuple_parser
+
 from experiments.config import build
+from experiments.configs import base
 from experiments.runs import metrics, workdirs
 from experiments.sweeps.jobs import Job, parse_name
 from experiments.util import paths
 from experiments.util.errors import UserError
 
 MAIN = pathlib.Path(__file__).resolve().parents[1] / 'main.py'
+
+#: How main.py reads a field, by the type of its default; text is kept.
+_PARSERS: dict[type, Any] = {
+    bool: flags.BooleanParser(), int: flags.IntegerParser(),
+    float: flags.FloatParser(), tuple: tuple_parser.TupleParser()}
 
 _EXIT = re.compile(r'exit code (-?[0-9]+)')
 
@@ -49,34 +57,37 @@ def check_overrides(
   An unfinished run would reject them itself. A finished one is not started, so
   the table would show it as if it had the new values.
   """
+  given = _parse([o for o in overrides if o.startswith('--config.')])
   for job in jobs:
     if not (workdir / job.name / 'config.json').exists():
       continue
     stored = workdirs.stored_fields(workdir / job.name)
-    for override in overrides:
-      name, _, value = override.removeprefix('--config.').partition('=')
-      if not override.startswith('--config.') or (
-          name in workdirs.FREE_FIELDS
-          or name.startswith(workdirs.FREE_GROUPS)):
+    for name, value in given.items():
+      if name in workdirs.FREE_FIELDS or name.startswith(workdirs.FREE_GROUPS):
         continue
-      if name not in stored:
-        raise UserError(build.unknown_field(name, stored))
-      if not _is_same(stored[name], value):
+      if stored[name] != value:
         raise UserError(
-            f'{override}: {str(workdir / job.name)!r} holds a run with '
-            f'{name}={stored[name]!r}; choose another --workdir.')
+            f'{str(workdir / job.name)!r} holds a run with '
+            f'{name}={stored[name]!r}, not {value!r}; choose another '
+            '--workdir.')
 
 
-def _is_same(stored: Any, text: str) -> bool:
-  """Whether a flag's text denotes a value read from JSON."""
-  if str(stored) == text or (
-      isinstance(stored, bool) and str(stored).lower() == text.lower()):
-    return True
-  try:
-    value = ast.literal_eval(text)
-  except (ValueError, SyntaxError):
-    return False
-  return stored == (list(value) if isinstance(value, tuple) else value)
+def _parse(overrides: Sequence[str]) -> dict[str, Any]:
+  """The fields that flags set, as JSON, read as main.py reads them."""
+  known, found = build.flatten(base.get_config()), {}
+  for override in overrides:
+    name, mark, text = override.removeprefix('--config.').partition('=')
+    if name not in known:
+      raise UserError(build.unknown_field(name, known))
+    kind = type(known[name])
+    if not mark and kind is bool:
+      text = 'true'
+    try:
+      value = _PARSERS[kind].parse(text) if kind in _PARSERS else text
+    except (TypeError, ValueError) as error:
+      raise UserError(f'{override}: {error}') from error
+    found[name] = json.loads(json.dumps(value))
+  return found
 
 
 class _Stop:

@@ -131,7 +131,8 @@ def test_failures_are_listed_and_other_runs_continue(
       f'--config={config}:fail']
 
   # A finished run is not reported for other values.
-  with pytest.raises(ValueError, match=r'a run with epochs=1; choose another'):
+  with pytest.raises(
+      ValueError, match=r"a run with epochs=1, not 2; choose another"):
     runner.run_jobs(
         [jobs.Job(f'{config}:good', 0)], folder, ['--config.epochs=2'], fake)
 
@@ -143,29 +144,44 @@ def test_failures_are_listed_and_other_runs_continue(
   assert len(calls(folder)) == before
 
 
-@pytest.mark.parametrize('stored, text, same', [
-    (1, '1', True), (1, '2', False), (0.01, '1e-2', True), (0.5, '0.51', False),
-    (True, 'true', True), (True, 'False', False), ('AT', 'AT', True),
-    ('AT', 'MART', False), ('/Big.npz', '/big.npz', False),
-    ([0.5, 0.75], '(0.5, 0.75)', True), ([0.5, 0.75], '(0.5,)', False),
-    ('', '', True), ('', 'x y', False)])
-def test_values_as_flags(stored, text, same, tmp_path):
+@pytest.mark.parametrize('name, stored, text, says', [
+    ('epochs', 1, '1', ''), ('epochs', 1, '2', 'not 2'),
+    ('epochs', 16, '0x10', ''), ('epochs', 1, 'True', 'epochs'),
+    ('epochs', 1, '1.0', 'epochs'), ('awp.gamma', 0.01, '1e-2', ''),
+    ('beta', 6.0, '6', ''), ('beta', 0.5, '0.51', 'not 0.51'),
+    ('model.normalize', True, 'true', ''), ('model.normalize', True, 't', ''),
+    ('model.normalize', True, 'False', 'not False'),
+    ('objective', 'AT', 'AT', ''), ('objective', 'AT', 'MART', "not 'MART'"),
+    ('npz_path', '/Big.npz', '/big.npz', "not '/big.npz'"),
+    ('npz_path', '', '', ''),
+    ('optimizer.decay_at', [0.5, 0.75], '(0.5, 0.75)', ''),
+    ('optimizer.decay_at', [0.5, 0.75], '(0.5,)', 'not [0.5]')])
+def test_flags_mean_what_they_mean_to_the_run(
+    name, stored, text, says, tmp_path):
   job = jobs.Job('a.py', 0)
   (tmp_path / job.name).mkdir()
   (tmp_path / job.name / 'config.json').write_text(
-      json.dumps({'b.c': stored, 'data_dir': 'x', 'evaluation.d': 1}))
-  free = ['--config.data_dir=y', '--config.evaluation.d=2', '--debug']
+      json.dumps({name: stored, 'data_dir': 'x', 'evaluation.batch_size': 1}))
+  free = ['--config.data_dir=y', '--config.evaluation.batch_size=2', '--debug']
   runner.check_overrides([job], tmp_path, free)
-  if same:
-    runner.check_overrides([job], tmp_path, [f'--config.b.c={text}'])
+  given = [f'--config.{name}={text}']
+  if not says:
+    runner.check_overrides([job], tmp_path, given)
   else:
-    with pytest.raises(ValueError, match='choose another --workdir'):
-      runner.check_overrides([job], tmp_path, [f'--config.b.c={text}'])
+    with pytest.raises(UserError) as raised:
+      runner.check_overrides([job], tmp_path, given)
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize('field', ['evaluation.nonsense', 'awp.decay_at'])
+def test_unknown_and_obsolete_fields_are_refused(field, tmp_path):
+  with pytest.raises(UserError, match=f'unknown field {field!r}'):
+    runner.check_overrides([], tmp_path, [f'--config.{field}=3'])
 
 
 @pytest.mark.parametrize('flag, shown', [
     ('model.normalize=False', 'a run with model.normalize=True'),
-    ('attack.restarts=5', 'a run with attack.restarts=1'),
+    ('attack.restarts=5', 'a run with attack.restarts=1, not 5'),
     ('data_seed=7', 'a run with data_seed=3'),
     ('awp.update_at=perturbed', "a run with awp.update_at='natural'"),
     ('model.normalise=True', "unknown field 'model.normalise'"),
@@ -275,7 +291,9 @@ def test_real_runs(folder, monkeypatch, capfd):
   assert stored['published'] is None
 
   arguments[0] = f'--configs={CONFIGS}/digits_awp.py'
-  assert table.main([*arguments, '--config.awp.gama=1'], runner.MAIN) == 1
+  assert table.main([*arguments, '--config.awp.gama=1'], runner.MAIN) == 2
+  assert "unknown field 'awp.gama'" in capfd.readouterr().err
+  assert table.main([*arguments, '--config.awp.gamma=-1'], runner.MAIN) == 1
   out, err = capfd.readouterr()
-  assert "failed: error: the config has an unknown field 'awp.gama'" in out
+  assert 'failed: error: awp.gamma must be' in out
   assert '\ndigits_at ' in out and err == ''
