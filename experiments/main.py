@@ -32,7 +32,14 @@ _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run, local or gs://bucket/... or '
     's3://bucket/...; by default runs/<config name>.')
 _MODE = flags.DEFINE_enum(
-    'mode', 'train', ['train', 'evaluate', 'landscape'], 'What to run.')
+    'mode', 'train', ['train', 'evaluate', 'landscape', 'compile'],
+    'What to run.')
+_TARGET = flags.DEFINE_string(
+    'target', None,
+    'With --mode=compile: the chips to compile for, such as v5e:2x4 or '
+    'h100:8. They need not be there.')
+_JSON = flags.DEFINE_bool(
+    'json', False, 'With --mode=compile: print one line of JSON.')
 _COMPARE_TO = flags.DEFINE_list(
     'compare_to', [],
     'With --mode=landscape: comma-separated folders of other finished runs to '
@@ -169,9 +176,10 @@ def _run_mode() -> None:
   """Runs the mode in the flags."""
   import jax
 
+  from experiments.ahead import targets
   from experiments.config import build
   from experiments.configs import base
-  from experiments.modes import landscape
+  from experiments.modes import compile, landscape
   from experiments.runs import run as run_lib
   from experiments.util import paths
   from experiments.util.errors import UserError
@@ -184,6 +192,13 @@ def _run_mode() -> None:
     workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
     if _COMPARE_TO.value and _MODE.value != 'landscape':
       raise UserError('--compare_to requires --mode=landscape.')
+    if (_MODE.value == 'compile') != bool(_TARGET.value):
+      raise UserError(
+          '--mode=compile and --target require each other: --target names the '
+          f'chips, for instance {targets.EXAMPLES}.')
+    if _TARGET.value:
+      compile.compile_for(config, _TARGET.value, _JSON.value)
+      return
     if _MODE.value == 'landscape':
       landscape.run_all(_of_run(config, workdir), workdir, _COMPARE_TO.value)
       return

@@ -1,6 +1,6 @@
 """The compiled functions of a run: the training step and evaluation by PGD."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -66,7 +66,9 @@ def evaluated(state: awp_jax.TrainState) -> awp_jax.TrainState:
       params=state.average.params, batch_stats=state.average.batch_stats)
 
 
-def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
+def make_train_fn(
+    run: run_lib.Run, size: int, factor: float,
+    devices: Sequence[jax.Device] | None = None) -> Any:
   """The mapped step: (state, sums, data, order, keys, device numbers).
 
   It returns the next state and sums. The keys are arguments, so runs of several
@@ -78,6 +80,7 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
     size: number of images per batch, over all devices.
     factor: multiplies the size of the config's weight perturbation; 0 during
       warm-up and in steps that the method skips.
+    devices: as for `mapping.over_devices`.
 
   Returns:
     A mapped function that donates the state and sums passed to it.
@@ -115,13 +118,22 @@ def make_train_fn(run: run_lib.Run, size: int, factor: float) -> Any:
   is_split = training_data.is_streamed(run) and not (
       training_data.needs_all_rows(run))
   return mapping.over_devices(
-      step, rows=(2, 5) if is_split else (5,), donate=(0, 1))
+      step, rows=(2, 5) if is_split else (5,), donate=(0, 1),
+      devices=devices)
 
 
-def make_eval_fn(run: run_lib.Run) -> Callable[..., Any]:
+def make_eval_fn(
+    run: run_lib.Run, devices: Sequence[jax.Device] | None = None) -> Any:
   """The mapped evaluation: (state, images, labels, valid, key) -> sums.
 
   Networks are evaluated in float32, whatever their training precision.
+
+  Args:
+    run: the run.
+    devices: as for `mapping.over_devices`.
+
+  Returns:
+    The mapped function.
   """
   network = precision.network(run.model)
 
@@ -138,7 +150,7 @@ def make_eval_fn(run: run_lib.Run) -> Callable[..., Any]:
         threat=run.setup.threat, attack=run.setup.eval_attack,
         axis_name=mapping.AXIS)
 
-  return mapping.over_devices(step, rows=(1, 2, 3))
+  return mapping.over_devices(step, rows=(1, 2, 3), devices=devices)
 
 
 def evaluate_split(
