@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from awp_jax import models
+from experiments.ahead import sizes
 
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'benchmarks'
 
@@ -147,3 +148,49 @@ def test_torch_wide_resnet_has_our_parameters(benchmark):
       model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))['params']
   assert sum(p.numel() for p in theirs.parameters()) == sum(
       leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def record(**fields):
+  """A record of `main.py --mode=compile --json`."""
+  step = {
+      'images_per_device': 16, 'fits': True, 'remedies': [],
+      'memory': {'arguments': 240 * 10**6, 'temporaries': 170 * 10**6},
+      'compile_seconds': 20.4, 'reused': 5, 'donated': 5,
+      'flops': {'bfloat16': 4e11, 'float32': 1e11}, 'bytes_moved': 7.5e9,
+      'collectives': [
+          {'bytes': 10**6, 'times': 3, 'in_loop': True},
+          {'bytes': 5 * 10**5, 'times': 1, 'in_loop': False}],
+      'seconds': [0.010, 0.0115]}
+  return {
+      'config': 'cifar10_awp', 'target': 'h100:8', 'options': [],
+      'date': '2026-11-26', 'versions': {'jax': '0.12'},
+      'programs': {'training step': step}, 'epoch_seconds': [3.9, 4.5],
+      'run_seconds': [1800.0, 3600.0]} | fields
+
+
+def test_table_of_compiled_configs(benchmark):
+  ahead = benchmark('ahead_of_time')
+  assert ahead.row(record()) == [
+      'cifar10_awp', '16', 'yes', '240 MB', '170 MB', '4', '3', '3.5', '5/5',
+      '500.0', '7.50', '10.00 - 11.50', '3.9 - 4.5', '0.50 - 1.00', '20']
+  step = record()['programs']['training step']
+  del step['seconds']
+  full = record(config='big', programs={
+      'training step': step | {'fits': False, 'remedies': ['fewer images']}})
+  failed = record(config='bad', error=['error: no'])
+  page = ahead.table([record(), full, failed], 'a machine')
+  assert '2026-11-26, a machine, no accelerator; jax 0.12.' in page
+  assert '| big | 16 | **no** |' in page
+  assert '`bad`: error: no' in page and '| bad |' not in page
+  assert 'The training step of `big` fits with any of:\n\n* fewer' in page
+
+
+def test_every_config_is_compiled(benchmark, tmp_path):
+  ahead = benchmark('ahead_of_time')
+  names = ahead.names()
+  assert {'cifar10_awp', 'svhn_trades', 'digits_at'} < set(names)
+  assert not {'base', 'parts'} & set(names)
+  (flag,) = ahead.flags('cifar10_rst_awp', tmp_path)
+  stored = sizes.headers(pathlib.Path(flag.partition('=')[2]))
+  assert stored == {'image': ((500_000, 32, 32, 3), np.uint8)}
+  assert ahead.flags('cifar10_awp', tmp_path) == []
