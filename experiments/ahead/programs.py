@@ -4,6 +4,7 @@ Nothing is loaded, written or run: arguments are shapes, and loops take the form
 of the platform that is compiled for.
 """
 
+import math
 import os
 import pathlib
 import re
@@ -107,7 +108,7 @@ def _rows(run: run_lib.Run, size: int) -> training_data.Rows:
       {run.extra.images.dtype} if run.extra is not None else set())
   return training_data.Rows(
       jax.ShapeDtypeStruct(
-          (size, *images.shape[1:]),
+          (size, math.prod(images.shape[1:])),
           images.dtype if len(dtypes) == 1 else jnp.float32),
       jax.ShapeDtypeStruct((size,), jnp.int32))
 

@@ -20,10 +20,14 @@ from experiments.runs import run as run_lib
 class TrainingData(NamedTuple):
   """All training images of a run; each device holds a copy.
 
+  The pixels of an image are on one axis. TPUs pad the last axes of an array, so
+  a program that gathers from [N, H, W, C] would first copy all images to
+  another layout, in every step.
+
   Attributes:
-    images: [N, H, W, C], uint8 in 0..255 or floats in [0, 1].
+    images: [N, H W C], uint8 in 0..255 or floats in [0, 1].
     labels: integers [N].
-    extra_images: [M, H, W, C] in the same ranges, or None.
+    extra_images: [M, H W C] in the same ranges, or None.
     extra_labels: integers [M], or None.
   """
 
@@ -37,7 +41,7 @@ class Rows(NamedTuple):
   """The training images of one step, before augmentation.
 
   Attributes:
-    images: [B, H, W, C] with the dtype of the images and the extra images. If
+    images: [B, H W C] with the dtype of the images and the extra images. If
       only one of them is uint8, it is here in 0..255 as floats.
     labels: integers [B].
   """
@@ -61,10 +65,12 @@ class Selection(NamedTuple):
 def of_run(run: run_lib.Run) -> TrainingData:
   """The run's training images on the host."""
   dataset, extra = run.dataset, run.extra
+  images = dataset.x_train.reshape(len(dataset.x_train), -1)
   if extra is None:
-    return TrainingData(dataset.x_train, dataset.y_train)
+    return TrainingData(images, dataset.y_train)
   return TrainingData(
-      dataset.x_train, dataset.y_train, extra.images, extra.labels)
+      images, dataset.y_train, extra.images.reshape(len(extra.images), -1),
+      extra.labels)
 
 
 def is_streamed(run: run_lib.Run) -> bool:
@@ -184,7 +190,9 @@ def _batch(
   if isinstance(source, TrainingData):
     source = _gather(
         source, own(select(run, keys['order'], order, step, size)))
-  images = augmentation.apply(own(draws), source.images, policy)
+  images = augmentation.apply(
+      own(draws), source.images.reshape(-1, *run.dataset.x_train.shape[1:]),
+      policy)
   return (
       _to_pixels(run, images, own(extra_mask(run, size))), source.labels)
 

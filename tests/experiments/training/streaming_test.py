@@ -143,7 +143,8 @@ def test_a_process_gathers_the_rows_of_its_devices(folder, tmp_path):
     rows, size = stream.rows(1)
     stream.close()
   assert size == 16
-  np.testing.assert_array_equal(rows.images, expected(run, 1)[mine])
+  np.testing.assert_array_equal(
+      rows.images.reshape(-1, 8, 8, 1), expected(run, 1)[mine])
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
