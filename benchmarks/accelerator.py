@@ -104,11 +104,17 @@ def build(case: cases_lib.Case, options: argparse.Namespace) -> tuple[Any, ...]:
   return step, state, x, y
 
 
+def _operations(jaxpr: Any) -> float:
+  """Floating-point operations of a program, of all precisions."""
+  from experiments.ahead import flops
+
+  return sum(flops.count(jaxpr, padding=True).values())
+
+
 def compile_case(
     case: cases_lib.Case, options: argparse.Namespace
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
   """Compiles a case of `ours`; also its arguments and counts."""
-  import flops
   import jax
 
   fn, state, x, y = build(case, options)
@@ -119,10 +125,10 @@ def compile_case(
   compiled = lowered.compile()
   ended = time.perf_counter()
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
-  forward = flops.of(
-      lambda v: state.apply_fn(v, x, train=False), variables)
+  forward = _operations(jax.make_jaxpr(
+      lambda v: state.apply_fn(v, x, train=False))(variables).jaxpr)
   memory = compiled.memory_analysis()
-  total = flops.of_jaxpr(traced.jaxpr.jaxpr)
+  total = _operations(traced.jaxpr.jaxpr)
   return compiled, (state, x, y), {
       'trace_seconds': compiling - started,
       'compile_seconds': ended - compiling,
@@ -140,17 +146,16 @@ def ours(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
            for text in options.cases or cases_lib.OURS]
   device = jax.devices()[0]
   ends = time.perf_counter() + options.budget
-  with concurrent.futures.ThreadPoolExecutor(options.threads) as pool:
-    pending = [pool.submit(compile_case, case, options) for case in cases]
-    # Nothing runs on the device before the last compilation has ended: it
-    # would disturb the timing of candidate kernels.
-    concurrent.futures.wait(
-        pending, timeout=max(0, ends - time.perf_counter() - options.reserve))
-    for future in pending:
-      future.cancel()
+  pool = concurrent.futures.ThreadPoolExecutor(options.threads)
+  pending = [pool.submit(compile_case, case, options) for case in cases]
+  # Nothing runs on the device before the last compilation has ended: it would
+  # disturb the timing of candidate kernels.
+  concurrent.futures.wait(
+      pending, timeout=max(0, ends - time.perf_counter() - options.reserve))
+  pool.shutdown(wait=False, cancel_futures=True)
   for case, future in zip(cases, pending, strict=True):
     record: dict[str, Any] = {'measures': 'ours', **case._asdict()}
-    if future.cancelled() or time.perf_counter() > ends:
+    if not future.done() or future.cancelled() or time.perf_counter() > ends:
       yield record | {'skipped': 'budget'}
       continue
     try:

@@ -1,9 +1,10 @@
 """Counts the floating-point operations of convolutions and matrix products.
 
 XLA's own count includes the body of a loop once, and is absent for GPUs. This
-one reads the jaxpr, where loops have their length. A multiplication by padding,
-or by a zero between the elements of a strided gradient, is not counted, so the
-gradients of a convolution take as many operations as the convolution.
+one reads the jaxpr, where loops have their length. A multiplication by a zero
+between the elements of a strided gradient is not counted, and one by padding
+only if asked for, so the gradients of a convolution take as many operations as
+the convolution.
 
   >>> import jax, jax.numpy as jnp
   >>> def loop(a, b):
@@ -25,7 +26,8 @@ import numpy as np
 _PRECISIONS = {'HIGH': ' high', 'HIGHEST': ' highest'}
 
 
-def count(jaxpr: core.Jaxpr) -> dict[str, float]:
+def count(
+    jaxpr: core.Jaxpr, *, padding: bool = False) -> dict[str, float]:
   """Operations by kind; a multiplication and an addition are two.
 
   Under `shard_map` they are those of one device. Only one branch of a
@@ -33,6 +35,8 @@ def count(jaxpr: core.Jaxpr) -> dict[str, float]:
 
   Args:
     jaxpr: of a function.
+    padding: whether multiplications by the padding of an image count, as in
+      the usual figures of networks.
 
   Returns:
     The number of operations by kind: the dtype of the first operand, with
@@ -43,16 +47,16 @@ def count(jaxpr: core.Jaxpr) -> dict[str, float]:
   """
   total: dict[str, float] = {}
   for equation in jaxpr.eqns:
-    for kind, number in _of_equation(equation).items():
+    for kind, number in _of_equation(equation, padding).items():
       total[kind] = total.get(kind, 0.0) + number
   return total
 
 
-def _of_equation(equation: Any) -> dict[str, float]:
+def _of_equation(equation: Any, padding: bool) -> dict[str, float]:
   name = equation.primitive.name
   if name in _PRODUCTS:
-    return {_kind(equation): float(_PRODUCTS[name](equation))}
-  inner = [count(part) for part in _jaxprs(equation.params)]
+    return {_kind(equation): float(_PRODUCTS[name](equation, padding))}
+  inner = [count(part, padding=padding) for part in _jaxprs(equation.params)]
   if not any(inner):
     return {}
   if name == 'while':
@@ -86,20 +90,24 @@ def _kind(equation: Any) -> str:
   return f'{equation.invars[0].aval.dtype}{suffix}'
 
 
-def _dot(equation: Any) -> int:
+def _dot(equation: Any, padding: bool) -> int:
+  del padding  # a matrix has none
   (contracted, _), _ = equation.params['dimension_numbers']
   left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
   return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
 
 
-def _convolution(equation: Any) -> int:
+def _convolution(equation: Any, padding: bool) -> int:
   params = equation.params
   numbers = params['dimension_numbers']
   image, kernel = (variable.aval.shape for variable in equation.invars)
   out = equation.outvars[0].aval.shape
+  if padding:
+    taps = math.prod(kernel[k] for k in numbers.rhs_spec[1:])
+    return 2 * math.prod(out) * taps // math.prod(params['lhs_dilation'])
   pairs = math.prod(
-      _pairs(image[i], kernel[k], out[o], stride, padding[0], spread, apart)
-      for i, k, o, stride, padding, spread, apart in zip(
+      _pairs(image[i], kernel[k], out[o], stride, before, spread, apart)
+      for i, k, o, stride, (before, _), spread, apart in zip(
           numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:],
           params['window_strides'], params['padding'], params['lhs_dilation'],
           params['rhs_dilation'], strict=True))

@@ -67,39 +67,6 @@ def test_resnet(benchmark):
       jax.jit(model.apply)(variables, x), wanted, atol=1e-4)
 
 
-def test_flops(benchmark):
-  # Products of [4, 6] and [6, 5], three times in a loop.
-  def products(a, b):
-    return jax.lax.fori_loop(0, 3, lambda _, c: c + a @ b, jnp.zeros((4, 5)))
-
-  flops = benchmark('flops')
-  a, b = jnp.ones((4, 6)), jnp.ones((6, 5))
-  assert flops.of(products, a, b) == 3 * 2 * 4 * 6 * 5
-  with pytest.raises(ValueError, match='unknown length'):
-    flops.of(lambda a, n: jax.lax.fori_loop(
-        0, n, lambda _, c: c @ c, a), jnp.ones((3, 3)), 2)
-
-
-@pytest.mark.parametrize('stride', (1, 2))
-def test_flops_of_convolutions(benchmark, stride):
-  # Forward, input gradient and kernel gradient cost the same.
-  x, w = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
-
-  def convolve(x, w):
-    return jax.lax.conv_general_dilated(
-        x, w, (stride, stride), 'SAME',
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-
-  def both(x, w):
-    out, pullback = jax.vjp(convolve, x, w)
-    return pullback(out)
-
-  once = 2 * (2 * (8 // stride) ** 2 * 5) * (3 * 3 * 3)
-  flops = benchmark('flops')
-  assert flops.of(convolve, x, w) == once
-  assert flops.of(both, x, w) == 3 * once
-
-
 def test_accelerator(benchmark, capsys):
   case = 'preact_resnet:AT-AWP:128:tf32:perturbed'
   sizes = ['--width=1', '--depth=10', '--batch_size=2', '--image_size=4',

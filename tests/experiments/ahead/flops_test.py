@@ -66,6 +66,20 @@ def test_interior_convolution_in_closed_form():
   assert found == {'float32': 2 * 4 * 5 * 5 * 8 * 3 * 3 * 3}
 
 
+@pytest.mark.parametrize('stride', [1, 2])
+def test_with_padding_every_output_takes_the_whole_kernel(stride):
+  x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 5))
+
+  def both(x, kernel):
+    out, pullback = jax.vjp(
+        lambda x, k: convolve(x, k, window_strides=(stride, stride)), x, kernel)
+    return pullback(out)
+
+  once = 2 * (2 * (8 // stride) ** 2 * 5) * (3 * 3 * 3)
+  found = flops.count(jax.make_jaxpr(both)(x, kernel).jaxpr, padding=True)
+  assert found == {'float32': 3 * once}
+
+
 def test_loops_branches_and_nested_functions():
   a = jnp.ones((4, 4))
   product = 2 * 4**3
