@@ -26,6 +26,7 @@ from awp_jax.evaluation.results import AttackResult as AttackResult
 from awp_jax.evaluation.results import BatchResult as BatchResult
 from awp_jax.evaluation.results import Judgement as Judgement
 from awp_jax.evaluation.results import RobustnessWarning as RobustnessWarning
+from awp_jax.evaluation.results import Share as Share
 from awp_jax.evaluation.results import (
     confidence_interval as confidence_interval,
 )

@@ -189,17 +189,25 @@ def _attack_share(
   share = options.share
   if share is not None:
     missing = missing[share.index::share.count]
-  found = list(known)
+  own: list[BatchResult] = []
   for begin in range(0, missing.size, setting.group_size):
     record = _attack_group(
         setting, spec.name, job, missing[begin:begin + setting.group_size],
         targets)
     if options.progress is not None:
       options.progress(record)
-    found.append(record)
+    own.append(record)
   if share is None:
-    return found
-  return results.of_attack(spec.name, share.exchange())
+    return [*known, *own]
+  found = share.exchange(own)
+  results.check_records(
+      found, [spec.name], setting.identity, 'EvalOptions.share')
+  missing = results.without_record(remaining, [*known, *found])
+  if missing.size:
+    raise ValueError(
+        f'EvalOptions.share: no process returned a record of {missing.size} '
+        f'examples for {spec.name}.')
+  return [*known, *found]
 
 
 def _run(
@@ -217,7 +225,7 @@ def _run(
         results.of_attack(spec.name, options.done), options)
     outcome = results.merge(records, robust)
     robust[outcome.broken] = False
-    if adversarial is not None:
+    if adversarial is not None and outcome.broken.size:
       adversarial[outcome.broken] = outcome.adversarial
     found += diagnostics.after_attack(
         spec, outcome.anomalies, outcome.broken.size / robust.size,
@@ -269,7 +277,7 @@ def _make_setting(
       slots.batch_sizes(size // num_streams, num_devices)
       for size in (batch_size, forward * batch_size))
   identity = ''
-  if options.progress is not None or options.done:
+  if options.progress is not None or options.done or options.share:
     identity = fingerprint.identify(
         key, traced, images, labels, threat, specs,
         {'eot_samples': options.eot_samples, 'batch_size': batch_size,

@@ -108,19 +108,25 @@ class BatchResult(NamedTuple):
 class Share:
   """One of several processes that divide the examples of an evaluation.
 
-  All call `evaluate` with the same arguments and get the same result. Each
-  attacks every `count`-th example that has no record, on its own devices.
+  All call `evaluate` with the same arguments and the same `EvalOptions.done`,
+  and get the same result. Each attacks every `count`-th example that has no
+  record, on its own devices.
 
   Attributes:
-    index: number of this process, from 0.
+    index: number of this process, in [0, count).
     count: number of processes.
-    exchange: called after each attack; waits for all processes, and returns the
-      records of all, `EvalOptions.done` included.
+    exchange: called once after each attack, with the new records of this
+      process. Waits for all processes and returns the new records of all.
   """
 
   index: int
   count: int
-  exchange: Callable[[], Sequence[BatchResult]]
+  exchange: Callable[[Sequence[BatchResult]], Sequence[BatchResult]]
+
+  def __post_init__(self) -> None:
+    if not 0 <= self.index < self.count:
+      raise ValueError(
+          f'index must be in [0, count), got {self.index} of {self.count}.')
 
 
 class Merged(NamedTuple):
@@ -157,16 +163,17 @@ def merge(records: Sequence[BatchResult], robust: np.ndarray) -> Merged:
   """Merges the records of an attack.
 
   Args:
-    records: at least one unless no example is robust.
+    records: none if no example has survived the earlier attacks.
     robust: which examples survived the earlier attacks, [N]. Records may hold
       others, after a resumed evaluation that lost records of earlier attacks.
 
   Returns:
-    The examples that the attack broke first.
+    The examples in `robust` that the attack broke; of an example with several
+    records, the first counts.
   """
   if not records:
-    none = np.zeros(0, np.int64)
-    return Merged(none, none, 0.0, Anomalies())
+    nothing = np.zeros(0, np.int64)
+    return Merged(nothing, nothing, 0.0, Anomalies())
   broken = np.concatenate([r.indices[r.broken] for r in records])
   adversarial = np.concatenate([r.adversarial for r in records])
   distances = np.concatenate([r.distances for r in records])
@@ -181,27 +188,28 @@ def merge(records: Sequence[BatchResult], robust: np.ndarray) -> Merged:
 
 
 def check_records(
-    records: Iterable[BatchResult], attacks: Sequence[str], identity: str
-) -> None:
+    records: Iterable[BatchResult], attacks: Sequence[str], identity: str,
+    name: str = 'EvalOptions.done') -> None:
   """Raises ValueError unless all records are of one evaluation.
 
   Args:
-    records: from `EvalOptions.done`.
+    records: of groups of examples.
     attacks: the names of its attacks.
     identity: of the evaluation; '' if an attack has no settings.
+    name: where the records come from, for the message.
   """
   for record in records:
     if not identity:
       raise ValueError(
-          'EvalOptions.done cannot be resumed: an attack of this evaluation '
-          'has no `settings`. Set them in its AttackSpec.')
+          f'{name} cannot be used: an attack of this evaluation has no '
+          '`settings`. Set them in its AttackSpec.')
     if record.attack not in attacks:
       raise ValueError(
-          'EvalOptions.done belongs to another evaluation: it has a record of '
+          f'{name} belongs to another evaluation: it has a record of '
           f'{record.attack}, this one runs {", ".join(attacks)}.')
     if record.identity != identity:
       raise ValueError(
-          'EvalOptions.done belongs to another evaluation: key, model, '
+          f'{name} belongs to another evaluation: key, model, '
           'weights, images, labels, threat model, attacks, settings or '
           f'versions differ (expected identity {identity[:12]!r}, got '
           f'{record.identity[:12]!r}).')
@@ -212,7 +220,8 @@ class AttackReport(NamedTuple):
 
   Attributes:
     name: its name.
-    seconds: wall-clock time, including compilation.
+    seconds: wall-clock time, including compilation; with `EvalOptions.share`
+      summed over the processes.
     robust_accuracy: the fraction of all examples that survive up to here.
     broken: the examples it broke, as rising indices.
     largest_distance: of those from the natural images; 0 if there are none.

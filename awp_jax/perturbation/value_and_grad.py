@@ -58,7 +58,7 @@ def _check_replicated(params: Params, axis_name: str | None) -> None:
 def _mean_over_parts(
     loss_fn: Callable[..., Any], num_parts: int, axis_name: str | None,
     params: Params, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-  """((loss, aux), gradients) averaged over parts [A, ...] and devices.
+  """((loss, aux), gradients) averaged over parts [M, ...] and devices.
 
   Only a sum of gradients is kept. Devices communicate once, after it: the
   gradients of the parts are with respect to each device's own copy of w.
@@ -97,10 +97,11 @@ def averaged_value_and_grad(
     has_aux: whether `loss_fn` returns a pair.
     axis_name: the axis of the devices, or None.
     reduce: reduces the losses of `loss_fn` to a scalar; the mean by default.
-    num_parts: A >= 1. If A > 1, every positional argument after the parameters
-      has a leading axis [A] of equal parts of this device's examples. Loss and
+    num_parts: M >= 1. If M > 1, every positional argument after the parameters
+      has a leading axis [M] of equal parts of this device's examples. Loss and
       gradients are averaged over the parts, which are processed in turn, and
-      then over devices. aux gets the leading axis [A].
+      then over devices. aux gets the leading axis [M]; keyword arguments are
+      shared by the parts. Unlike `accumulated`, it repeats no forward pass.
 
   Returns:
     A function of `loss_fn`'s arguments that returns (value, gradients); value
@@ -109,6 +110,7 @@ def averaged_value_and_grad(
     (`check_vma=True`) and a parameter varies over a mesh axis: parameters must
     be replicated. For sharded parameters use `jax.jit` without `axis_name`.
   """
+  checks.count('num_parts', num_parts)
 
   def reduced(params: Params, *args: Any, **kwargs: Any) -> Any:
     out = loss_fn(params, *args, **kwargs)

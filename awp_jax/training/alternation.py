@@ -36,8 +36,8 @@ class Round(NamedTuple):
 class AlternationInputs(NamedTuple):
   """Inputs shared by the passes of one step.
 
-  With A > 1 parts, all arrays of examples, keys and statistics have a leading
-  axis [A]; see `awp_jax.training.parts`.
+  With M > 1 parts, all arrays of examples, keys and statistics have a leading
+  axis [M]; see `awp_jax.training.parts`.
 
   Attributes:
     params: w.
@@ -51,7 +51,7 @@ class AlternationInputs(NamedTuple):
       aux), gradients) for the ascent of v.
     descent_fn: the same for the loss that the optimizer descends.
     keeps_statistics: whether attack passes update the running statistics.
-    num_parts: A.
+    num_parts: M.
   """
 
   params: Params
@@ -119,7 +119,7 @@ def alternate(
     inputs: the inputs of the step.
     start: the start of the first attack; later attacks continue from x'.
     batch_stats: the running statistics before the step.
-    key: this device's PRNG key, or the keys [A] of its parts.
+    key: this device's PRNG key, or the keys [M] of its parts.
     noise_key: a PRNG key for methods that draw noise, the same on all devices.
     alternations: A >= 1.
 

@@ -1,13 +1,14 @@
 """Parts of a batch, processed in turn: gradient accumulation.
 
-A parts on one device compute what A devices compute. Part m of device d of D
-has the m-th of A equal blocks of the device's rows, draws its noise with index
-d A + m, attacks its own inputs, and has its own batch and running statistics.
-Gradients, metrics and the final running statistics are averaged over parts and
-devices.
+M parts on one device compute what M devices compute. Part m of device d of D
+has the m-th of M equal blocks of the device's rows, draws its noise with index
+d M + m, attacks its own inputs, and has its own batch and running statistics. A
+model that averages its batch statistics over the devices averages them over the
+m-th parts of all devices, never over parts. Gradients, metrics and the final
+running statistics are averaged over parts and devices.
 
-With A = 1 arrays are those of the device. With A > 1 each has a leading axis
-[A]:
+With M = 1 arrays are those of the device. With M > 1 each has a leading axis
+[M]:
 
   >>> import jax.numpy as jnp
   >>> print(split(2, jnp.arange(6)))
@@ -28,7 +29,7 @@ from awp_jax.types import Array
 
 
 def split(num_parts: int, tree: Any) -> Any:
-  """[B, ...] -> [A, B / A, ...] on every leaf; names and A = 1: unchanged."""
+  """[B, ...] -> [M, B / M, ...] on every leaf; names and M = 1: unchanged."""
   if num_parts == 1 or isinstance(tree, str):
     return tree
   return jax.tree.map(
@@ -36,7 +37,7 @@ def split(num_parts: int, tree: Any) -> Any:
 
 
 def copies(num_parts: int, tree: Any) -> Any:
-  """[...] -> A copies [A, ...] of every leaf; unchanged if A = 1."""
+  """[...] -> M copies [M, ...] of every leaf; unchanged if M = 1."""
   if num_parts == 1:
     return tree
   return jax.tree.map(
@@ -44,7 +45,7 @@ def copies(num_parts: int, tree: Any) -> Any:
 
 
 def mean(num_parts: int, tree: Any) -> Any:
-  """The mean over the parts on every leaf [A, ...], in its dtype."""
+  """The mean over the parts on every leaf [M, ...], in its dtype."""
   if num_parts == 1:
     return tree
   return jax.tree.map(
@@ -55,12 +56,12 @@ def each(num_parts: int, fn: Callable[..., Any], *args: Any) -> Any:
   """`fn` of each part, one after the other.
 
   Args:
-    num_parts: A.
+    num_parts: M.
     fn: maps the arguments of a part to any pytree of arrays.
-    *args: pytrees of arrays; with a leading axis [A] if A > 1.
+    *args: pytrees of arrays; with a leading axis [M] if M > 1.
 
   Returns:
-    The outputs of `fn`, with a leading axis [A] if A > 1.
+    The outputs of `fn`, with a leading axis [M] if M > 1.
   """
   if num_parts == 1:
     return fn(*args)
@@ -74,13 +75,13 @@ def step_keys(
   """The keys of a step for attacks and for dropout.
 
   Args:
-    num_parts: A.
+    num_parts: M.
     key: the run's PRNG key.
     step: the step count.
     axis_name: the axis of the devices, or None for one device.
 
   Returns:
-    Two keys, or two arrays of keys [A] if A > 1.
+    Two keys, or two arrays of keys [M] if M > 1.
   """
   key = jax.random.fold_in(key, step)
   device = None if axis_name is None else jax.lax.axis_index(axis_name)
@@ -96,7 +97,7 @@ def step_keys(
 
 
 def round_keys(num_parts: int, key: Array, rounds: int) -> Array:
-  """Keys [rounds], or [rounds, A] if A > 1, of the key or keys of a step."""
+  """Keys [rounds], or [rounds, M] if M > 1, of the key or keys of a step."""
   if num_parts == 1:
     return jax.random.split(key, rounds)
   return jnp.stack(

@@ -197,7 +197,7 @@ def _check(
     raise ValueError(
         f'accumulate={accumulate} must divide the batch of {len(labels)} '
         'images on every device.')
-  if accumulate > 1:
+  if accumulate > 1 and objective.attack_loss is not None:
     pgd_lib.check_settings(
         attack.start, attack.step_size, attack.num_steps, attack.restarts)
     pgd_lib.check_start(attack.start, images)
@@ -240,13 +240,14 @@ def train_step(
       Gradients, statistics and metrics are averaged over it, and there is one v
       for the global batch. The attack does not communicate, unless the model
       averages its batch statistics over the axis.
-    accumulate: the number A >= 1 of equal parts that the (device's) batch is
+    accumulate: the number M >= 1 of equal parts that the (device's) batch is
       split into. They are processed in turn, so activations need the memory of
       one part, except on the CPU, where the parts are unrolled. A step has one
       v and one update, from gradients averaged over the parts. The result is
-      that of A devices: noise, and batch statistics unless averaged over the
-      axis, are those of each part. The parts are contiguous rows; for a batch
-      sharded over devices, use `axis_name`.
+      that of M devices: noise and batch statistics are those of each part, the
+      latter averaged over the m-th parts of all devices if the model averages
+      them over the axis. The parts are contiguous rows; for a batch sharded
+      over devices, use `axis_name`.
 
   Returns:
     The next state and the step's metrics.

@@ -3,7 +3,7 @@
 Several processes write into one folder, and each reads the records of all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import json
 from typing import Any
 import zipfile
@@ -59,11 +59,21 @@ class Records:
         self.done.append(found[0])
         self._environments.append(found[1])
 
-  def exchange(self) -> list[awp_jax.BatchResult]:
-    """Waits for all processes; returns the records of all of them."""
+  def exchange(
+      self, own: Sequence[awp_jax.BatchResult]) -> list[awp_jax.BatchResult]:
+    """Waits for all processes; returns their records of the last attack.
+
+    Args:
+      own: those of this process, already appended.
+
+    Returns:
+      The records of all processes since the last call.
+    """
+    before = len(self.done) - len(own)
     for names in processes.gather(self._own):
       self._take(names)
-    return self.done
+    self._own = []
+    return self.done[before:]
 
   @property
   def judged_by(self) -> list[dict[str, Any]]:

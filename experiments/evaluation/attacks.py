@@ -183,11 +183,18 @@ def _evaluate_one(
     records.append(record)
     bar.add(record)
 
+  def exchange(
+      own: Sequence[awp_jax.BatchResult]) -> Sequence[awp_jax.BatchResult]:
+    found = records.exchange(own)
+    for record in found[len(own):]:  # of other processes
+      bar.add(record)
+    return found
+
   options = evaluate_lib.EvalOptions(
       batch_size=batch_size, group_size=_group_size(batch_size, len(labels)),
       devices=placement.own_devices(), progress=progress, done=done,
       share=None if processes.count() == 1 else Share(
-          processes.index(), processes.count(), records.exchange))
+          processes.index(), processes.count(), exchange))
   try:
     result = evaluate_lib.evaluate(
         jax.random.key(run.config.seed), model.logits_fn, images, labels,
@@ -224,7 +231,7 @@ def _batch_size(run: run_lib.Run) -> int:
   if run.config.evaluation.batch_size:
     return run.config.evaluation.batch_size
   size = 64 if loops.unrolls() else 512
-  return -(-size // run.num_devices) * run.num_devices
+  return placement.rounded(size)
 
 
 def _count_correct(

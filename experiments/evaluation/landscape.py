@@ -53,7 +53,7 @@ class Checkpoint(NamedTuple):
     run: the run.
     variables: parameters and running statistics, in float32.
     images: split -> images [N, H, W, C] and labels [N].
-    batch_size: over all devices.
+    batch_size: over the devices of a process.
     key: a PRNG key.
   """
 
@@ -118,10 +118,9 @@ def select_images(
 
 
 def choose_batch_size(run: run_lib.Run, largest: int) -> int:
-  """Images per batch over all devices; `largest` is the largest split."""
+  """Images per batch of a process; `largest` is the largest split."""
   size = run.config.landscape.batch_size or (64 if loops.unrolls() else 512)
-  size = min(size, largest)
-  return -(-size // run.num_devices) * run.num_devices
+  return placement.rounded(min(size, largest))
 
 
 def record_facts(

@@ -36,10 +36,17 @@ def few_images(run: run_lib.Run) -> str:
   config, devices = run.config, run.num_devices
   if config.model.sync_batch_norm:
     devices = 1
-  part = config.batch_size // (devices * config.accumulate)
-  if devices * config.accumulate == 1 or part >= _FEW_IMAGES:
+  shares = devices * config.accumulate
+  part, last = (size // shares for size in (
+      config.batch_size, min(run.batch_sizes)))
+  if shares == 1 or last >= _FEW_IMAGES:
     return ''
   notice = f'batch statistics are over {part} images'
+  if part >= _FEW_IMAGES:
+    part = last
+    notice = (
+        'batch statistics of the last batch of an epoch are over '
+        f'{part} images')
   if config.accumulate > 1:
     notice += f' in each of {config.accumulate} parts'
   if devices > 1:

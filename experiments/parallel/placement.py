@@ -118,6 +118,12 @@ def split_local(tree: Any, size: int) -> Any:
   return jax.tree.map(place, tree)
 
 
+def rounded(batch_size: int) -> int:
+  """A batch size rounded up to a multiple of the devices of this process."""
+  count = jax.local_device_count()
+  return -(-batch_size // count) * count
+
+
 def device_numbers() -> Any:
   """The numbers of all devices, split over them: one, [1], on each."""
   return split(np.arange(jax.device_count()))

@@ -134,7 +134,7 @@ def gather(value: Any) -> list[Any]:
     One value per process.
   """
   if count() == 1:
-    return [value]
+    return [json.loads(json.dumps(value))]
   name = f'awp_jax/values/{next(_NUMBERS)}'
   client = _client()
   client.key_value_set(f'{name}/{index()}', json.dumps(value))
@@ -153,7 +153,7 @@ def from_main(fn: Callable[[], Any]) -> Any:
     The result, in every process.
   """
   if count() == 1:
-    return fn()
+    return json.loads(json.dumps(fn()))
   name = f'awp_jax/from_main/{next(_NUMBERS)}'
   if is_main():
     _client().key_value_set(name, json.dumps(fn()))

@@ -89,7 +89,7 @@ def network_facts(run: run_lib.Run) -> dict[str, Any]:
   """What a network's logits depend on besides its weights, as plain values."""
   model = {
       name: value for name, value in run.config.model.items()
-      if name not in ('dtype', 'param_dtype')}
+      if name not in ('dtype', 'param_dtype', 'remat')}
   return {'model': model, 'mean': list(run.dataset.mean),
           'std': list(run.dataset.std)}
 

@@ -58,7 +58,8 @@ class Run(NamedTuple):
     """The size of each batch of an epoch.
 
     The last batch has the remaining images, rounded down to a multiple of
-    `num_shares`; the images dropped differ in every epoch. With extra images
+    `num_shares`, or is left out if a share would be too small for the method;
+    the images dropped differ in every epoch. With extra images
     all batches are full, and an epoch has as many batches as the data set
     alone would fill.
     """
@@ -67,6 +68,8 @@ class Run(NamedTuple):
           -len(self.dataset.x_train) // self.config.batch_size)
     full, rest = divmod(len(self.dataset.x_train), self.config.batch_size)
     rest -= rest % self.num_shares
+    if rest < self.num_shares * smallest_share(self.setup.perturbation):
+      rest = 0
     return [self.config.batch_size] * full + ([rest] if rest else [])
 
   @property
@@ -86,6 +89,11 @@ class Run(NamedTuple):
     if self.extra is not None:
       facts['extra_data_crc32'] = _crc32(self.extra.images, self.extra.labels)
     return facts
+
+
+def smallest_share(perturbation: awp_jax.Method) -> int:
+  """Images that every part on every device needs: 2 if they are halved."""
+  return 2 if perturbation.natural_batch == 'other' else 1
 
 
 def _crc32(images: np.ndarray, labels: np.ndarray) -> int:
@@ -122,10 +130,15 @@ def prepare(
   folder = paths.parse(workdir)
   processes.on_main(lambda: workdirs.open_workdir(folder, config))
   dataset, validation = _load_data(config)
-  if len(dataset.x_train) < num_devices * config.accumulate:
-    raise UserError(
-        f'{len(dataset.x_train)} training images cannot be spread over '
-        f'{num_devices} devices with accumulate={config.accumulate}.')
+  least = smallest_share(built.perturbation)
+  for images, what in (
+      (len(dataset.x_train), f'{len(dataset.x_train)} training images'),
+      (config.batch_size, f'batch_size={config.batch_size}')):
+    if images < num_devices * config.accumulate * least:
+      raise UserError(
+          f'{what} cannot be spread over {num_devices} devices with '
+          f'accumulate={config.accumulate}: {built.perturbation.name} needs '
+          f'{least} images in every part.')
   extra = None
   if config.extra.path:
     extra = extra_images.load(

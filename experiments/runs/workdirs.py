@@ -20,10 +20,10 @@ from experiments.util.errors import UserError
 RENAMED = {
     'model.normalise': 'model.normalize', 'awp.decay_at': 'awp.update_at'}
 
-#: Fields that may differ when a run is resumed. They set where data is and how
-#: often to log or save, and change no result.
+#: Fields that may differ when a run is resumed. They set where data is, what is
+#: kept in memory and how often to log or save, and change no result.
 FREE_FIELDS = (
-    'data_dir', 'data_on_device_gib', 'log_every_steps',
+    'data_dir', 'data_on_device_gib', 'model.remat', 'log_every_steps',
     'checkpoint_every_steps')
 
 #: Groups of fields that may differ: they apply after training.

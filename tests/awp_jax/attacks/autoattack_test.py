@@ -109,15 +109,19 @@ def test_processes_that_divide_the_examples_get_the_same_result():
   logits_fn, images, labels = network()
   threat = ThreatModel('Linf', RADII['Linf'])
   specs = [short_spec(name) for name in ('apgd-ce', 'square')]
-  waiting, made = threading.Barrier(3), []
+  waiting, made, latest = threading.Barrier(3), [], []
 
-  def exchange():
+  def exchange(own):
     waiting.wait()
-    found = tuple(made)
+    made.extend(own)
+    latest.extend(own)
     waiting.wait()
+    found = tuple(latest)
+    waiting.wait()
+    latest.clear()
     return found
 
-  def run(share, progress):
+  def run(share, progress=None):
     return evaluate(
         KEY, logits_fn, images, labels, threat, specs, options=EvalOptions(
             batch_size=8, group_size=4, share=share, progress=progress,
@@ -125,7 +129,7 @@ def test_processes_that_divide_the_examples_get_the_same_result():
 
   with concurrent.futures.ThreadPoolExecutor(3) as pool:
     parts = list(pool.map(
-        lambda k: run(Share(k, 3, exchange), made.append), range(3)))
+        lambda k: run(Share(k, 3, exchange)), range(3)))
   own = []
   whole = run(None, own.append)
   for part in parts:
@@ -137,6 +141,40 @@ def test_processes_that_divide_the_examples_get_the_same_result():
     attacked = np.concatenate([r.indices for r in made if r.attack == name])
     assert sorted(attacked) == sorted(
         np.concatenate([r.indices for r in own if r.attack == name]))
+
+
+def test_a_share_must_cover_the_examples_of_this_evaluation():
+  logits_fn, images, labels = network()
+
+  def run(share, epsilon):
+    return evaluate(
+        KEY, logits_fn, images, labels, ThreatModel('Linf', epsilon),
+        [short_spec('apgd-ce')], options=EvalOptions(
+            batch_size=8, share=share, check_model=False))
+
+  with pytest.raises(ValueError, match='no process returned a record of'):
+    run(Share(0, 2, lambda own: own), 0.03)
+  foreign = []
+  run(Share(0, 1, lambda own: foreign.extend(own) or own), 0.5)
+  with pytest.raises(ValueError, match='share belongs to another evaluation'):
+    run(Share(0, 1, lambda own: foreign), 0.03)
+  for index, count in ((2, 2), (-1, 2), (0, 0)):
+    with pytest.raises(ValueError, match=f'got {index} of {count}'):
+      Share(index, count, lambda own: own)
+
+
+@pytest.mark.parametrize('wrong', [False, True])
+def test_attacks_after_the_last_example_is_broken(wrong):
+  logits_fn, images, labels = network()
+  if wrong:  # natural accuracy 0
+    labels = 1 + np.asarray(logits_fn(images)).argmax(-1)
+    labels %= np.asarray(logits_fn(images)).shape[-1]
+  result = evaluate(
+      KEY, logits_fn, images, labels, ThreatModel('Linf', 1.0),
+      [short_spec(name) for name in ('apgd-ce', 'square')],
+      options=EvalOptions(batch_size=8, check_model=False))
+  assert result.robust_accuracy == 0 and not result.attacks[1].broken.size
+  assert result.attacks[1].seconds == 0
 
 
 def test_a_lost_record_of_an_earlier_attack_changes_nothing():

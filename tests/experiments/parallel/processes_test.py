@@ -27,7 +27,7 @@ def test_one_process_agrees_with_itself():
   called = []
   assert processes.is_main() and processes.count() == 1
   assert processes.gather({'a': 1}) == [{'a': 1}]
-  assert processes.from_main(lambda: (1, 2)) == (1, 2)
+  assert processes.from_main(lambda: (1, 2)) == [1, 2]
   processes.on_main(lambda: called.append(1))
   with processes.together():
     called.append(2)
