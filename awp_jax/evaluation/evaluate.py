@@ -225,6 +225,7 @@ def _run(
         results.of_attack(spec.name, options.done), options)
     outcome = results.merge(records, robust)
     robust[outcome.broken] = False
+    # Without records, of no robust example, the shape of images is not known.
     if adversarial is not None and outcome.broken.size:
       adversarial[outcome.broken] = outcome.adversarial
     found += diagnostics.after_attack(

@@ -34,6 +34,17 @@ def test_an_attack_of_no_runs_is_an_error():
              ThreatModel('Linf', 0.1), (empty,), options=QUIET)
 
 
+def test_attacks_after_the_last_robust_example_have_none_to_attack():
+  spec = scripted(lambda e, t: e.images, [[0]])
+  images = np.full((2, 1), 0.3, np.float32)
+  result = evaluate(
+      KEY, threshold, images, np.ones(2, int), ThreatModel('Linf', 0.1),
+      (spec,), options=QUIET)
+  assert not result.natural.any() and not result.robust.any()
+  np.testing.assert_array_equal(result.adversarial, images)
+  assert result.attacks[0].largest_distance == 0
+
+
 @pytest.mark.parametrize('count', [1, 2])
 def test_attacks_share_a_model_over_devices_in_a_compiled_loop(count):
   # As on accelerators, where the step of an attack is traced inside a loop.
