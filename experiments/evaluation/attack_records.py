@@ -18,11 +18,7 @@ from experiments.util import atomic, digests, paths
 
 
 class Records:
-  """Finished groups of examples of one evaluation on disk.
-
-  Attributes:
-    done: the records so far, equal in all processes after `exchange`.
-  """
+  """Finished groups of examples of one evaluation on disk."""
 
   def __init__(
       self, folder: paths.Path, name: str, facts: dict[str, Any]) -> None:
@@ -39,25 +35,28 @@ class Records:
     path = self._folder / 'identity.json'
     if processes.is_main() and not path.exists():
       atomic.write_text(path, json.dumps(facts, indent=2) + '\n')
-    self.done: list[awp_jax.BatchResult] = []
-    self._environments: list[str] = []
-    self._names: set[str] = set()
+    self._found: dict[str, tuple[awp_jax.BatchResult, str]] = {}
     self._own: list[str] = []
-    # All processes start with the same records.
-    self._take(processes.from_main(lambda: sorted(
-        path.name for path in self._folder.glob('*.npz'))))
-    self._next = len(self._names)
+    names = processes.from_main(lambda: sorted(
+        path.name for path in self._folder.glob('[0-9]*.npz')))
+    self._next = 1 + max((int(name[:5]) for name in names), default=-1)
+    self._take(names)
+    # All processes start with the same records, which all could read.
+    common = set.intersection(*map(set, processes.gather(list(self._found))))
+    self._found = {
+        name: found for name, found in self._found.items() if name in common}
+
+  @property
+  def done(self) -> list[awp_jax.BatchResult]:
+    """The records so far, equal in all processes after `exchange`."""
+    return [record for record, _ in self._found.values()]
 
   def _take(self, names: Iterable[str]) -> None:
     """Reads the records with new names; skips those that cannot be read."""
     for name in names:
-      if name in self._names:
-        continue
-      self._names.add(name)
-      found = _read(self._folder / name)
+      found = None if name in self._found else _read(self._folder / name)
       if found is not None:
-        self.done.append(found[0])
-        self._environments.append(found[1])
+        self._found[name] = found
 
   def exchange(
       self, own: Sequence[awp_jax.BatchResult]) -> list[awp_jax.BatchResult]:
@@ -69,7 +68,7 @@ class Records:
     Returns:
       The records of all processes since the last call.
     """
-    before = len(self.done) - len(own)
+    before = len(self._found) - len(own)
     for names in processes.gather(self._own):
       self._take(names)
     self._own = []
@@ -78,7 +77,8 @@ class Records:
   @property
   def judged_by(self) -> list[dict[str, Any]]:
     """The distinct precisions, devices and versions used."""
-    return [json.loads(text) for text in dict.fromkeys(self._environments)]
+    return [json.loads(text) for text in dict.fromkeys(
+        environment for _, environment in self._found.values())]
 
   def append(self, record: awp_jax.BatchResult) -> None:
     """Writes a record to disk."""
@@ -89,10 +89,8 @@ class Records:
       arrays: dict[str, Any] = record.to_arrays()
       np.savez(file, **arrays, judged_by=np.array(environment))
     self._next += 1
-    self._names.add(name)
     self._own.append(name)
-    self.done.append(record)
-    self._environments.append(environment)
+    self._found[name] = record, environment
 
 
 def _read(path: paths.Path) -> tuple[awp_jax.BatchResult, str] | None:

@@ -174,8 +174,7 @@ def measure_checkpoint(
         checkpoint.measure(one, missing, progress)
       if processes.count() > 1:
         records.exchange()
-      values = [records.find(one, point) for point in one.points]
-      found[one.name, one.split] = [v for v in values if v is not None]
+      found[one.name, one.split] = records.all_of(one)
       bar.finish_series(one, found[one.name, one.split])
   finally:
     bar.close()

@@ -10,6 +10,7 @@ import tqdm
 from experiments.parallel import processes
 from experiments.runs import precision
 from experiments.util import atomic, paths
+from experiments.util.errors import UserError
 
 #: Metrics of each point.
 METRICS = (
@@ -107,6 +108,22 @@ class Records:
   def find(self, series: Series, point: list[float]) -> dict[str, float] | None:
     """The metrics at a point, or None if it was not measured."""
     return self._known.get((series.name, series.split, tuple(point)))
+
+  def all_of(self, series: Series) -> list[dict[str, float]]:
+    """The metrics of a series.
+
+    Raises:
+      UserError: if a process did not write its points to the folder.
+    """
+    values = [self.find(series, point) for point in series.points]
+    missing = [
+        point for point, value in zip(series.points, values, strict=True)
+        if value is None]
+    if missing:
+      raise UserError(
+          f'{self._main.parent} lacks {len(missing)} of {len(values)} points '
+          f'of {series.name}: all processes must share the workdir.')
+    return [value for value in values if value is not None]
 
   def append(
       self, series: Series, point: list[float], means: dict[str, float]

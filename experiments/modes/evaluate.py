@@ -61,6 +61,7 @@ def evaluate(run: run_lib.Run) -> dict[str, Any]:
   subjects: dict[str, Any] = {}
   names: dict[str, str] = {}
   for model in restore.restore_models(run):
+    processes.check_equal(f'the {model.name} model', model.facts)
     weights = model.facts['weights']
     if weights in names:
       # Best and last are the same: evaluate once, report twice.

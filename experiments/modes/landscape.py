@@ -77,6 +77,8 @@ def measure(run: run_lib.Run) -> dict[str, Any]:
   for kind, step, variables in restore.load_variables(run):
     digest = digests.of_values(
         landscape.record_facts(run, variables, images, batch_size))
+    processes.check_equal(
+        f'the {kind} checkpoint', {'step': step, 'digest': digest})
     records = landscape_records.Records(
         run.workdir / 'landscape' / f'step-{step}-{digest}.jsonl')
     checkpoint = landscape.Checkpoint(

@@ -25,9 +25,8 @@ from jax._src import distributed
 from experiments.parallel import watch
 from experiments.util.errors import UserError
 
-#: Milliseconds to wait for other processes. A failed process ends the wait
-#: earlier, because `watch` then ends this one.
-_FOREVER = 10 * 24 * 3600 * 1000
+#: Milliseconds of one wait for another process.
+_POLL = 1000
 
 #: Numbers the agreements, equally in every process.
 _NUMBERS = itertools.count()
@@ -73,9 +72,13 @@ def start(
   try:
     jax.distributed.initialize(*given)
   except (RuntimeError, ValueError) as error:
+    reason = str(error).splitlines()[0]
+    if automatic and 'coordinator_address' in reason:
+      reason = (
+          'no cluster was found; set --coordinator, --num_processes and '
+          '--process_id instead of --distributed')
     raise UserError(
-        'the processes could not be connected: '
-        f'{str(error).splitlines()[0]}') from error
+        f'the processes could not be connected: {reason}.') from error
   if count() == 1:
     return
   watch.start(_client(), index(), count())
@@ -94,7 +97,7 @@ def _check(
         '--coordinator, --num_processes and --process_id must be set '
         f'together, got {coordinator!r}, {num_processes!r} and {process_id!r}.')
   host, _, port = coordinator.rpartition(':')
-  if not host or not port.isdecimal():
+  if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise UserError(
         "--coordinator must be 'host:port' of process 0, such as "
         f"'10.0.0.2:8476', got {coordinator!r}.")
@@ -136,11 +139,20 @@ def gather(value: Any) -> list[Any]:
   if count() == 1:
     return [json.loads(json.dumps(value))]
   name = f'awp_jax/values/{next(_NUMBERS)}'
-  client = _client()
-  client.key_value_set(f'{name}/{index()}', json.dumps(value))
-  return [
-      json.loads(client.blocking_key_value_get(f'{name}/{number}', _FOREVER))
-      for number in range(count())]
+  _client().key_value_set(f'{name}/{index()}', json.dumps(value))
+  return [_wait_for(f'{name}/{number}') for number in range(count())]
+
+
+def _wait_for(key: str) -> Any:
+  """The value of a key, once another process sets it."""
+  while True:
+    # Short calls: Python handles Ctrl-C only between them.
+    try:
+      return json.loads(_client().blocking_key_value_get(key, _POLL))
+    except jax.errors.JaxRuntimeError as error:
+      # A lost process is noticed by `watch`, which ends this one.
+      if 'DEADLINE_EXCEEDED' not in str(error):
+        raise
 
 
 def from_main(fn: Callable[[], Any]) -> Any:
@@ -157,7 +169,7 @@ def from_main(fn: Callable[[], Any]) -> Any:
   name = f'awp_jax/from_main/{next(_NUMBERS)}'
   if is_main():
     _client().key_value_set(name, json.dumps(fn()))
-  return json.loads(_client().blocking_key_value_get(name, _FOREVER))
+  return _wait_for(name)
 
 
 def on_main(fn: Callable[[], object]) -> None:
@@ -167,6 +179,23 @@ def on_main(fn: Callable[[], object]) -> None:
     fn()
 
   from_main(call)
+
+
+def check_equal(what: str, facts: dict[str, Any]) -> None:
+  """Raises UserError unless all processes have the same facts.
+
+  Args:
+    what: what the facts describe, for the message.
+    facts: JSON values by name.
+  """
+  first, *others = gather(facts)
+  for number, other in enumerate(others, 1):
+    for name in sorted(first.keys() | other.keys()):
+      if first.get(name) != other.get(name):
+        raise UserError(
+            f'the processes differ in {what}: {name} is {first.get(name)!r} in '
+            f'process 0 and {other.get(name)!r} in process {number}. Start all '
+            'with the same command, data and folders.')
 
 
 def barrier() -> None:

@@ -16,7 +16,7 @@ from experiments.config import build, optimizers
 from experiments.data import arrays, batches, datasets, extra_images
 from experiments.parallel import processes
 from experiments.runs import checkpoints, warm_start, workdirs
-from experiments.util import paths
+from experiments.util import atomic, paths
 from experiments.util.errors import UserError
 
 
@@ -126,9 +126,10 @@ def prepare(
       config.eval.batch_size, num_devices, 'eval.batch_size')
   if config.init_from:
     warm_start.check(config.init_from)
-  _check_equal('the config', build.flatten(config))
   folder = paths.parse(workdir)
   processes.on_main(lambda: workdirs.open_workdir(folder, config))
+  _check_processes(config)
+  _check_shared(folder)
   dataset, validation = _load_data(config)
   least = smallest_share(built.perturbation)
   for images, what in (
@@ -148,23 +149,46 @@ def prepare(
   model = build.build_model(config, dataset)
   run = Run(
       config, folder, built, dataset, validation, model, num_devices, extra)
-  if processes.count() > 1:
-    _check_equal('the training data', run.order)
+  _check_data(run)
   processes.on_main(lambda: workdirs.claim(folder, config))
   return run
 
 
-def _check_equal(what: str, facts: dict[str, Any]) -> None:
-  """Raises UserError unless all processes have the same facts."""
-  first, *others = processes.gather(facts)
-  for number, other in enumerate(others, 1):
-    differing = [name for name in first if first[name] != other.get(name)]
-    if differing:
-      name = differing[0]
-      raise UserError(
-          f'the processes differ in {what}: {name} is {first[name]!r} in '
-          f'process 0 and {other.get(name)!r} in process {number}. Start all '
-          'with the same command and the same data.')
+def _check_processes(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError unless all processes do the same on as many devices."""
+  processes.check_equal('the config', build.flatten(config))
+  processes.check_equal(
+      'their devices', {'number': jax.local_device_count()})
+
+
+def _check_shared(folder: paths.Path) -> None:
+  """Raises UserError unless all processes see one folder.
+
+  Each of them reads what the main process writes.
+  """
+  if processes.count() == 1:
+    return
+  file = folder / processes.from_main(lambda: atomic.leftover_name('shared'))
+  processes.on_main(lambda: file.write_text(''))
+  is_seen = file.exists()
+  processes.barrier()
+  processes.on_main(file.unlink)
+  processes.check_equal(
+      f'the workdir {str(folder)!r}, which they must share',
+      {'whether a new file is there': is_seen})
+
+
+def _check_data(run: Run) -> None:
+  """Raises UserError unless all processes read the same images."""
+  if processes.count() == 1:
+    return
+  processes.check_equal('the images', {
+      'crc32 of training data': _crc32(
+          run.dataset.x_train, run.dataset.y_train),
+      'crc32 of test data': _crc32(run.dataset.x_test, run.dataset.y_test),
+      'crc32 of validation data': _crc32(*run.validation),
+      'crc32 of extra data': run.extra and _crc32(
+          run.extra.images, run.extra.labels)})
 
 
 def reopen(
@@ -188,6 +212,7 @@ def reopen(
   """
   built = build.build(config)
   folder = paths.parse(workdir)
+  _check_processes(config)
   dataset, validation = _load_data(config)
   now = _crc32(dataset.x_train, dataset.y_train)
   then = checkpoints.Reader(folder, 'last').notes().get(
@@ -196,9 +221,11 @@ def reopen(
     raise UserError(
         f'the training images ({dataset.source}) are not those of the run in '
         f'{str(folder)!r}: their crc32 is {now}, it was {then}.')
-  return Run(
+  run = Run(
       config, folder, built, dataset, validation,
       build.build_model(config, dataset), jax.device_count())
+  _check_data(run)
+  return run
 
 
 def _load_data(

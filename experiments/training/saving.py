@@ -9,6 +9,7 @@ from experiments.parallel import placement, processes
 from experiments.runs import checkpoints
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
+from experiments.util import digests
 
 
 class Saving:
@@ -52,6 +53,11 @@ class Saving:
       sums = step_lib.zero_sums()
       if message:
         print(message, flush=True)
+    if processes.count() > 1:
+      processes.check_equal('the state that they start from', {
+          'step': int(state.step),
+          'digest of the weights': digests.of_arrays(
+              (state.params, state.batch_stats))})
     return placement.replicate(state), placement.replicate(sums), notes
 
   def _check_order(self, notes: dict[str, Any]) -> None:

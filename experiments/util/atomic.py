@@ -115,6 +115,11 @@ def write_json(path: paths.Path, values: Any) -> None:
   write_text(path, json.dumps(values, indent=2) + '\n')
 
 
+def leftover_name(purpose: str) -> str:
+  """A name that `is_leftover` recognizes, for a file of a few seconds."""
+  return f'.{purpose}.{secrets.token_hex(8)}{_SUFFIX}'
+
+
 def is_leftover(path: paths.Path) -> bool:
   """Whether a file was left by a process killed inside `replacing`."""
   return path.name.startswith('.') and path.name.endswith(_SUFFIX)

@@ -297,3 +297,13 @@ def test_which_gradients_a_memory_observes(name, x64):
   assert np.abs(moved - still).max() > 1e-3
   np.testing.assert_allclose(
       outs[-1].method_state.memory['dense/kernel'], wanted, rtol=1e-10)
+
+
+def test_gradients_of_parts_are_summed_in_float32():
+  fn = value_and_grad.averaged_value_and_grad(
+      lambda w, x: w * x, num_parts=512)
+  with loops.platform('tpu'):
+    _, gradient = jax.jit(fn)(
+        jnp.bfloat16(1), jnp.ones((512, 2), jnp.bfloat16))
+  # A sum in bfloat16 stays at 256.
+  assert gradient == 1 and gradient.dtype == jnp.bfloat16

@@ -1,7 +1,9 @@
 """Flags of several processes, and the watch over them with a fake service."""
 
+import signal
 import time
 
+import jax
 import pytest
 
 from experiments.parallel import processes, watch
@@ -13,6 +15,8 @@ from experiments.util.errors import UserError
     ((None, 2, None), False, 'must be set together, got None, 2 and None'),
     (('host', 2, 0), False, "must be 'host:port' of process 0"),
     (('host:x', 2, 0), False, "such as '10.0.0.2:8476', got 'host:x'"),
+    (('host:0', 2, 0), False, "got 'host:0'"),
+    (('host:65536', 2, 0), False, "got 'host:65536'"),
     (('host:1', 2, 2), False, 'must be in [0, num_processes), got 2 of 2'),
     (('host:1', 2, -1), False, 'got -1 of 2'),
     (('host:1', 0, 0), False, 'got 0 of 0'),
@@ -73,35 +77,6 @@ def service(monkeypatch):
   return Service()
 
 
-def reason(service, capsys):
-  """The message of the watch of process 0 of 2, when it ends the process."""
-  with pytest.raises(Ended) as caught:
-    watch._Watch(service, 0, 2).run()
-  assert caught.value.args == (1,)
-  return capsys.readouterr().err
-
-
-def test_the_watch_names_the_error_of_another_process(service, capsys):
-  with pytest.raises(Ended) as caught:
-    watch._Watch(service, 1, 2).fail('no space left', 3)
-  assert caught.value.args == (3,)
-  assert 'error: process 1 failed: no space left. Process 0 ends too' in (
-      reason(service, capsys))
-  assert 'awp_jax/watch/read/0' in service.values
-
-
-def test_the_watch_names_a_silent_process(service, capsys):
-  started = time.monotonic()
-  service.key_value_set('awp_jax/watch/alive/1', '7')
-  assert 'process 1 has been silent' in reason(service, capsys)
-  assert time.monotonic() - started > watch.PATIENCE
-
-
-def test_the_watch_names_a_lost_service(service, capsys):
-  service.is_reachable = False
-  assert 'process 0 cannot be reached' in reason(service, capsys)
-
-
 def test_a_process_that_reports_is_not_ended(service, monkeypatch):
   one, two = (watch._Watch(service, index, 2) for index in (0, 1))
   reports = iter(range(100))
@@ -116,3 +91,33 @@ def test_a_process_that_reports_is_not_ended(service, monkeypatch):
   one.run()
   two.stop()
   two.run()
+
+
+def test_a_laptop_has_no_cluster(monkeypatch):
+  def initialize(*given):
+    del given
+    raise ValueError('coordinator_address should be defined.')
+
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  with pytest.raises(UserError, match='no cluster was found; set --coord'):
+    processes.start(None, None, None, automatic=True)
+
+
+@pytest.mark.parametrize('catches', [True, False])
+def test_sigterm_ends_a_process_that_does_not_train(catches, monkeypatch):
+  for owner, name, value in (
+      (jax.distributed, 'initialize', lambda *_: None),
+      (processes.watch, 'start', lambda *_: None),
+      (processes, 'count', lambda: 2)):
+    monkeypatch.setattr(owner, name, value)
+
+  def handler(*_):
+    pass
+
+  usual = signal.signal(signal.SIGTERM, handler)
+  try:
+    processes.start('host:1', 2, 0, catches_sigterm=catches)
+    assert signal.getsignal(signal.SIGTERM) == (
+        handler if catches else signal.SIG_DFL)
+  finally:
+    signal.signal(signal.SIGTERM, usual)

@@ -34,31 +34,37 @@ TIMING = (*metrics.TIMING_FIELDS, 'judged_by')
 class Team:
   """The processes of one command."""
 
-  def __init__(self, images, workdir, count, faults=None, modes='train'):
+  def __init__(
+      self, images, workdir, count, faults=None, modes='train', **fields):
     with socket.socket() as free:
       free.bind(('localhost', 0))
       port = free.getsockname()[1]
     flags = os.environ['XLA_FLAGS'].replace(
         'device_count=8', f'device_count={4 // count}')
-    self.processes = []
+    self.processes, self.environment = [], os.environ | {'XLA_FLAGS': flags}
     for number in range(count):
       command = [
           sys.executable, str(WORKER), (faults or {}).get(number, 'none'),
           modes, f'--workdir={workdir}', '--config.dataset=npz',
           f'--config.npz_path={images}',
           "--config.evaluation.attacks=('pgd-2', 'apgd-ce')",
-          *(f'--config.{name}={value}' for name, value in FIELDS.items())]
+          *(f'--config.{name}={value}'
+            for name, value in (FIELDS | fields).items())]
       if count > 1:
         command += [
             f'--coordinator=localhost:{port}', f'--num_processes={count}',
             f'--process_id={number}']
       self.processes.append(subprocess.Popen(
-          command, env=os.environ | {'XLA_FLAGS': flags}, text=True,
+          command, env=self.environment, text=True,
           stdout=subprocess.PIPE, stderr=subprocess.PIPE))
 
   def end(self):
     """Waits; exit statuses, and both outputs of each process."""
-    outputs = [p.communicate(timeout=150) for p in self.processes]
+    try:
+      outputs = [p.communicate(timeout=300) for p in self.processes]
+    finally:
+      for process in self.processes:
+        process.kill()
     return [p.returncode for p in self.processes], outputs
 
 
@@ -97,7 +103,7 @@ def largest_difference(
       for a, b in zip(*leaves, strict=True))
 
 
-def test_training_does_not_depend_on_the_processes(teams):
+def check_training(teams):
   one, two = teams
   assert largest_difference(one, two) < 1e-6
   expected, found = lines_of(one), lines_of(two)
@@ -108,7 +114,7 @@ def test_training_does_not_depend_on_the_processes(teams):
       assert other[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_evaluation_does_not_depend_on_the_processes(teams):
+def check_evaluation(teams):
   expected, found = (
       json.loads((folder / 'evaluation.json').read_text())['subjects']
       for folder in teams)
@@ -123,7 +129,7 @@ def test_evaluation_does_not_depend_on_the_processes(teams):
   assert any('process-1' in name for name in attacked)
 
 
-def test_landscape_does_not_depend_on_the_processes(teams):
+def check_landscape(teams):
   expected, found = (
       json.loads((folder / 'landscape.json').read_text())['subjects']['last']
       for folder in teams)
@@ -134,46 +140,94 @@ def test_landscape_does_not_depend_on_the_processes(teams):
   assert list(teams[1].glob('landscape/*.process-1.jsonl'))
 
 
-@pytest.mark.parametrize('fault, reason', [
-    ('SIGKILL', 'process 1 has been silent'),
-    ('error', 'process 1 failed: RuntimeError: a fault of the test')])
-def test_a_lost_process_ends_the_others_and_the_run_goes_on(
-    fault, reason, teams, images, tmp_path):
-  codes, outputs = Team(images, tmp_path, 2, {1: f'6:{fault}'}).end()
+def attacked_examples(workdir):
+  """Evaluation and attack -> whether by process 1, and its examples."""
+  found = {}
+  for path in workdir.glob('evaluation/*/*.npz'):
+    with np.load(path) as record:
+      found.setdefault((path.parent.name, str(record['attack'])), []).append(
+          ('process-1' in path.name, record['indices']))
+  return found
+
+
+def check_division(teams):
+  evaluations = attacked_examples(teams[1])
+  for records in evaluations.values():
+    indices = np.concatenate([indices for _, indices in records])
+    assert len(set(indices)) == len(indices)  # none is attacked twice
+    sizes = [sum(len(i) for is_other, i in records if is_other == other)
+             for other in (False, True)]
+    assert abs(sizes[0] - sizes[1]) <= 1
+  for path in teams[1].glob('landscape/*.process-1.jsonl'):
+    points = [
+        [(line['series'], line['split'], tuple(line['point']))
+         for line in map(json.loads, file.read_text().splitlines())
+         if 'point' in line]
+        for file in (path, path.with_name(
+            path.name.replace('.process-1', '')))]
+    assert points[0] and points[1] and not set(points[0]) & set(points[1])
+
+
+def check_lost(images, workdir, fault, reason):
+  """Process 1 is lost after step 6; process 0 ends with the reason."""
+  codes, outputs = Team(
+      images, workdir, 2, {1: f'6:{fault}'}, data_on_device_gib=0).end()
   assert codes[0] == 1 and codes[1] != 0
+  assert 'training images stay on the host' in outputs[0][0]
   errors = [
       line for line in outputs[0][1].splitlines() if 'error:' in line]
   assert reason in errors[0]
-  codes, outputs = Team(images, tmp_path, 2).end()
+
+
+def check_resumed(teams, images, workdir):
+  """The same command goes on to the same end, bit for bit."""
+  check_lost(images, workdir, 'SIGKILL', 'process 1 has been silent')
+  codes, outputs = Team(images, workdir, 2).end()
   assert codes == [0, 0] and 'resuming from step 4 of 20' in outputs[0][0]
   assert largest_difference(
-      teams[1], tmp_path, ('params', 'opt_state', 'sums')) == 0
-  assert lines_of(tmp_path) == lines_of(teams[1])
+      teams[1], workdir, ('params', 'opt_state', 'sums')) == 0
+  assert lines_of(workdir) == lines_of(teams[1])
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(
-    teams, images, tmp_path):
-  codes, outputs = Team(images, tmp_path, 2, {1: '5:SIGTERM'}).end()
+def check_signal(teams, images, workdir):
+  """A signal to process 1 stops both; one process goes on, and says so."""
+  codes, outputs = Team(images, workdir, 2, {1: '5:SIGTERM'}).end()
   assert codes == [0, 0], outputs
   assert 'SIGTERM: saved step' in outputs[0][0]
-  saved = checkpoints.Reader(tmp_path, 'last').read()
+  saved = checkpoints.Reader(workdir, 'last').read()
   assert 5 <= saved.step < 20 and saved.notes['num_processes'] == 2
-  codes, outputs = Team(images, tmp_path, 1).end()
+  codes, outputs = Team(images, workdir, 1).end()
   assert codes == [0], outputs
   assert 'resuming with 1 processes instead of 2' in outputs[0][0]
-  assert largest_difference(teams[1], tmp_path) < 1e-6
+  assert largest_difference(teams[1], workdir) < 1e-6
 
 
-def test_processes_with_different_settings_are_refused(images, tmp_path):
-  team = Team(images, tmp_path, 2)
-  other = team.processes[1]
-  arguments = [*other.args, '--config.seed=7']
-  other.kill()
-  other.communicate()
+def test_two_processes_are_as_one(teams, images, tmp_path):
+  # One test, because pytest-xdist would run the teams once per worker.
+  check_training(teams)
+  check_evaluation(teams)
+  check_landscape(teams)
+  check_division(teams)
+  check_resumed(teams, images, tmp_path / 'killed')
+  check_signal(teams, images, tmp_path / 'stopped')
+
+
+def test_an_error_in_one_process_ends_the_others(images, tmp_path):
+  check_lost(images, tmp_path, 'error',
+             'process 1 failed: RuntimeError: a fault of the test')
+
+
+def test_workdirs_that_are_not_shared_are_refused(images, tmp_path):
+  team = Team(images, tmp_path / 'one', 2)
+  arguments = [
+      argument.replace(f'workdir={tmp_path}/one', f'workdir={tmp_path}/two')
+      for argument in team.processes[1].args]
+  team.processes[1].kill()
+  team.processes[1].communicate()
   team.processes[1] = subprocess.Popen(
       arguments, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      env=os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace(
-          'device_count=8', 'device_count=2')})
+      env=team.environment)
   codes, outputs = team.end()
-  assert codes == [2, 2]
-  assert 'the processes differ in the config: seed is' in outputs[0][1]
+  assert codes == [2, 2], outputs
+  assert 'which they must share' in outputs[0][1]
+  assert not list((tmp_path / 'one').iterdir())

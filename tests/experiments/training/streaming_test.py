@@ -1,17 +1,19 @@
 """Tests of streamed images: the batches and the runs of resident images."""
 
+import itertools
 import pathlib
 import shutil
 import sys
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments.data import batches
 from experiments.modes import train
-from experiments.parallel import placement
+from experiments.parallel import mapping, placement
 from experiments.reports import curves
 from experiments.runs import run as run_lib
 from experiments.training import compiled, streaming, training_data
@@ -63,42 +65,64 @@ def resident(folder, tmp_path_factory):
   return run
 
 
-@pytest.mark.parametrize('before, after', [
-    (RESIDENT, STREAMED), (STREAMED, RESIDENT)])
 def test_a_streamed_run_is_the_resident_one_also_if_resumed(
-    before, after, folder, resident, tmp_path):
-  run = prepared(folder, tmp_path, **before)
+    folder, resident, tmp_path):
+  run = prepared(folder, tmp_path, **STREAMED)
   assert run.batch_sizes == [16, 16, 8]
   with pytest.MonkeyPatch.context() as patch:
     stop_after(patch, 4)
     assert train.train(run) is None
-  run = prepared(folder, tmp_path, **after)
+  run = prepared(folder, tmp_path, **RESIDENT)
   train.train(run)
   assert_same(run, resident)
 
 
-@pytest.mark.parametrize('extra, fields', [
-    ('levels', {}), ('floats', {'augmentation__rotation': 20.0}),
-    ('floats', {'augmentation__mixup': 0.5, 'augmentation__cutout': 3})])
-def test_streamed_states_are_the_resident_ones(extra, fields, folder, tmp_path):
-  def states(kind):
-    run = prepared(
-        folder, tmp_path / str(kind), extra, **fields, **kind,
-        augmentation__pad=2, augmentation__flip=True, objective='natural')
-    assert training_data.is_streamed(run) == (kind is STREAMED)
-    steps = compiled.CompiledSteps(run)
-    state, sums = (placement.replicate(tree) for tree in (
-        run_lib.initial_state(run), step_lib.zero_sums()))
-    for step in range(4):
-      size = run.batch_sizes[step % run.steps_per_epoch]
-      arguments = steps.arguments(state, sums, step)
-      program = steps.find(size, 0.0) or steps.compile(size, 0.0, arguments)
-      state, sums = program(*arguments)
-    steps.close()
-    return jax.device_get(step_lib.to_tree(state, sums))
+def gathered(run, size, is_split):
+  """The mapped batch, all rows on every device."""
 
-  jax.tree.map(
-      np.testing.assert_array_equal, states(STREAMED), states(RESIDENT))
+  def batch(source, order, keys, step, device):
+    found = training_data.device_batch(
+        run, source, order, keys, step, size, device)
+    assert len(found[0]) == size // 8
+    return jax.tree.map(lambda x: jax.lax.all_gather(
+        x, mapping.AXIS, tiled=True), found)
+
+  return mapping.over_devices(batch, rows=(0, 4) if is_split else (4,))
+
+
+@pytest.mark.parametrize('extra, fields', [
+    ('floats', {'augmentation__rotation': 20.0, 'augmentation__cutout': 3}),
+    ('floats', {'augmentation__mixup': 0.5})])
+def test_devices_have_the_rows_of_the_global_batch(
+    extra, fields, folder, tmp_path):
+  fields = fields | {
+      'augmentation__pad': 2, 'augmentation__flip': True, 'batch_size': 16}
+  runs = {
+      name: prepared(folder, tmp_path / name, extra, **fields, **kind)
+      for name, kind in (('resident', RESIDENT), ('streamed', STREAMED))}
+  run = runs['resident']
+  keys = placement.replicate(run_lib.keys(run.config))
+  make_order = training_data.make_order_fn(run, placement.replicated())
+  data = placement.replicate(training_data.of_run(run))
+  stream = streaming.Stream(runs['streamed'])
+  needs_all = training_data.needs_all_rows(run)
+  fns = gathered(run, 16, False), gathered(run, 16, not needs_all)
+  whole = jax.jit(
+      lambda order, step: training_data.global_batch(
+          run, jax.tree.map(jax.numpy.asarray, training_data.of_run(run)),
+          order, run_lib.keys(run.config), step, 16))
+  seen = []
+  for step in (0, 1, 3, 4):  # the third step of an epoch is smaller
+    order = make_order(
+        keys['order'], training_data.order_number(run, step))
+    number = placement.replicate(np.int32(step))
+    wanted = whole(order, step)
+    for fn, source in zip(fns, (data, stream.rows(step)), strict=True):
+      found = fn(source, order, keys, number, placement.device_numbers())
+      jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    seen.append(np.asarray(wanted[0]))
+  stream.close()
+  assert not any((a == b).all() for a, b in itertools.pairwise(seen))
 
 
 def expected(run, step):
@@ -118,6 +142,19 @@ def expected(run, step):
   rows = np.zeros((16, 8, 8, 1), extra.images.dtype)
   rows[is_extra], rows[~is_extra] = extra.images[drawn], own[taken]
   return rows
+
+
+def test_levels_and_floats_are_the_same_pixels(folder, tmp_path):
+  for name in ('levels', 'floats'):
+    run = prepared(folder, tmp_path / name, name, **RESIDENT)
+    keys = run_lib.keys(run.config)
+    images, _ = training_data.global_batch(
+        run, jax.tree.map(jnp.asarray, training_data.of_run(run)),
+        training_data.make_order_fn(run)(keys['order'], 0), keys, 1, 16)
+    wanted = expected(run, 1).astype(np.float64)
+    wanted[wanted.max(axis=(1, 2, 3)) > 1] /= 255
+    assert images.dtype == np.float32
+    np.testing.assert_allclose(images, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize('extra', [None, 'levels', 'floats'])
