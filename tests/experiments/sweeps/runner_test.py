@@ -297,3 +297,9 @@ def test_real_runs(folder, monkeypatch, capfd):
   out, err = capfd.readouterr()
   assert 'failed: error: awp.gamma must be' in out
   assert '\ndigits_at ' in out and err == ''
+
+
+def test_a_bare_flag_is_true_and_the_last_flag_counts():
+  found = runner._parse([
+      '--config.model.normalize', '--config.epochs=1', '--config.epochs=2'])
+  assert found == {'model.normalize': True, 'epochs': 2}
