@@ -22,7 +22,7 @@ WORKER = pathlib.Path(__file__).parents[2] / 'helpers' / 'worker.py'
 FIELDS = {
     'epochs': 5, 'batch_size': 12, 'attack.num_steps': 2,
     'eval.num_steps': 2, 'eval.batch_size': 24, 'eval.num_train': 16,
-    'eval.every_epochs': 1, 'awp.warmup_epochs': 1, 'num_train': 0,
+    'eval.every_epochs': 1, 'awp.warmup_epochs': 0, 'num_train': 0,
     'num_test': 0, 'log_every_steps': 1, 'evaluation.batch_size': 8,
     'landscape.points': 3, 'landscape.plane_points': 0,
     'landscape.num_directions': 1, 'landscape.num_steps': 1,
@@ -71,7 +71,7 @@ class Team:
 @pytest.fixture(scope='module')
 def images(tmp_path_factory):
   return train_test.write_images(
-      tmp_path_factory.mktemp('images') / 'mine.npz', num_train=44)
+      tmp_path_factory.mktemp('images') / 'mine.npz', num_train=48)
 
 
 @pytest.fixture(scope='module')
