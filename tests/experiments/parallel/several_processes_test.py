@@ -47,7 +47,7 @@ class Team:
           sys.executable, str(WORKER), (faults or {}).get(number, 'none'),
           modes, f'--workdir={workdir}', '--config.dataset=npz',
           f'--config.npz_path={images}',
-          "--config.evaluation.attacks=('pgd-2', 'apgd-ce')",
+          "--config.evaluation.attacks=('apgd-ce',)",
           *(f'--config.{name}={value}'
             for name, value in (FIELDS | fields).items())]
       if count > 1:
