@@ -117,7 +117,8 @@ def measure(
             'date': str(datetime.date.today())}
   lines = [line for line in done.stdout.splitlines() if line.startswith('{')]
   if done.returncode or not lines:
-    return record | {'error': done.stderr.strip().splitlines()[-1:]}
+    return record | {'error': done.stderr.strip().splitlines()[-1:] or [
+        f'exit status {done.returncode}']}
   return json.loads(lines[-1]) | record
 
 
@@ -125,7 +126,10 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
   """The records so far."""
   if not path.exists():
     return []
-  return [json.loads(line) for line in path.read_text().splitlines()]
+  records = map(json.loads, path.read_text().splitlines())
+  return list({  # the last of each
+      (record['config'], record['target'], *record['options']): record
+      for record in records}.values())
 
 
 def row(record: dict[str, Any]) -> list[str]:

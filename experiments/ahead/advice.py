@@ -1,7 +1,8 @@
 """Whether a program fits into the memory of a chip, and what would make it fit.
 
-Temporaries grow with the images that a device processes at once, at most in
-proportion; the rest does not.
+Of the temporaries, gradients and the weight perturbation have the size of the
+state of training, or less. The others grow with the images that a device
+processes at once, at most in proportion. So the advice is an estimate.
 """
 
 from typing import NamedTuple
@@ -18,30 +19,39 @@ class Fit(NamedTuple):
     used: bytes of the program.
     usable: bytes that JAX allocates by default.
     memory: bytes of the chip.
+    is_compiled: whether the compiler found room.
   """
 
   used: int
   usable: int
   memory: int
+  is_compiled: bool = True
 
   @property
   def is_enough(self) -> bool:
     """Whether the program fits."""
-    return self.used <= self.usable
+    return self.is_compiled and self.used <= self.usable
 
 
 def fit(target: targets.Target, program: programs.Program) -> Fit:
   """Compares the memory of a program with that of the chip."""
   chip = target.chip
   return Fit(
-      program.memory.total, int(chip.memory * chip.usable), chip.memory)
+      program.memory.total, int(chip.memory * chip.usable), chip.memory,
+      program.module is not None)
 
 
 def most_images(room: Fit, program: programs.Program) -> int:
   """Images per device that would fit; 0 if the rest alone does not."""
-  fixed = program.memory.total - program.memory.temporaries
+  temporaries = program.memory.temporaries
+  fixed = program.memory.total - temporaries
+  if program.name == 'training step':
+    kept = min(program.arguments.get('state', 0), temporaries)
+    fixed, temporaries = fixed + kept, temporaries - kept
   left = room.usable - fixed
-  return max(int(left * program.images // program.memory.temporaries), 0)
+  if left <= 0 or temporaries <= 0:
+    return 0
+  return int(min(left / temporaries, 1) * program.images)
 
 
 def remedies(
@@ -55,7 +65,7 @@ def remedies(
     program: compiled for them.
 
   Returns:
-    Changes of flags. Each of them suffices by itself, but for
+    Changes of flags. Each of them probably suffices by itself, but for
     rematerialization, whose effect is not known without compiling.
   """
   room = fit(target, program)
@@ -70,8 +80,8 @@ def remedies(
   if images == 0:
     fixed = sum(program.arguments.values())
     return [*found, (
-        f'chips with more memory, or fewer images: the arguments of the '
-        f'{program.name} alone take {fixed / 1e9:.2f} GB on each device')]
+        f'chips with more memory: not one image fits beside the arguments of '
+        f'the {program.name}, {fixed / 1e9:.2f} GB on each device')]
   parts = -(-program.images // images)
   name = ('batch_size' if program.name == 'training step'
           else 'eval.batch_size')

@@ -76,14 +76,18 @@ class Chip(NamedTuple):
 
 def _tpu(
     name: str, description: str, *, memory: int, bandwidth: float,
-    bfloat16: float, link: float, clock: float | None = None) -> Chip:
-  """A TPU; `link` is half of the published bidirectional bandwidth."""
+    usable: float, bfloat16: float, link: float,
+    clock: float | None = None) -> Chip:
+  """A TPU; `usable` is libtpu's limit in bytes.
+
+  `link` is half of the published bidirectional bandwidth, of all links.
+  """
   peak = {'bfloat16': bfloat16} | {
       kind: bfloat16 / passes for kind, passes in _PASSES.items()}
-  # The TPU's own programs take about 1.5 % of its memory.
+  # The TPU's own programs take the rest of its memory.
   return Chip(
-      name, 'tpu', description, memory, 0.984, bandwidth, peak, link, link,
-      3e-7, clock, _TPU + name)
+      name, 'tpu', description, memory, usable / memory, bandwidth, peak, link,
+      link, 3e-7, clock, _TPU + name)
 
 
 def _gpu(
@@ -103,12 +107,12 @@ _HOPPER = {
     'bfloat16': 989.4e12, 'float32': 66.9e12, 'link': 450e9, 'network': 50e9}
 
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in (
-    _tpu('v5e', 'Cloud TPU v5e', memory=16 * GIB, bandwidth=819e9,
-         bfloat16=197e12, link=200e9, clock=1.5e9),
-    _tpu('v5p', 'Cloud TPU v5p', memory=95 * GIB, bandwidth=2765e9,
-         bfloat16=459e12, link=600e9, clock=1.75e9),
-    _tpu('v6e', 'Cloud TPU v6e', memory=32 * GIB, bandwidth=1638e9,
-         bfloat16=918e12, link=400e9),
+    _tpu('v5e', 'Cloud TPU v5e', memory=16 * GIB, usable=15.75 * GIB,
+         bandwidth=819e9, bfloat16=197e12, link=200e9, clock=1.5e9),
+    _tpu('v5p', 'Cloud TPU v5p', memory=96 * GIB, usable=95.73 * GIB,
+         bandwidth=2765e9, bfloat16=459e12, link=600e9, clock=1.75e9),
+    _tpu('v6e', 'Cloud TPU v6e', memory=32 * GIB, usable=31.24 * GIB,
+         bandwidth=1638e9, bfloat16=918e12, link=400e9),
     _gpu('a100', 'NVIDIA A100 SXM, 80 GB',
          Gpu((8, 0), 108, 64, 167_936, 41_943_040, 1.41,
              'NVIDIA A100-SXM4-80GB'),
@@ -121,7 +125,7 @@ CHIPS: dict[str, Chip] = {chip.name: chip for chip in (
     _gpu('h200', 'NVIDIA H200 SXM, 141 GB',
          Gpu((9, 0), 132, 128, 233_472, 52_428_800, 1.98,
              'NVIDIA H200 141GB HBM3e'),
-         memory=151_397_597_184, bandwidth=4800e9, **_HOPPER),
+         memory=143_771 * 2**20, bandwidth=4800e9, **_HOPPER),
 )}
 
 

@@ -110,7 +110,7 @@ def text(
       f'{"x".join(map(str, run.dataset.x_train.shape[1:]))}; batch '
       f'{config.batch_size}', '', console.table(rows), '']
   for name, part in parts.items():
-    lines += [f'The {name} does not fit. Any of these would make it fit:'
+    lines += [f'The {name} does not fit. Any of these should make it fit:'
               ] * (not part['fits'])
     lines += [f'  {remedy}' for remedy in part['remedies']]
   if 'run_seconds' in record:

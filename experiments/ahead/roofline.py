@@ -57,9 +57,16 @@ class Estimate(NamedTuple):
 
 
 def _link(target: targets.Target) -> float:
-  """Bytes/s that a chip sends when all communicate."""
+  """Bytes/s that a chip sends when all communicate.
+
+  Between hosts of GPUs the rings run in parallel, one through the network
+  interface of each GPU, so each carries its share of the data.
+  """
   chip = target.chip
-  return chip.link if target.num_hosts == 1 else chip.network
+  if target.num_hosts == 1 or chip.platform == 'tpu':
+    return chip.link
+  per_host = target.num_devices // target.num_hosts
+  return min(chip.link, per_host * chip.network)
 
 
 def of_collective(
