@@ -176,10 +176,9 @@ def _run_mode() -> None:
   """Runs the mode in the flags."""
   import jax
 
-  from experiments.ahead import targets
   from experiments.config import build
   from experiments.configs import base
-  from experiments.modes import compile, landscape
+  from experiments.modes import landscape
   from experiments.runs import run as run_lib
   from experiments.util import paths
   from experiments.util.errors import UserError
@@ -192,12 +191,8 @@ def _run_mode() -> None:
     workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
     if _COMPARE_TO.value and _MODE.value != 'landscape':
       raise UserError('--compare_to requires --mode=landscape.')
-    if (_MODE.value == 'compile') != bool(_TARGET.value):
-      raise UserError(
-          '--mode=compile and --target require each other: --target names the '
-          f'chips, for instance {targets.EXAMPLES}.')
-    if _TARGET.value:
-      compile.compile_for(config, _TARGET.value, _JSON.value)
+    if _MODE.value == 'compile' or _TARGET.value:
+      _compile(config)
       return
     if _MODE.value == 'landscape':
       landscape.run_all(_of_run(config, workdir), workdir, _COMPARE_TO.value)
@@ -209,6 +204,19 @@ def _run_mode() -> None:
   except (UserError, OSError) as error:
     _fail(error)
   _train(run)
+
+
+def _compile(config: ml_collections.ConfigDict) -> None:
+  """Compiles the config for the chips in the flags."""
+  from experiments.ahead import targets
+  from experiments.modes import compile
+  from experiments.util.errors import UserError
+
+  if _MODE.value != 'compile' or not _TARGET.value:
+    raise UserError(
+        '--mode=compile and --target require each other: --target names the '
+        f'chips, for instance {targets.EXAMPLES}.')
+  compile.compile_for(config, _TARGET.value, _JSON.value)
 
 
 def _evaluate(

@@ -18,6 +18,12 @@ def replicated() -> jax.sharding.NamedSharding:
       mapping.mesh(), jax.sharding.PartitionSpec())
 
 
+def _by_rows() -> jax.sharding.NamedSharding:
+  """The sharding of an array whose rows are split over all devices."""
+  return jax.sharding.NamedSharding(
+      mapping.mesh(), jax.sharding.PartitionSpec(mapping.AXIS))
+
+
 def replicate(tree: Any) -> Any:
   """Copies a pytree of arrays to all devices.
 
@@ -64,8 +70,7 @@ def split(tree: Any) -> Any:
     count = jax.device_count()
     return jax.tree.map(
         lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), tree)
-  sharding = jax.sharding.NamedSharding(
-      mapping.mesh(), jax.sharding.PartitionSpec(mapping.AXIS))
+  sharding = _by_rows()
   return jax.tree.map(
       lambda leaf: _from_host(np.asarray(leaf), sharding), tree)
 
@@ -103,9 +108,7 @@ def split_local(tree: Any, size: int) -> Any:
   """
   if jax.process_count() == 1:
     return split(tree)
-  sharding = jax.sharding.NamedSharding(
-      mapping.mesh(), jax.sharding.PartitionSpec(mapping.AXIS))
-  rows = local_rows(size)
+  sharding, rows = _by_rows(), local_rows(size)
 
   def place(leaf: np.ndarray) -> Any:
     def part(index: Any) -> np.ndarray:

@@ -1,9 +1,8 @@
 """Checkpoints of the last and the best state of a run, written atomically.
 
 The trainer saves and cleans up through `Checkpoints`, in all of its processes
-together. All other code reads
-through `Reader`, which changes nothing in the folder, so a run can be evaluated
-while it trains.
+together. All other code reads through `Reader`, which changes nothing in the
+folder, so a run can be evaluated while it trains.
 """
 
 from collections.abc import Callable

@@ -59,9 +59,8 @@ class Run(NamedTuple):
 
     The last batch has the remaining images, rounded down to a multiple of
     `num_shares`, or is left out if a share would be too small for the method;
-    the images dropped differ in every epoch. With extra images
-    all batches are full, and an epoch has as many batches as the data set
-    alone would fill.
+    the images dropped differ in every epoch. With extra images all batches are
+    full, and an epoch has as many batches as the data set alone would fill.
     """
     if self.extra is not None:
       return [self.config.batch_size] * -(

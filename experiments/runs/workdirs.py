@@ -5,7 +5,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import tempfile
 from typing import Any
 
@@ -85,7 +84,7 @@ def open_workdir(
 def _check_writable(folder: paths.Path) -> None:
   """Creates the folder; raises OSError if no file can be written there."""
   if paths.is_bucket(folder):
-    probe = folder / f'.{secrets.token_hex(8)}'
+    probe = folder / atomic.leftover_name('probe')
     with paths.errors(folder):
       probe.write_bytes(b'')
       probe.unlink()

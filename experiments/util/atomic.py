@@ -15,8 +15,7 @@ _SUFFIX = '.tmp'
 
 def _temporary(path: paths.Path) -> paths.Path:
   """A hidden file beside `path`, under a name of its own."""
-  return path.with_name(
-      f'.{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}')
+  return path.with_name(leftover_name(path.name))
 
 
 @contextlib.contextmanager
@@ -116,10 +115,10 @@ def write_json(path: paths.Path, values: Any) -> None:
 
 
 def leftover_name(purpose: str) -> str:
-  """A name that `is_leftover` recognizes, for a file of a few seconds."""
+  """A new name that `is_leftover` recognizes, for a file of a few seconds."""
   return f'.{purpose}.{secrets.token_hex(8)}{_SUFFIX}'
 
 
 def is_leftover(path: paths.Path) -> bool:
-  """Whether a file was left by a process killed inside `replacing`."""
+  """Whether a killed process left a file with a name of `leftover_name`."""
   return path.name.startswith('.') and path.name.endswith(_SUFFIX)
