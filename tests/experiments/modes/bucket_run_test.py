@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-import signal
 
 import numpy as np
 import pytest
@@ -12,10 +11,10 @@ from experiments import compare, table
 from experiments.modes import evaluate, landscape, train
 from experiments.runs import metrics, workdirs
 from experiments.runs import run as run_lib
-from experiments.training import loop
 from experiments.util import paths
 from experiments.util.errors import UserError
 from tests.experiments.modes import evaluated_run, train_test
+from tests.experiments.training.resume_test import stop_after
 from tests.helpers import fake_buckets
 
 pytestmark = pytest.mark.slow
@@ -34,23 +33,12 @@ def make_config(folder):
       landscape__adversarial_range=0.0)
 
 
-def stop_at(patch, step):
-  usual = loop.Loop.take_step
-
-  def take_step(self, step_fn):
-    usual(self, step_fn)
-    if self.step == step:
-      signal.raise_signal(signal.SIGTERM)
-
-  patch.setattr(loop.Loop, 'take_step', take_step)
-
-
 def whole_run(config, workdir):
   """Trains, stopped once, then evaluates and measures the landscape."""
   with pytest.MonkeyPatch.context() as patch:
     train_test.use_tiny_net(patch)
     with patch.context() as stopped:
-      stop_at(stopped, 4)
+      stop_after(stopped, 4)
       assert train.train(run_lib.prepare(config, workdir)) is None
     assert train.train(run_lib.prepare(config, workdir)) is not None
     stored = workdirs.reader_config(paths.parse(workdir), config, None)

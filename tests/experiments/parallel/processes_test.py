@@ -1,12 +1,11 @@
 """Flags of several processes, and the watch over them with a fake service."""
 
 import signal
-import time
 
 import jax
 import pytest
 
-from experiments.parallel import processes, watch
+from experiments.parallel import processes
 from experiments.util.errors import UserError
 
 
@@ -42,55 +41,6 @@ def test_an_error_of_one_process_is_raised_as_it_is():
   with pytest.raises(ZeroDivisionError), processes.together():
     _ = 1 / 0
   processes.fail('returns', 1)
-
-
-class Ended(BaseException):
-  """Stands for the end of the process."""
-
-
-class Service:
-  """A key-value store like that of JAX."""
-
-  def __init__(self):
-    self.values, self.is_reachable = {}, True
-
-  def key_value_set(self, key, value, allow_overwrite=False):
-    self.key_value_dir_get('')
-    assert allow_overwrite or key not in self.values
-    self.values[key] = value
-
-  def key_value_dir_get(self, folder):
-    if not self.is_reachable:
-      raise RuntimeError('UNAVAILABLE')
-    return [(k, v) for k, v in self.values.items() if k.startswith(folder)]
-
-
-@pytest.fixture
-def service(monkeypatch):
-  def ended(code):
-    raise Ended(code)
-
-  monkeypatch.setattr(watch.os, '_exit', ended)
-  monkeypatch.setattr(watch, '_EVERY', 0.01)
-  monkeypatch.setattr(watch, 'PATIENCE', 0.3)
-  monkeypatch.setattr(watch, '_GRACE', 0.3)
-  return Service()
-
-
-def test_a_process_that_reports_is_not_ended(service, monkeypatch):
-  one, two = (watch._Watch(service, index, 2) for index in (0, 1))
-  reports = iter(range(100))
-
-  def wait(seconds):
-    del seconds
-    service.values['awp_jax/watch/alive/1'] = str(next(reports))
-    time.sleep(0.01)
-    return next(reports) > 90
-
-  monkeypatch.setattr(one._done, 'wait', wait)
-  one.run()
-  two.stop()
-  two.run()
 
 
 def test_a_laptop_has_no_cluster(monkeypatch):

@@ -80,6 +80,17 @@ def test_a_process_may_be_silent_for_the_patience(silent_from, world, capsys):
   assert when == last + watch.PATIENCE + 1
 
 
+def test_a_process_that_reports_is_not_ended(world, capsys):
+  assert run(world, capsys, until=90) == (90, '')
+
+
+def test_a_stopped_watch_ends_without_a_report(world):
+  stopped = watch._Watch(world, 1, 2)
+  stopped.stop()
+  stopped.run()
+  assert not world.values
+
+
 def test_a_short_outage_of_the_service_is_no_reason_to_end(world, capsys):
   world.outage = 90, 90 + watch.PATIENCE
   assert run(world, capsys) == (200, '')
