@@ -104,12 +104,12 @@ def implementations(case: Case, available: Sequence[str]) -> list[str]:
 
   Returns:
     Ours, and the rivals with a version of this task. The released code computes
-    in float32 only.
+    in float32 only, and its network has the width 64.
   """
   if case.task == OVERHEAD:
     return [OURS]
   rivals = [AUTO_ATTACK] if case.task == AUTOATTACK else [TUNED, COMPILED]
-  if case.task in SETTINGS and case.precision == 'float32':
+  if case.task in SETTINGS and (case.precision, case.width) == ('float32', 64):
     rivals.append(RELEASED)
   rivals = [rival for rival in rivals if rival in available]
   ours = [OURS]

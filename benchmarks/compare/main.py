@@ -3,12 +3,12 @@
   python -m benchmarks.compare --torch_python=PYTHON --released=PATH \
     --output=times.jsonl
 
-In every round each implementation of a case runs once, in its own process and
-with all cores, so that drift of the machine's speed affects all alike. The
-first call of a process compiles and is reported separately; later rounds load
-compiled programs from a cache. Every outcome is a line of --output; run the
-command again to continue. Markdown goes to standard output, progress to
-standard error.
+Every implementation of a case has its own process. In every round they measure
+one after the other, each with all cores while the others wait, so that drift of
+the machine's speed affects all alike; the ratios are those of each round. The
+first call compiles and is reported separately; it loads what an earlier case of
+the run compiled. Every measurement is a line of --output; run the command again
+to continue. Markdown goes to standard output, progress to standard error.
 
 Tasks, on random images and labels, PreActResNet-18, L_inf 8/255:
   at, at-awp     PGD-10 in steps of 2/255; gamma 0.01
@@ -22,9 +22,9 @@ Implementations, each against the measurement of ours with the same passes:
                      optimizer; bfloat16 by autocast. Ours: policy `perturbed`.
   PyTorch, compiled  the same under torch.compile
   released code      network and weight adversary of csdongxian/AWP in a loop
-                     with the passes of its scripts, float32. Ours: policy
-                     `reference`. TRADES trains the same network, and other
-                     widths than 64 the same layers.
+                     with the passes of its scripts, in float32 and at width
+                     64 only. TRADES trains the same network. Ours: policy
+                     `reference`.
 """
 
 import argparse
@@ -36,8 +36,7 @@ import tempfile
 from benchmarks.compare import cases, runner, table
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-  """Parses and checks the command line."""
+def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
       prog='python -m benchmarks.compare', description=__doc__,
       formatter_class=argparse.RawTextHelpFormatter)
@@ -53,12 +52,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument('--image_size', type=int, default=32)
   parser.add_argument(
       '--num_steps', type=int, default=0, help='of the attack; default: above')
-  parser.add_argument('--rounds', type=int, default=2)
+  parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument(
       '--repeats', type=int, default=5,
-      help='timed calls in a process, at most')
+      help='timed calls of a measurement, at most')
   parser.add_argument(
-      '--seconds', type=float, default=4.0,
+      '--seconds', type=float, default=2.0,
       help='no timed call but the first starts after this time')
   parser.add_argument(
       '--torch_python', default='', help='an interpreter with PyTorch')
@@ -76,6 +75,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser.add_argument(
       '--count', type=int, default=64, help='images of AutoAttack')
   parser.add_argument('--output', required=True, type=pathlib.Path)
+  return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  """Parses and checks the command line."""
+  parser = _parser()
   options = parser.parse_args(argv)
   for name in ('rounds', 'repeats', 'image_size', 'count', *(
       ['batch_size'] if options.batch_size else []), *(
@@ -139,7 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   with tempfile.TemporaryDirectory() as cache:
     turns = runner.Turns(
         {**job, 'repeats': options.repeats, 'seconds': options.seconds},
-        pythons, pathlib.Path(cache))
+        pythons, {python: runner.versions(python) for python in {
+            *pythons.values()}}, pathlib.Path(cache))
     for record, new in turns.measurements(
         [(case, cases.implementations(case, rivals)) for case in chosen],
         options.rounds, options.output):

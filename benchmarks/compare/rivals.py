@@ -1,6 +1,7 @@
 """The PyTorch side: the released code, and steps written for speed."""
 
 from collections.abc import Callable
+import copy
 import importlib.util
 import pathlib
 from typing import Any
@@ -29,17 +30,10 @@ def _module(path: pathlib.Path) -> Any:
   return module
 
 
-def released_network(folder: pathlib.Path, width: int) -> torch.nn.Module:
-  """The released PreActResNet-18; at another width than 64, its layers here."""
-  if width == 64:
-    return _module(folder / NETWORK).PreActResNet18()
-  return torch_preact_resnet.PreActResNet(10, width)
-
-
 def released_adversary(
     folder: pathlib.Path, case: Case, x: torch.Tensor,
     y: torch.Tensor) -> torch_train_step.Adversary:
-  """The released weight adversary of a task."""
+  """The released weight adversary of a task, for any network."""
   module = _module(folder / ADVERSARIES[case.task])
   beta = case.setting.beta
 
@@ -47,7 +41,7 @@ def released_adversary(
       model: torch.nn.Module, loss_fn: Any, gamma: float
   ) -> Callable[[torch.Tensor], Callable[[], None]]:
     del loss_fn  # the released classes have their own
-    proxy = released_network(folder, case.width)
+    proxy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(proxy.parameters(), lr=0.01)
     kind = module.AdvWeightPerturb if beta is None else module.TradesAWP
     found = kind(model, proxy, optimizer, gamma)
@@ -115,7 +109,7 @@ def prepare(
   if implementation == cases.RELEASED:
     assert folder is not None
     variant, path = 'eager', pathlib.Path(folder)
-    model = released_network(path, case.width)
+    model = _module(path / NETWORK).PreActResNet18()
     if method.gamma:
       adversary = released_adversary(path, case, x, y)
   else:

@@ -1,12 +1,13 @@
 """Runs the implementations in turns and appends every outcome to a file."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import datetime
 import json
 import os
 import pathlib
 import subprocess
-import time
+import tempfile
 from typing import Any
 
 from benchmarks.compare import cases, machine, worker
@@ -15,34 +16,62 @@ from benchmarks.compare.cases import Case
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 Record = dict[str, Any]
-#: (python, arguments, environment variables) -> output
-Process = Callable[[str, Sequence[str], dict[str, str]], str]
 
 
-def process(
-    python: str, arguments: Sequence[str], variables: dict[str, str]) -> str:
-  """Runs a worker and returns its output.
+class Worker:
+  """A process that measures one implementation of a case when asked to.
 
-  Args:
-    python: the interpreter.
-    arguments: of the worker.
-    variables: environment variables to set.
-
-  Returns:
-    The standard output.
-
-  Raises:
-    RuntimeError: with the end of the error output, if the worker fails.
+  Attributes:
+    process: the process.
+    errors: the file that its error output goes to.
   """
+
+  def __init__(
+      self, python: str, job: dict[str, Any],
+      variables: dict[str, str]) -> None:
+    self.errors = tempfile.TemporaryFile('w+')
+    self.process = subprocess.Popen(
+        [python, '-m', 'benchmarks.compare.worker', json.dumps(job)], cwd=ROOT,
+        env={**os.environ, **variables}, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=self.errors, text=True)
+
+  def measure(self) -> Record:
+    """Waits for a measurement.
+
+    Returns:
+      The times.
+
+    Raises:
+      RuntimeError: with the end of the error output, if the process ends.
+    """
+    assert self.process.stdin is not None and self.process.stdout is not None
+    try:
+      self.process.stdin.write('\n')
+      self.process.stdin.flush()
+    except BrokenPipeError:
+      pass  # it has ended; the reason follows
+    for line in self.process.stdout:
+      if line.startswith(worker.MARK):
+        return json.loads(line.removeprefix(worker.MARK))
+    code = self.process.wait()
+    self.errors.seek(0)
+    lines = [line for line in self.errors.read().splitlines() if line.strip()]
+    raise RuntimeError(
+        f'exit status {code}: ' + '\n'.join(lines[-3:])[-600:])
+
+  def close(self) -> None:
+    """Ends the process."""
+    with contextlib.suppress(BrokenPipeError):
+      self.process.communicate()
+    self.errors.close()
+
+
+def versions(python: str) -> dict[str, str]:
+  """The versions that an interpreter has."""
   done = subprocess.run(
-      [python, '-m', 'benchmarks.compare.worker', *arguments], cwd=ROOT,
-      env={**os.environ, **variables}, capture_output=True, text=True,
-      check=False)
-  if done.returncode:
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    raise RuntimeError('\n'.join(lines[-3:])[-600:] or (
-        f'ended by signal {-done.returncode}'))
-  return done.stdout
+      [python, '-m', 'benchmarks.compare.worker'], cwd=ROOT,
+      capture_output=True, text=True, check=True)
+  return json.loads(done.stdout)
 
 
 def revision() -> str:
@@ -73,29 +102,27 @@ def identity(record: Record) -> str:
 
 
 class Turns:
-  """Measures cases round after round.
+  """Measures cases in rounds.
 
   Attributes:
-    options: the keyword arguments of every job, and `repeats` and `seconds`.
+    options: the fields that all jobs share; see `worker.outcomes`.
     pythons: the interpreter of every implementation.
-    cache: the folder of compiled programs, so that only the first round
-      compiles.
-    run: starts a worker.
+    versions: of the interpreters.
+    start: starts a worker.
+    cache: variables that name the folders of compiled programs.
   """
 
   def __init__(
       self, options: dict[str, Any], pythons: dict[str, str],
-      cache: pathlib.Path, run: Process = process) -> None:
-    self.options, self.pythons, self.run = options, pythons, run
+      versions: dict[str, dict[str, str]], cache: pathlib.Path,
+      start: Callable[..., Any] = Worker) -> None:
+    self.options, self.pythons, self.start = options, pythons, start
+    self.versions = versions
     self.cache = {
         'JAX_COMPILATION_CACHE_DIR': str(cache / 'jax'),
-        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
         'TORCHINDUCTOR_CACHE_DIR': str(cache / 'torch')}
-    self.versions = {
-        python: json.loads(run(python, (), {}).splitlines()[-1])
-        for python in sorted(set(pythons.values()))}
 
-  def record(self, case: Case, implementation: str, number: int) -> Record:
+  def identify(self, case: Case, implementation: str, number: int) -> Record:
     """What identifies a measurement, before it is made."""
     ours = implementation in (cases.OURS, cases.OURS_REFERENCE)
     versions = {
@@ -107,22 +134,40 @@ class Turns:
         'round': number, 'versions': versions, 'machine': machine.describe(),
         'variables': worker.flags(case, implementation, versions)}
 
-  def measure(self, record: Record) -> Record:
-    """Adds the times, or the error, and the date."""
-    started = time.perf_counter()
-    job = {**self.options, 'case': record['case'],
-           'implementation': record['implementation']}
-    try:
-      output = self.run(
-          self.pythons[record['implementation']], (json.dumps(job),),
-          {**self.cache, **record['variables']})
-      outcome = json.loads(output.splitlines()[-1])
-    except (RuntimeError, ValueError, IndexError) as error:
-      outcome = {'error': str(error)}
-    return record | outcome | {
-        'process_seconds': time.perf_counter() - started,
-        'date': datetime.datetime.now().isoformat(timespec='seconds'),
-        'revision': revision()}
+  def worker(self, record: Record) -> Any:
+    """Starts the worker of a measurement."""
+    return self.start(
+        self.pythons[record['implementation']],
+        {**self.options, 'case': record['case'],
+         'implementation': record['implementation']},
+        {**self.cache, **record['variables']})
+
+  def rounds_of(
+      self, case: Case, names: Sequence[str], rounds: int,
+      known: dict[str, Record]) -> Iterator[tuple[Record, bool]]:
+    """Measures one case; an implementation that fails is left out then on."""
+    running: dict[str, Any] = {}
+    failed: set[str] = set()
+    with contextlib.ExitStack() as stack:
+      for number in range(rounds):
+        for name in names:
+          record = self.identify(case, name, number)
+          found = known.get(identity(record))
+          if found is not None or name in failed:
+            if found is not None:
+              yield found, False
+            continue
+          if name not in running:
+            running[name] = self.worker(record)
+            stack.callback(running[name].close)
+          try:
+            outcome = running[name].measure()
+          except RuntimeError as error:
+            outcome = {'error': str(error)}
+            failed.add(name)
+          yield record | outcome | {
+              'date': datetime.datetime.now().isoformat(timespec='seconds'),
+              'revision': revision()}, True
 
   def measurements(
       self, compared: Iterable[tuple[Case, Sequence[str]]], rounds: int,
@@ -131,31 +176,20 @@ class Turns:
 
     Args:
       compared: cases with their implementations.
-      rounds: the number of rounds; in each, all implementations run once.
+      rounds: the rounds of a case. In each, all implementations measure once,
+        in turns; their processes wait while others measure.
       output: the file; every record is appended at once.
 
     Yields:
-      Every record, and whether it is new. An implementation that failed is not
-      measured again in later rounds, only by a later run.
+      Every record, and whether it is new. Failed measurements are repeated by
+      the next run.
     """
     known = {identity(r): r for r in read(output) if 'error' not in r}
-    failed: set[tuple[Case, str]] = set()
-    compared = list(compared)
-    for number in range(rounds):
-      for case, names in compared:
-        for name in names:
-          if (case, name) in failed:
-            continue
-          record = self.record(case, name, number)
-          found = known.get(identity(record))
-          if found is not None:
-            yield found, False
-            continue
-          record = self.measure(record)
-          if 'error' in record:
-            failed.add((case, name))
+    for case, names in compared:
+      for record, new in self.rounds_of(case, names, rounds, known):
+        if new:
           append(output, record)
-          yield record, True
+        yield record, new
 
 
 def append(path: pathlib.Path, record: Record) -> None:

@@ -66,12 +66,13 @@ def _row(case: Case, name: str, rounds: Rounds) -> list[str] | None:
   if not found:
     return None
   seconds = [s for r in found for s in r['seconds'][case.task]]
+  first = [r['first_call'] for r in found if 'first_call' in r]
   compared = [] if cases.opponent(name, case.task) is None else (
       ratios(rounds, [name], case.task))
   return [
       *_cells(case), cases.TITLES[name],
       *(f'{f(seconds):.3f} s' for f in (statistics.median, min, max)),
-      str(len(seconds)), f'{found[0]["first_call"]:.1f} s',
+      str(len(seconds)), f'{first[0]:.1f} s' if first else '-',
       spread(compared) if compared else '-']
 
 

@@ -1,10 +1,12 @@
-"""One measurement, in its own process: `python -m benchmarks.compare.worker`.
+"""One implementation of a case, in its own process.
 
-The argument is a job in JSON; the last line of the output is the outcome in
-JSON. Without an argument it prints the versions that this interpreter has.
+`python -m benchmarks.compare.worker JOB`, with a job in JSON, measures once for
+every line of standard input and answers in a line of `MARK` and JSON. The first
+answer includes the compilation. Without a job it prints the versions that this
+interpreter has.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import json
 import os
 import pathlib
@@ -17,6 +19,8 @@ from typing import Any
 from benchmarks.compare import cases, machine
 from benchmarks.compare.cases import Case
 
+#: Opens the lines that answer, among others that libraries print.
+MARK = 'measured: '
 ONEDNN = (
     '--xla_cpu_use_onednn=true '
     '--xla_cpu_experimental_onednn_custom_call=true')
@@ -39,23 +43,18 @@ def flags(
 
 
 def timed(
-    prepare: Callable[[], dict[str, Callable[[], Any]]], repeats: int,
-    seconds: float) -> dict[str, Any]:
+    calls: dict[str, Callable[[], Any]], repeats: int,
+    seconds: float) -> dict[str, list[float]]:
   """Times calls in turns.
 
   Args:
-    prepare: compiles; returns the calls by name. A call blocks.
-    repeats: the largest number of rounds.
-    seconds: no round starts after this time; the first always runs.
+    calls: by name. A call blocks.
+    repeats: the largest number of calls of each.
+    seconds: no turn starts after this time; the first always does.
 
   Returns:
-    `first_call`: seconds to prepare and call all once, not counted elsewhere.
-    `seconds`: by name, the times of the rounds.
+    The seconds of the calls by name.
   """
-  started = time.perf_counter()
-  calls = prepare()
-  for call in calls.values():
-    call()
   begin = time.perf_counter()
   taken: dict[str, list[float]] = {name: [] for name in calls}
   for number in range(repeats):
@@ -65,13 +64,14 @@ def timed(
       called = time.perf_counter()
       call()
       taken[name].append(time.perf_counter() - called)
-  return {'first_call': begin - started, 'seconds': taken}
+  return taken
 
 
 def auto_attack(case: Case, job: dict[str, Any]) -> dict[str, Any]:
   """Times AutoAttack `fast` on the network and images of a file."""
-  import autoattack
   import numpy as np
+
+  from benchmarks import autoattack
 
   ours = job['implementation'] == cases.OURS
   file = np.load(job['network'])
@@ -96,28 +96,51 @@ def auto_attack(case: Case, job: dict[str, Any]) -> dict[str, Any]:
           'first_call': first[0] if first else last}
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any]:
-  """The outcome of a job: the times, and what computes them."""
-  case, implementation = Case(**job['case']), job['implementation']
-  if case.task == cases.AUTOATTACK:
-    return auto_attack(case, job)
-  prepare: Callable[[], dict[str, Callable[[], Any]]]
+def prepared(
+    case: Case, implementation: str, released: str
+) -> dict[str, Callable[[], Any]]:
+  """The calls to time, by name."""
   if implementation.startswith('awp_jax'):
     from benchmarks.compare import ours
 
-    def prepare() -> dict[str, Callable[[], Any]]:
-      return ours.prepare(case, implementation)
-  else:
-    from benchmarks.compare import rivals
+    return ours.prepare(case, implementation)
+  from benchmarks.compare import rivals
 
-    def prepare() -> dict[str, Callable[[], Any]]:
-      return rivals.prepare(case, implementation, job['released'])
-  return timed(prepare, job['repeats'], job['seconds'])
+  return rivals.prepare(case, implementation, released)
+
+
+def outcomes(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+  """One measurement after another.
+
+  Args:
+    job: `case` and `implementation`; `repeats` and `seconds` of `timed`; paths.
+
+  Yields:
+    `seconds`: the times of the calls by name.
+    `first_call`: the seconds of the imports, the compilation and the first
+    call, which is not counted elsewhere; only in the first measurement.
+  """
+  case = Case(**job['case'])
+  if case.task == cases.AUTOATTACK:
+    while True:
+      yield auto_attack(case, job)
+  started = time.perf_counter()
+  calls = prepared(case, job['implementation'], job['released'])
+  for call in calls.values():
+    call()
+  first = {'first_call': time.perf_counter() - started}
+  while True:
+    yield first | {'seconds': timed(calls, job['repeats'], job['seconds'])}
+    first = {}
 
 
 if __name__ == '__main__':
   # The networks in PyTorch are scripts beside this folder.
   sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-  print(json.dumps(
-      measure(json.loads(sys.argv[1])) if len(sys.argv) > 1 else
-      machine.versions()))
+  if len(sys.argv) == 1:
+    print(json.dumps(machine.versions()))
+    sys.exit()
+  measurements = outcomes(json.loads(sys.argv[1]))
+  for _ in sys.stdin:
+    # On a line of its own, whatever a library printed before.
+    print(f'\n{MARK}{json.dumps(next(measurements))}', flush=True)

@@ -1,9 +1,12 @@
 """Both sides of benchmarks/compare compute the same; the runner resumes."""
 
+import functools
 import importlib
 import json
 import pathlib
 import re
+import sys
+import types
 
 from flax import traverse_util
 import jax
@@ -204,6 +207,8 @@ def test_opponents_and_implementations():
   # The released code has no bfloat16, an evaluation no policy of statistics.
   assert cases.implementations(case._replace(precision='bfloat16'), RIVALS) == [
       'awp_jax', 'torch-tuned', 'torch-compiled']
+  assert cases.implementations(case._replace(width=16), RIVALS) == [
+      'awp_jax', 'torch-tuned', 'torch-compiled']
   assert cases.implementations(case._replace(task='pgd-20'), RIVALS) == [
       'awp_jax', 'torch-tuned', 'torch-compiled', 'released']
   assert cases.implementations(
@@ -250,58 +255,77 @@ def test_machine():
 
 def test_timing_takes_turns():
   order = []
-
-  def prepare():
-    order.append('prepare')
-    return {'a': lambda: order.append('a'), 'b': lambda: order.append('b')}
-
-  found = worker.timed(prepare, 3, seconds=60)
-  assert order == ['prepare', *'ab' * 4]
-  assert [len(found['seconds'][name]) for name in 'ab'] == [3, 3]
-  assert len(worker.timed(prepare, 3, seconds=0)['seconds']['a']) == 1
+  calls = {name: functools.partial(order.append, name) for name in 'ab'}
+  found = worker.timed(calls, 3, seconds=60)
+  assert order == [*'ababab']
+  assert [len(found[name]) for name in 'ab'] == [3, 3]
+  assert len(worker.timed(calls, 3, seconds=0)['a']) == 1
 
 
-class FakeWorker:
-  """Answers jobs: a torch step takes twice and a compiled one 1.5 times."""
+def test_measurements_after_the_first_do_not_compile(monkeypatch):
+  calls = []
+  monkeypatch.setattr(worker, 'prepared', lambda *args: {
+      'at': lambda: calls.append(args)})
+  case = Case('at', 4, 8, 'float32')
+  found = worker.outcomes({
+      'case': case._asdict(), 'implementation': 'awp_jax', 'released': '',
+      'repeats': 2, 'seconds': 60})
+  assert set(next(found)) == {'first_call', 'seconds'} and len(calls) == 3
+  assert set(next(found)) == {'seconds'} and len(calls) == 5
+  assert calls[0] == (case, 'awp_jax', '')
+
+
+class FakeWorkers:
+  """Starts workers: a tuned step takes twice, a compiled one 1.5 times ours.
+
+  Later rounds are slower, for ours more than for the rivals.
+  """
 
   def __init__(self, fails=()):
     self.fails, self.jobs, self.variables = fails, [], []
+    self.started = self.closed = 0
 
-  def __call__(self, python, arguments, variables):
-    if not arguments:
-      return json.dumps({'python': python, 'jax': '0.12.0', 'torch': '2'})
-    job = json.loads(arguments[0])
-    name = job['implementation']
-    self.jobs.append((job['case']['task'], name))
+  def __call__(self, python, job, variables):
+    assert python == 'py' and job['repeats'] == 3
     self.variables.append(variables)
-    if name in self.fails:
-      raise RuntimeError('InvalidCxxCompiler:\n no compiler')
-    scale = {'awp_jax': 1, 'torch-tuned': 2, 'torch-compiled': 1.5}[name]
-    # Later rounds are slower, for ours more than for the rivals.
-    turn = self.jobs.count((job['case']['task'], name))
-    seconds = scale * turn if name == 'awp_jax' else scale * (turn + 1) / 2
-    task = job['case']['task']
+    self.started += 1
+    task, name = job['case']['task'], job['implementation']
     names = ('at', 'at-awp') if task == 'awp-overhead' else (task,)
-    return 'noise\n' + json.dumps({
-        'first_call': 9.0, 'seconds': {
-            n: [seconds * (1 + i / 10)] * 3 for i, n in enumerate(names)}})
+    scale = {'awp_jax': 1, 'torch-tuned': 2, 'torch-compiled': 1.5}[name]
+
+    def measure():
+      self.jobs.append((task, name))
+      if name in self.fails:
+        raise RuntimeError('InvalidCxxCompiler:\n no compiler')
+      turn = self.jobs.count((task, name))
+      seconds = scale * (turn if name == 'awp_jax' else (turn + 1) / 2)
+      return ({'first_call': 9.0} if turn == 1 else {}) | {'seconds': {
+          n: [seconds * (1 + i / 10)] * 3 for i, n in enumerate(names)}}
+
+    def close():
+      self.closed += 1
+
+    return types.SimpleNamespace(measure=measure, close=close)
 
 
 def measured(tmp_path, fake, tasks=('at',), rounds=2):
   """Runs fake workers; the records and which of them are new."""
   turns = runner.Turns(
-      {'repeats': 3}, dict.fromkeys(cases.IMPLEMENTATIONS, 'py'), tmp_path,
+      {'repeats': 3}, dict.fromkeys(cases.IMPLEMENTATIONS, 'py'),
+      {'py': {'python': '3.13', 'jax': '0.12.0', 'torch': '2'}}, tmp_path,
       fake)
   chosen = runner.selected(
       tasks, [4], ['float32'], lambda width: 8,
       {'image_size': 8, 'num_steps': 1}, 5)
-  return list(zip(*turns.measurements(
+  found = list(zip(*turns.measurements(
       [(case, cases.implementations(case, RIVALS[:2])) for case in chosen],
       rounds, tmp_path / 'sub' / 'times.jsonl'), strict=True))
+  assert fake.closed == fake.started
+  return found
 
 
 def test_runner_takes_turns_and_resumes(tmp_path):
-  first, again, more = FakeWorker(), FakeWorker(), FakeWorker()
+  first, again, more = FakeWorkers(), FakeWorkers(), FakeWorkers()
   records, new = measured(tmp_path, first)
   assert first.jobs == 2 * [
       ('at', 'awp_jax'), ('at', 'torch-tuned'), ('at', 'torch-compiled')]
@@ -309,8 +333,9 @@ def test_runner_takes_turns_and_resumes(tmp_path):
   path = tmp_path / 'sub' / 'times.jsonl'
   assert [json.loads(line) for line in path.read_text().splitlines()] == (
       list(records))
-  assert records[0]['versions'] == {'python': 'py', 'jax': '0.12.0'}
-  assert records[1]['versions'] == {'python': 'py', 'torch': '2'}
+  assert first.started == 3
+  assert records[0]['versions'] == {'python': '3.13', 'jax': '0.12.0'}
+  assert records[1]['versions'] == {'python': '3.13', 'torch': '2'}
   assert first.variables[0]['JAX_COMPILATION_CACHE_DIR']
   # A run that was stopped in the middle of a line.
   lines = path.read_text().splitlines()
@@ -324,7 +349,7 @@ def test_runner_takes_turns_and_resumes(tmp_path):
 
 
 def test_runner_records_errors(tmp_path):
-  fake = FakeWorker(fails=('torch-compiled',))
+  fake = FakeWorkers(fails=('torch-compiled',))
   records, _ = measured(tmp_path, fake)
   # Not tried again in the second round, and the others go on.
   assert [r['implementation'] for r in records] == [
@@ -335,15 +360,28 @@ def test_runner_records_errors(tmp_path):
           'PyTorch, compiled: InvalidCxxCompiler: no compiler') in page
   assert 'faster one' not in page
   # A later run tries again.
-  later = FakeWorker()
+  later = FakeWorkers()
   records, new = measured(tmp_path, later)
   assert later.jobs == 2 * [('at', 'torch-compiled')] and sum(new) == 2
   assert 'Not measured' not in table.markdown(records)
 
 
+def test_worker_that_ends(tmp_path):
+  """The end of its error output is the reason."""
+  started = runner.Worker(
+      sys.executable, {'case': Case('at', 4, 8, 'float32')._asdict() | {
+          'task': 'nothing'}, 'implementation': 'awp_jax', 'released': ''}, {})
+  with pytest.raises(RuntimeError, match="KeyError: 'nothing'"):
+    started.measure()
+  with pytest.raises(RuntimeError, match='exit status 1'):
+    started.measure()
+  started.close()
+  assert runner.versions(sys.executable)['jax'] == jax.__version__
+
+
 def test_table(tmp_path):
   records, _ = measured(
-      tmp_path, FakeWorker(), ('at', 'awp-overhead'), rounds=2)
+      tmp_path, FakeWorkers(), ('at', 'awp-overhead'), rounds=2)
   page = table.markdown(records)
   rows = [line for line in page.splitlines() if line.startswith('| at ')]
   assert rows == [
@@ -385,3 +423,24 @@ def test_command(tmp_path, capsys):
   assert '| at-awp | 1 | 2 | float32 | awp_jax |' in page
   assert '* PyTorch, tuned: needs --torch_python' in page
   assert '* autoattack: needs --network' in page
+
+
+@pytest.mark.slow
+def test_autoattack(monkeypatch, tmp_path):
+  """The network and the images are those of the file."""
+  monkeypatch.syspath_prepend(str(FOLDER))
+  rng, path = np.random.default_rng(0), tmp_path / 'network.npz'
+  np.savez(path, **{
+      'param/0.weight': rng.normal(size=(2, 3, 3, 3)).astype(np.float32),
+      'param/0.bias': np.zeros(2, np.float32),
+      'param/4.weight': rng.normal(size=(12, 2)).astype(np.float32) / 10,
+      # Class 3 wins everywhere: three of the five labels are robust.
+      'param/4.bias': 10 * np.eye(12, dtype=np.float32)[3],
+      'x': rng.integers(0, 256, (6, 3, 4, 4), np.uint8),
+      'y': np.array([3, 0, 3, 3, 1, 3])})
+  found = next(worker.outcomes({
+      'case': Case('autoattack', 0, 5, 'float32')._asdict(),
+      'implementation': cases.OURS, 'network': str(path), 'images': '',
+      'auto_attack': ''}))
+  assert found['robust'] == 3
+  assert 0 < found['seconds']['autoattack'][0] < found['first_call']
