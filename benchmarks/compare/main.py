@@ -29,6 +29,7 @@ Implementations, each against the measurement of ours with the same passes:
 
 import argparse
 from collections.abc import Sequence
+import os
 import pathlib
 import sys
 import tempfile
@@ -112,7 +113,8 @@ def _available(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     missing = [flag for flag in flags if not getattr(options, flag)]
     if not missing:
       found.append(name)
-    elif name != cases.AUTO_ATTACK or cases.AUTOATTACK in options.tasks:
+    elif set(options.tasks) & ({cases.AUTOATTACK} if (
+        name == cases.AUTO_ATTACK) else set(cases.SETTINGS)):
       skipped.append(f'{cases.TITLES[name]}: needs ' + ' and '.join(
           f'--{flag}' for flag in missing))
   return found, skipped
@@ -140,12 +142,15 @@ def main(argv: Sequence[str] | None = None) -> None:
       name: str(pathlib.Path(value).resolve()) if value else '' for name, value
       in ((name, getattr(options, name)) for name in (
           'released', 'auto_attack', 'network', 'images'))}
-  records = []
+  records, load = [], os.getloadavg()[0]
+  if load > 0.5:
+    print(f'The load average is {load:.1f}: other work on this machine makes '
+          'the ratios unreliable.', file=sys.stderr)
   with tempfile.TemporaryDirectory() as cache:
     turns = runner.Turns(
         {**job, 'repeats': options.repeats, 'seconds': options.seconds},
         pythons, {python: runner.versions(python) for python in {
-            *pythons.values()}}, pathlib.Path(cache))
+            *pythons.values()}}, pathlib.Path(cache), {'load': load})
     for record, new in turns.measurements(
         [(case, cases.implementations(case, rivals)) for case in chosen],
         options.rounds, options.output):

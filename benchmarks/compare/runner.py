@@ -110,14 +110,15 @@ class Turns:
     versions: of the interpreters.
     start: starts a worker.
     cache: variables that name the folders of compiled programs.
+    notes: further fields of every new record.
   """
 
   def __init__(
       self, options: dict[str, Any], pythons: dict[str, str],
       versions: dict[str, dict[str, str]], cache: pathlib.Path,
-      start: Callable[..., Any] = Worker) -> None:
+      notes: Record, start: Callable[..., Any] = Worker) -> None:
     self.options, self.pythons, self.start = options, pythons, start
-    self.versions = versions
+    self.versions, self.notes = versions, notes
     self.cache = {
         'JAX_COMPILATION_CACHE_DIR': str(cache / 'jax'),
         'TORCHINDUCTOR_CACHE_DIR': str(cache / 'torch')}
@@ -165,7 +166,7 @@ class Turns:
           except RuntimeError as error:
             outcome = {'error': str(error)}
             failed.add(name)
-          yield record | outcome | {
+          yield record | outcome | self.notes | {
               'date': datetime.datetime.now().isoformat(timespec='seconds'),
               'revision': revision()}, True
 

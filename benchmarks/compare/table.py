@@ -131,6 +131,7 @@ def _head(records: Sequence[Record]) -> list[str]:
       'Machine': _listed(records, processor),
       'Versions': _listed(records, versions),
       'Commit': _listed(records, lambda r: r['revision']),
+      'Load before the run': _listed(records, lambda r: f'{r["load"]:.1f}'),
       'awp_jax in bfloat16': _listed(records, flags)}
   return [f'* {name}: {value}' for name, value in lines.items() if value]
 
@@ -158,6 +159,13 @@ def markdown(
         for name, found in rounds.items() for record in found.values()
         if 'error' in record]
   parts = ['\n'.join(_head(records)), _markdown(COLUMNS, rows)] if rows else []
+  robust = [
+      f'{cases.TITLES[name]} {record["robust"]} of {case.batch_size}'
+      for case, rounds in groups.items() for name, found in rounds.items()
+      for record in found.values() if 'robust' in record]
+  if robust:
+    parts.append('Robust under AutoAttack `fast`: ' + '; '.join(
+        dict.fromkeys(robust)) + '.')
   overhead = _overhead(groups)
   if overhead:
     parts.append('What AWP adds to AT, in turns in one process:\n\n' + (

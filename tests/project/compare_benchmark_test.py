@@ -313,7 +313,7 @@ def measured(tmp_path, fake, tasks=('at',), rounds=2):
   turns = runner.Turns(
       {'repeats': 3}, dict.fromkeys(cases.IMPLEMENTATIONS, 'py'),
       {'py': {'python': '3.13', 'jax': '0.12.0', 'torch': '2'}}, tmp_path,
-      fake)
+      {'load': 0.25}, fake)
   chosen = runner.selected(
       tasks, [4], ['float32'], lambda width: 8,
       {'image_size': 8, 'num_steps': 1}, 5)
@@ -423,6 +423,16 @@ def test_command(tmp_path, capsys):
   assert '| at-awp | 1 | 2 | float32 | awp_jax |' in page
   assert '* PyTorch, tuned: needs --torch_python' in page
   assert '* autoattack: needs --network' in page
+
+
+def test_robust_examples_are_reported(tmp_path):
+  """Both sides must find the same number."""
+  records, _ = measured(tmp_path, FakeWorkers(), ('autoattack',), rounds=2)
+  records = [record | {'robust': 3} for record in records]
+  page = table.markdown(records)
+  assert 'Robust under AutoAttack `fast`: awp_jax 3 of 5.' in page
+  assert '| autoattack | - | 5 | float32 | awp_jax | 1.500 s |' in page
+  assert '* Load before the run: 0.2' in page
 
 
 @pytest.mark.slow
