@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument('--image_size', type=int, default=32)
   parser.add_argument(
       '--num_steps', type=int, default=0, help='of the attack; default: above')
-  parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--rounds', type=int, default=2)
   parser.add_argument(
       '--repeats', type=int, default=5,
       help='timed calls of a measurement, at most')
