@@ -243,7 +243,8 @@ def pytorch(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
       model = torch_train_step.network(
           case.network, options.width, options.depth).to(device)
       step = torch_train_step.make_step(
-          case.kind, model, x, y, cases_lib.METHODS[case.method],
+          case.kind, model, x, y,
+          torch_train_step.Method(cases_lib.METHODS[case.method]),
           case.precision)
       float(step())  # fetching a value waits for the device
       record['first_step_seconds'] = time.perf_counter() - started

@@ -51,9 +51,11 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   data = np.load(job['data'])
   if job['model'] == 'resnet':
-    model = models.PreActResNet(num_classes=10)
-    variables = traverse_util.unflatten_dict(
-        dict(np.load(job['weights'])), sep='/')
+    flat = dict(np.load(job['weights']))
+    model = models.PreActResNet(
+        len(flat['params/linear/bias']),
+        width=flat['params/conv1/kernel'].shape[-1])
+    variables = traverse_util.unflatten_dict(flat, sep='/')
 
     def logits_fn(x: jax.Array) -> jax.Array:
       return model.apply(variables, x, train=False)

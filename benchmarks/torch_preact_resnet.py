@@ -72,7 +72,8 @@ def load(weights: Any) -> PreActResNet:
   """Makes a PreActResNet-18 in eval mode from flat Flax variables.
 
   Args:
-    weights: Arrays by path, such as params/layer1_0/conv1/kernel.
+    weights: Arrays by path, such as params/layer1_0/conv1/kernel. They set the
+      width and the number of classes.
   """
   state = {}
   for path in weights:
@@ -84,7 +85,8 @@ def load(weights: Any) -> PreActResNet:
     name = re.sub(r'^(layer\d)_', r'\1.', name)
     name = name.replace('.shortcut.', '.shortcut.0.')
     state[name] = value.contiguous()
-  model = PreActResNet()
+  model = PreActResNet(
+      len(state['linear.bias']), len(state['conv1.weight']))
   missing, unexpected = model.load_state_dict(state, strict=False)
   if unexpected or any('num_batches' not in name for name in missing):
     raise ValueError(f'weights do not fit: {missing}, {unexpected}.')

@@ -87,18 +87,20 @@ def test_accelerator(benchmark, capsys):
 
 
 @pytest.mark.torch
-def test_torch_steps_agree(benchmark, monkeypatch):
+@pytest.mark.parametrize('beta', [None, 6.0])
+def test_torch_steps_agree(benchmark, monkeypatch, beta):
   """The tuned step makes the updates of the published one."""
   torch = pytest.importorskip('torch')
   steps = benchmark('torch_train_step')
-  monkeypatch.setattr(steps, '_start', lambda x: x + 0.01)
+  method = steps.Method(0.01, beta)
+  monkeypatch.setattr(steps, 'start', lambda x, method: x + 0.01)
   x = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
   y, moved = torch.arange(4), {}
   for variant in ('eager', 'tuned'):
     torch.manual_seed(0)
     model = steps.network('wide_resnet', width=1, depth=10)
     before = [w.detach().clone() for w in model.parameters()]
-    steps.make_step(variant, model, x, y, 0.01, 'float32')()
+    steps.make_step(variant, model, x, y, method, 'float32')()
     moved[variant] = [
         (w.detach() - b).numpy()
         for w, b in zip(model.parameters(), before, strict=True)]

@@ -1,0 +1,1 @@
+"""Times this library, the released code of AWP and PyTorch in turns."""
