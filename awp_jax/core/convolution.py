@@ -1,16 +1,16 @@
 """Forms of convolutions that are fast on CPUs.
 
 XLA's CPU backend has fast kernels for plain convolutions only: channels last, a
-kernel [..., C, C'], and neither a dilated nor a reversed input. The gradient with
-respect to the inputs is not plain as JAX writes it. Here it is a plain
-convolution of the cotangent with the flipped and transposed kernel; for a stride
-of s, one per residue of the output position modulo s, so that no product with an
-inserted zero is computed:
+kernel [..., C, C'], and neither a dilated nor a reversed input. The gradient
+with respect to the inputs is not plain as JAX writes it. Here it is a plain
+convolution of the cotangent with the flipped and transposed kernel; for a
+stride of s, one per residue of the output position modulo s, so that no product
+with an inserted zero is computed:
 
   dx[s i + a] = sum_t dy[i + t] k[c + s t],   c and the range of t depend on a
 
-A convolution with a single output pixel, such as the gradient of a 1x1 kernel, is
-a matrix product.
+A convolution with a single output pixel, such as the gradient of a 1x1 kernel,
+is a matrix product.
 
 `rewritten` returns these forms for the parameters of a
 `conv_general_dilated` equation. Results differ from `lax.conv_general_dilated`

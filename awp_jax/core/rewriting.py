@@ -1,8 +1,8 @@
 """Replaces the convolutions in a function by faster forms for CPUs.
 
 The function is traced, and the equations of its jaxpr are replaced one by one,
-inside loops and branches too. It may contain the convolutions of any network and
-their gradients:
+inside loops and branches too. It may contain the convolutions of any network
+and their gradients:
 
   >>> import jax, jax.numpy as jnp
   >>> def loss(x, kernel):
@@ -82,7 +82,9 @@ def with_cpu_convolutions(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
   """
   if not loops.unrolls():
     return closed
-  return closed.replace(jaxpr=_Rewriter().jaxpr(closed.jaxpr))
+  jaxpr = closed.jaxpr
+  new = _Rewriter().jaxpr(jaxpr)
+  return closed if new is jaxpr else closed.replace(jaxpr=new)
 
 
 class _Rewriter:

@@ -78,10 +78,11 @@ def _call(case: Case, statistics: str) -> Callable[[], None]:
   y = jax.random.randint(jax.random.key(1), (case.batch_size,), 0, 10)
   state = make_state(case)
   if case.task not in cases.TRAINING:
-    compiled = jax.jit(evaluation(case)).lower(state, x, y).compile()
+    compiled = jax.jit(
+        awp_jax.cpu_convolutions(evaluation(case))).lower(state, x, y).compile()
     return lambda: jax.block_until_ready(compiled(state, x, y))
   compiled = jax.jit(
-      training_step(case, statistics),
+      awp_jax.cpu_convolutions(training_step(case, statistics)),
       donate_argnums=0).lower(state, x, y).compile()
   holder = [state]
 

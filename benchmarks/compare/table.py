@@ -132,7 +132,7 @@ def _head(records: Sequence[Record]) -> list[str]:
       'Versions': _listed(records, versions),
       'Commit': _listed(records, lambda r: r['revision']),
       'Load before the run': _listed(records, lambda r: f'{r["load"]:.1f}'),
-      'awp_jax in bfloat16': _listed(records, flags)}
+      'Flags of awp_jax': _listed(records, flags)}
   return [f'* {name}: {value}' for name, value in lines.items() if value]
 
 

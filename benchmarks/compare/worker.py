@@ -31,10 +31,10 @@ def flags(
 ) -> dict[str, str]:
   """Environment variables of a measurement.
 
-  XLA runs bfloat16 convolutions on the CPU by oneDNN from jax 0.12 on, if its
-  flags ask for it.
+  XLA runs convolutions on the CPU by oneDNN from jax 0.12 on, if its flags ask
+  for it; `experiments/main.py` sets them too.
   """
-  if case.precision != 'bfloat16' or not implementation.startswith('awp_jax'):
+  if not implementation.startswith('awp_jax'):
     return {}
   jax = tuple(map(int, re.findall(r'\d+', versions.get('jax', ''))[:2]))
   if jax < (0, 12):

@@ -1,0 +1,289 @@
+"""Rewritten convolutions: equal results, other programs, any surroundings."""
+
+import functools
+import itertools
+import re
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import awp_jax
+from awp_jax.core import convolution, loops, rewriting
+from awp_jax.models import PreActResNet
+
+NHWC = ('NHWC', 'HWIO', 'NHWC')
+
+
+def ones_and_zeros(seed, shape, dtype=np.float32):
+  """-1, 0 and 1: sums of a few hundred products are exact in any order."""
+  draw = np.random.default_rng(seed).integers(-1, 2, shape)
+  return jnp.asarray(draw, dtype)
+
+
+def conv(x, kernel, stride=1, padding=1, numbers=NHWC):
+  pads = padding if isinstance(padding, str) else [
+      pair if isinstance(pair, tuple) else (pair, pair)
+      for pair in (padding if isinstance(padding, list) else [padding] * (
+          x.ndim - 2))]
+  strides = (stride,) * (x.ndim - 2) if isinstance(stride, int) else stride
+  return lax.conv_general_dilated(
+      x, kernel, strides, pads, dimension_numbers=numbers)
+
+
+def gradients(fn, x, kernel, cotangent):
+  return jax.vjp(fn, x, kernel)[1](cotangent)
+
+
+def dilated(fn, *args, platform='cpu'):
+  """Number of convolutions of inputs with inserted zeros, in the program."""
+  text = jax.jit(fn).trace(*args).lower(
+      lowering_platforms=(platform,)).as_text()
+  return len(re.findall(r'lhs_dilate = \[(?!1(?:, 1)*\])', text))
+
+
+CASES = [
+    (shape, taps, stride, padding)
+    for shape, taps, stride, padding in itertools.product(
+        [(5, 6), (8, 8)], [(1, 1), (2, 3), (3, 3)], [(1, 1), (2, 2), (3, 2)],
+        [[(0, 0), (0, 0)], [(1, 1), (1, 1)], [(0, 2), (2, 1)]])]
+
+
+def test_gradients_are_equal_for_any_stride_padding_and_size():
+  def all_gradients(arguments):
+    return [
+        gradients(functools.partial(conv, stride=stride, padding=padding), *a)
+        for (_, _, stride, padding), a in zip(CASES, arguments, strict=True)]
+
+  arguments = []
+  for shape, taps, stride, padding in CASES:
+    x = ones_and_zeros(0, (2, *shape, 3))
+    kernel = ones_and_zeros(1, (*taps, 3, 4))
+    out = jax.eval_shape(
+        functools.partial(conv, stride=stride, padding=padding), x, kernel)
+    arguments.append((x, kernel, ones_and_zeros(2, out.shape)))
+  assert dilated(all_gradients, arguments) > 20
+  assert not dilated(awp_jax.cpu_convolutions(all_gradients), arguments)
+  want = jax.jit(all_gradients)(arguments)
+  got = jax.jit(awp_jax.cpu_convolutions(all_gradients))(arguments)
+  for case, a, b in zip(CASES, want, got, strict=True):
+    for name, plain, new in zip(('x', 'kernel'), a, b, strict=True):
+      np.testing.assert_array_equal(plain, new, err_msg=f'{case}, {name}')
+      assert np.any(plain), case
+
+
+def test_rank_one_and_three_and_bfloat16():
+  def run(arguments):
+    line, line_kernel, cube, cube_kernel = arguments
+    one = conv(line, line_kernel, 2, numbers=('NHC', 'HIO', 'NHC'))
+    three = conv(cube, cube_kernel, 2, numbers=('NDHWC', 'DHWIO', 'NDHWC'))
+    return jnp.sum(one * one), jnp.sum(three[..., :1] * three)
+
+  arguments = (
+      ones_and_zeros(0, (2, 7, 3), jnp.bfloat16),
+      ones_and_zeros(1, (3, 3, 2), jnp.bfloat16),
+      ones_and_zeros(2, (1, 4, 5, 3, 2), jnp.bfloat16),
+      ones_and_zeros(3, (2, 2, 3, 2, 2), jnp.bfloat16))
+
+  def grad(arguments):
+    return jax.grad(lambda a: sum(run(a)).astype(jnp.float32))(arguments)
+
+  assert dilated(grad, (arguments)) == 2
+  faster = awp_jax.cpu_convolutions(grad)
+  assert not dilated(faster, (arguments))
+  for plain, new in zip(
+      jax.jit(grad)(arguments), jax.jit(faster)(arguments), strict=True):
+    assert new.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        plain.astype(np.float32), new.astype(np.float32))
+
+
+def test_plain_convolution_against_numpy():
+  """The gradient by the inputs, summed by loops over pixels and taps."""
+  x, kernel = ones_and_zeros(0, (2, 5, 4, 3)), ones_and_zeros(1, (3, 3, 3, 2))
+  y = ones_and_zeros(2, (2, 3, 2, 2))
+  fn = functools.partial(conv, stride=2)
+  got, _ = jax.jit(awp_jax.cpu_convolutions(
+      functools.partial(gradients, fn)))(x, kernel, y)
+  want = np.zeros((2, 7, 6, 3))
+  for i, j, k, m in np.ndindex(3, 2, 3, 3):
+    want[:, 2 * i + k, 2 * j + m] += np.asarray(y)[:, i, j] @ np.asarray(
+        kernel)[k, m].T
+  np.testing.assert_array_equal(got, want[:, 1:-1, 1:-1])
+
+
+@pytest.mark.parametrize('surround', [
+    'jit', 'scan', 'while', 'cond', 'remat', 'custom_jvp', 'custom_vjp', 'vmap',
+    'grad'])
+def test_convolutions_inside_other_functions(surround):
+  x, kernel = ones_and_zeros(0, (2, 4, 4, 2)), ones_and_zeros(1, (3, 3, 2, 2))
+
+  def grad(x):
+    return jax.grad(lambda x: jnp.sum(conv(x, kernel, 2) ** 2))(x)
+
+  def custom(wrapper, rule):
+    wrapped = wrapper(grad)
+    rule(wrapped)
+    return wrapped
+
+  inside = {
+      'jit': jax.jit(grad),
+      'scan': lambda x: lax.scan(
+          lambda carry, _: (carry, grad(carry)), x, None, 2)[1],
+      'while': lambda x: lax.fori_loop(0, 1, lambda _, x: grad(x), x),
+      'cond': lambda x: lax.cond(x[0, 0, 0, 0] > -5, grad, lambda x: x, x),
+      'remat': jax.remat(grad),
+      'custom_jvp': custom(jax.custom_jvp, lambda f: f.defjvp(
+          lambda p, t: (grad(*p), t[0]))),
+      'custom_vjp': custom(jax.custom_vjp, lambda f: f.defvjp(
+          lambda x: (grad(x), None), lambda _, g: (g,))),
+      'vmap': jax.vmap(lambda x: grad(x[None])[0]),
+      'grad': jax.grad(lambda x: jnp.sum(grad(x) ** 2))}[surround]
+  faster = awp_jax.cpu_convolutions(inside)
+  assert dilated(inside, x) > 0 and not dilated(faster, x)
+  np.testing.assert_array_equal(jax.jit(inside)(x), jax.jit(faster)(x))
+
+
+def test_differentiates_and_maps_from_outside():
+  x, kernel = ones_and_zeros(0, (3, 4, 4, 2)), ones_and_zeros(1, (3, 3, 2, 2))
+
+  def loss(x):
+    return jnp.sum(jax.grad(lambda x: jnp.sum(conv(x, kernel, 2) ** 2))(x) ** 2)
+
+  faster = awp_jax.cpu_convolutions(loss)
+  np.testing.assert_array_equal(
+      jax.jit(jax.grad(loss))(x), jax.jit(jax.grad(faster))(x))
+  np.testing.assert_array_equal(
+      jax.jvp(loss, (x,), (x,))[1], jax.jvp(faster, (x,), (x,))[1])
+  rows = x[:, None]
+  np.testing.assert_array_equal(
+      jax.jit(jax.vmap(loss))(rows), jax.jit(jax.vmap(faster))(rows))
+
+
+@pytest.mark.parametrize('mapping', ['pmap', 'shard_map', 'tracked'])
+def test_under_a_mapped_axis(mapping):
+  x, kernel = ones_and_zeros(0, (4, 4, 4, 2)), ones_and_zeros(1, (3, 3, 2, 2))
+
+  def step(x, kernel):
+    grad = jax.grad(lambda k: jnp.sum(conv(x, k, 2) ** 2))(kernel)
+    return lax.psum(grad, 'batch')
+
+  def mapped(fn):
+    if mapping == 'pmap':
+      return lambda x, kernel: jax.pmap(
+          fn, axis_name='batch', in_axes=(0, None), out_axes=None,
+          devices=jax.devices()[:2])(x.reshape(2, 2, 4, 4, 2), kernel)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('batch',))
+    spec = jax.sharding.PartitionSpec
+    return jax.jit(jax.shard_map(
+        fn, mesh=mesh, in_specs=(spec('batch'), spec()), out_specs=spec(),
+        check_vma=mapping == 'tracked'))
+
+  if mapping == 'tracked':
+    step = jax.tree_util.Partial(lambda x, kernel: lax.psum(
+        conv(x, kernel, 2).sum((0, 1, 2)), 'batch'))
+  np.testing.assert_array_equal(
+      mapped(step)(x, kernel),
+      mapped(awp_jax.cpu_convolutions(step))(x, kernel))
+
+
+def test_what_is_not_faster_stays(x64):
+  kernel = ones_and_zeros(1, (3, 3, 1, 4))
+
+  def grouped(x):
+    return jnp.sum(lax.conv_general_dilated(
+        x, kernel.astype(x.dtype), (2, 2), 'SAME', feature_group_count=2,
+        dimension_numbers=NHWC) ** 2)
+
+  def wide(x):
+    return jnp.sum(conv(x, kernel.astype(x.dtype), 2) ** 2)
+
+  def upsampled(x):
+    return jnp.sum(lax.conv_general_dilated(
+        x, kernel, (2, 2), ((1, 1), (1, 1)), lhs_dilation=(3, 3),
+        dimension_numbers=NHWC))
+
+  for fn, x in (
+      (grouped, ones_and_zeros(0, (2, 4, 4, 2))),
+      (wide, ones_and_zeros(0, (2, 4, 4, 1), np.float64)),
+      (upsampled, ones_and_zeros(0, (2, 4, 4, 1)))):
+    closed = jax.make_jaxpr(jax.grad(fn) if fn is not upsampled else fn)(x)
+    assert rewriting.with_cpu_convolutions(closed) is closed
+
+
+def test_programs_for_accelerators_do_not_change():
+  x, kernel = ones_and_zeros(0, (2, 4, 4, 2)), ones_and_zeros(1, (3, 3, 2, 2))
+  grad = jax.grad(lambda x: jnp.sum(conv(x, kernel, 2) ** 2))
+  faster = awp_jax.cpu_convolutions(grad)
+  assert dilated(grad, x, platform='tpu') == 1
+  assert dilated(faster, x, platform='tpu') == 1
+  with loops.platform('gpu'):  # a new function: traces are kept
+    new = awp_jax.cpu_convolutions(grad)
+    assert str(jax.make_jaxpr(new)(x)) == str(jax.make_jaxpr(grad)(x))
+
+
+def test_arguments_results_and_repeated_functions():
+  kernel = ones_and_zeros(1, (3, 3, 2, 2))
+
+  @jax.jit
+  def grad(x):
+    return jax.grad(lambda x: jnp.sum(conv(x, kernel) ** 2))(x)
+
+  def fn(tree, *, key):
+    x = grad(grad(tree['x']))
+    return {'x': x, 'noise': jax.random.uniform(key), 'same': tree['y']}
+
+  arguments = {'x': ones_and_zeros(0, (1, 4, 4, 2)), 'y': (1, None)}
+  plain = fn(arguments, key=jax.random.key(0))
+  new = awp_jax.cpu_convolutions(fn)(arguments, key=jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, plain, new)
+  # A function that is called twice is rewritten and compiled once.
+  closed = jax.make_jaxpr(lambda x: grad(grad(x)))(arguments['x'])
+  first, second = [
+      equation.params['jaxpr'] for equation in
+      rewriting.with_cpu_convolutions(closed).jaxpr.eqns]
+  assert first is second
+  assert first is not closed.jaxpr.eqns[0].params['jaxpr']
+
+
+def test_network_step_agrees():
+  model = PreActResNet(3, depth=10, width=4)
+  x = jax.random.uniform(jax.random.key(0), (4, 16, 16, 3))
+  y = jnp.arange(4) % 3
+  variables = jax.jit(model.init)(jax.random.key(1), x)
+
+  def loss(params, x):
+    logits, _ = model.apply(
+        {**variables, 'params': params}, x, train=True, mutable=['batch_stats'])
+    return jnp.mean(awp_jax.cross_entropy(logits, y))
+
+  grad = jax.grad(loss, (0, 1))
+  assert dilated(grad, variables['params'], x) == 6
+  faster = awp_jax.cpu_convolutions(grad)
+  assert not dilated(faster, variables['params'], x)
+  want = jax.jit(grad)(variables['params'], x)
+  got = jax.jit(faster)(variables['params'], x)
+  scale = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(want))
+  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * scale)
+
+
+def test_forms_are_those_of_the_gradients():
+  """Which convolutions change: gradients, but not the network's own."""
+  x, kernel = ones_and_zeros(0, (2, 4, 4, 2)), ones_and_zeros(1, (1, 1, 2, 3))
+  closed = jax.make_jaxpr(jax.vjp(
+      functools.partial(conv, stride=2, padding=0), x, kernel)[1])(
+          ones_and_zeros(2, (2, 2, 2, 3)))
+  forms = []
+  for equation in closed.jaxpr.eqns:
+    if equation.primitive.name == 'conv_general_dilated':
+      avals = [v.aval for v in (*equation.invars, *equation.outvars)]
+      form = convolution.rewritten(
+          convolution.parameters(equation.params), *avals)
+      forms.append(getattr(form, 'func', form).__name__)
+  assert sorted(forms) == ['_as_product', '_by_residues']
+  closed = jax.make_jaxpr(functools.partial(conv, stride=2))(x, jnp.ones(
+      (3, 3, 2, 3)))
+  assert rewriting.with_cpu_convolutions(closed) is closed

@@ -1,0 +1,67 @@
+"""Flags of the compiler and the folder of compiled programs."""
+
+from importlib import metadata
+import os
+
+import jax
+import pytest
+
+from experiments.util import xla
+
+
+@pytest.fixture
+def updates(monkeypatch):
+  seen = {}
+  monkeypatch.setattr(jax.config, 'update', seen.__setitem__)
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setenv('XLA_FLAGS', '')
+  return seen
+
+
+@pytest.mark.parametrize('version,given,expected', [
+    ('0.12.3', '', '--xla_cpu_use_onednn=true '
+     '--xla_cpu_experimental_onednn_custom_call=true'),
+    ('0.12.0', '--xla_cpu_use_onednn=false', '--xla_cpu_use_onednn=false '
+     '--xla_cpu_experimental_onednn_custom_call=true'),
+    ('0.12.0', '--a --xla_cpu_experimental_onednn_custom_call=false', '--a '
+     '--xla_cpu_experimental_onednn_custom_call=false '
+     '--xla_cpu_use_onednn=true'),
+    ('0.10.2', '--a', '--a'), ('0.13.0', '', ''), ('1.12.0', '', '')])
+def test_flags_of_known_releases_only(monkeypatch, version, given, expected):
+  monkeypatch.setattr(metadata, 'version', lambda name: version)
+  monkeypatch.setenv('XLA_FLAGS', given)
+  xla.use_onednn()
+  assert os.environ['XLA_FLAGS'] == expected
+
+
+def test_cache_is_in_the_home_by_default(updates, monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  xla.use_cache(None)
+  assert updates == {
+      'jax_compilation_cache_dir': str(tmp_path / '.cache' / 'awp_jax'),
+      'jax_compilation_cache_max_size': 4_000_000_000}
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'other'))
+  xla.use_cache(None)
+  assert updates['jax_compilation_cache_dir'] == str(
+      tmp_path / 'other' / 'awp_jax')
+
+
+def test_a_named_cache_or_none(updates, monkeypatch):
+  xla.use_cache('named')
+  assert updates == {'jax_compilation_cache_dir': 'named'}
+  xla.use_cache('')
+  assert updates == {'jax_compilation_cache_dir': None}
+  updates.clear()
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', 'set')
+  xla.use_cache(None)
+  assert not updates
+
+
+def test_no_cache_of_programs_that_call_onednn(updates, monkeypatch):
+  monkeypatch.setattr(metadata, 'version', lambda name: '0.12.0')
+  xla.use_onednn()
+  xla.use_cache(None)
+  assert not updates
+  xla.use_cache('named')
+  assert updates == {'jax_compilation_cache_dir': 'named'}
