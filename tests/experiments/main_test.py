@@ -341,10 +341,11 @@ def test_wrong_flags(forked, arguments, shown):
   assert re.fullmatch(r'error: [^\n]+\n', err) and shown in err, err
 
 
-def test_workdir_of_another_config(command, uninterrupted):
+def test_workdir_of_another_config(forked, uninterrupted):
   folder = uninterrupted[0]
   before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
-  code, out, err = command.finish(*TINY, '--config.seed=5')
+  code, out, err = forked.finish(
+      *TINY, '--config.seed=5', f'--workdir={folder}')
   assert code == 2 and out == ''
   assert re.fullmatch(r'error: [^\n]+\n', err)
   assert 'another config' in err and 'seed (0 there, 5 now)' in err

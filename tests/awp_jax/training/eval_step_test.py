@@ -27,8 +27,8 @@ def evaluate(state, x, y, valid=None, key=0, **keywords):
   arguments = {'threat': THREAT, 'attack': ATTACK} | keywords
   if valid is None:
     valid = jnp.ones(len(x), bool)
-  return awp_jax.eval_step(
-      state, (x, y, valid), jax.random.key(key), **arguments)
+  return jax.jit(functools.partial(awp_jax.eval_step, **arguments))(
+      state, (x, y, valid), jax.random.key(key))
 
 
 def waves():
@@ -154,7 +154,10 @@ def test_inputs_that_are_not_finite_are_wrong():
   state = make_state(
       lambda params, stats, x: jnp.concatenate([1 - x, 0 * x], axis=1),
       params={'w': jnp.zeros(1)})
-  got = evaluate(state, jnp.array([[0.1], [jnp.nan]]), jnp.zeros(2, int))
+  batch = jnp.array([[0.1], [jnp.nan]]), jnp.zeros(2, int), jnp.ones(2, bool)
+  # Not compiled: also a step outside `jit` works.
+  got = awp_jax.eval_step(
+      state, batch, jax.random.key(0), threat=THREAT, attack=ATTACK)
   assert got.natural_correct == got.robust_correct == got.nonfinite == 1
 
 

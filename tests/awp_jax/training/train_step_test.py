@@ -54,6 +54,7 @@ def train_logits(state, params, x):
       mutable=['batch_stats'])[0]
 
 
+@functools.partial(jax.jit, static_argnames=('rounds', 'weight_steps'))
 def written_out(state, x, y, *, rounds, weight_steps, gamma):
   """AT-AWP with alternation, directly from its formulas."""
   v, x_adv = jax.tree.map(jnp.zeros_like, state.params), x
