@@ -188,6 +188,7 @@ def assert_same_run(folder, wanted):
     assert summaries[0][name] == summaries[1][name]
 
 
+@pytest.mark.slow
 def test_run_prints_its_own_lines_only(uninterrupted):
   folder, out, err = uninterrupted
   assert err == ''
@@ -341,6 +342,7 @@ def test_wrong_flags(forked, arguments, shown):
   assert re.fullmatch(r'error: [^\n]+\n', err) and shown in err, err
 
 
+@pytest.mark.slow
 def test_workdir_of_another_config(forked, uninterrupted):
   folder = uninterrupted[0]
   before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}

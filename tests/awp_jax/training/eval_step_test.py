@@ -23,11 +23,12 @@ def make_state(logits_fn, **fields):
       forward_fn=forward_fn, tx=optax.sgd(0.1), **fields)
 
 
-def evaluate(state, x, y, valid=None, key=0, **keywords):
+def evaluate(state, x, y, valid=None, key=0, compiled=True, **keywords):
   arguments = {'threat': THREAT, 'attack': ATTACK} | keywords
   if valid is None:
     valid = jnp.ones(len(x), bool)
-  return jax.jit(functools.partial(awp_jax.eval_step, **arguments))(
+  step = functools.partial(awp_jax.eval_step, **arguments)
+  return (jax.jit(step) if compiled else step)(
       state, (x, y, valid), jax.random.key(key))
 
 
@@ -154,10 +155,7 @@ def test_inputs_that_are_not_finite_are_wrong():
   state = make_state(
       lambda params, stats, x: jnp.concatenate([1 - x, 0 * x], axis=1),
       params={'w': jnp.zeros(1)})
-  batch = jnp.array([[0.1], [jnp.nan]]), jnp.zeros(2, int), jnp.ones(2, bool)
-  # Not compiled: also a step outside `jit` works.
-  got = awp_jax.eval_step(
-      state, batch, jax.random.key(0), threat=THREAT, attack=ATTACK)
+  got = evaluate(state, jnp.array([[0.1], [jnp.nan]]), jnp.zeros(2, int))
   assert got.natural_correct == got.robust_correct == got.nonfinite == 1
 
 
@@ -204,8 +202,9 @@ def test_any_restart_that_breaks_an_example_counts():
         [label, jnp.where(label > 0, spread, 0.01), spread], axis=1)
 
   state = make_state(logits, params={'w': jnp.zeros(1)})
+  # Not compiled: the restarts would be written out.
   got = evaluate(
-      state, jnp.full((16, 1), 0.47), jnp.zeros(16, int),
+      state, jnp.full((16, 1), 0.47), jnp.zeros(16, int), compiled=False,
       attack=awp_jax.Attack(1e-9, 1, restarts=30))
   once = evaluate(
       state, jnp.full((16, 1), 0.47), jnp.zeros(16, int),
