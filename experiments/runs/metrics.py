@@ -7,8 +7,6 @@ import pathlib
 import tempfile
 from typing import Any
 
-import tensorboardX
-
 from experiments.parallel import processes
 from experiments.util import atomic, environment, paths
 
@@ -62,6 +60,8 @@ class _Events:
   """TensorBoard events; those for a bucket are written locally and copied."""
 
   def __init__(self, folder: paths.Path, purge_step: int) -> None:
+    import tensorboardX  # which imports PyTorch, if that is installed
+
     self._folder = folder
     self._local = (
         tempfile.TemporaryDirectory() if paths.is_bucket(folder) else None)

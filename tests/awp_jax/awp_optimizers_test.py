@@ -1,5 +1,7 @@
 """AWP with optimizers of optax: where decay and bounds act."""
 
+import functools
+
 import chex
 import jax
 import numpy as np
@@ -15,14 +17,19 @@ from tests.helpers.perturbation_problem import params_as
 def test_decay_acts_at_the_perturbed_weights_by_default(x64):
   params, decay = params_as(np.float64), 0.1
   tx = optax.chain(optax.add_decayed_weights(decay), optax.sgd(1.0))
-  out = awp_jax.awp_step(loss_fn, tx, params, tx.init(params), gamma=0.3)
+
+  @functools.partial(jax.jit, static_argnames='update_at')
+  def step(params, **keywords):
+    return awp_jax.awp_step(
+        loss_fn, tx, params, tx.init(params), gamma=0.3, **keywords)
+
+  out = step(params)
   shown = jax.tree.map(np.add, params, out.perturbation)
   wanted = jax.tree.map(
       lambda w, s, g: w - (g + decay * s), params, shown,
       jax.grad(loss_fn)(shown))
   chex.assert_trees_all_close(out.params, wanted, rtol=1e-12)
-  clean = awp_jax.awp_step(
-      loss_fn, tx, params, tx.init(params), gamma=0.3, update_at='natural')
+  clean = step(params, update_at='natural')
   chex.assert_trees_all_close(
       jax.tree.map(np.subtract, clean.params, out.params),
       jax.tree.map(lambda v: decay * v, out.perturbation),

@@ -19,6 +19,14 @@ SHAPES = [(4, 3), (4, 5, 7), (4, 6, 5, 3), (2, 3, 2, 3, 2)]
 DTYPES = [jnp.float32, jnp.bfloat16]
 
 
+def uniform(shape, seed=0):
+  return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def normal(shape, seed=0):
+  return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def numpy_distance(norm, x_adv, x):
   delta = (np.asarray(x_adv, np.float64) - np.asarray(x, np.float64))
   flat = delta.reshape(len(delta), -1)
@@ -30,14 +38,14 @@ def numpy_distance(norm, x_adv, x):
     'norm,shape', list(itertools.product(NORMS, SHAPES[::3])))
 def test_random_start_fills_ball_and_stays_in_box(norm, shape):
   model = ThreatModel(norm, epsilon=0.3)
-  x = jax.random.uniform(jax.random.key(0), shape)
-  starts = jax.vmap(lambda key: model.random_start(key, x))(
-      jax.random.split(jax.random.key(1), 200))
+  x = uniform(shape)
+  starts = np.asarray(jax.jit(jax.vmap(lambda key: model.random_start(key, x)))(
+      jax.random.split(jax.random.key(1), 200)))
   assert starts.min() >= 0 and starts.max() <= 1
   distances = np.stack([numpy_distance(norm, s, x) for s in starts])
   assert distances.max() <= 0.3 + 1e-6
   assert distances.max() > 0.2  # a start of another radius would fail
-  assert len(np.unique(np.asarray(starts).reshape(200, -1), axis=0)) > 100
+  assert len(np.unique(starts.reshape(200, -1), axis=0)) > 100
 
 
 def test_random_start_lengths_are_uniform_in_l2():
@@ -45,17 +53,17 @@ def test_random_start_lengths_are_uniform_in_l2():
   # standard deviation 1 / sqrt(12). A uniform point of the ball would have a
   # mean near 1.
   model = ThreatModel('L2', epsilon=0.01)
-  x = jnp.full((4000, 50), 0.5)
-  lengths = numpy_distance(
-      'L2', model.random_start(jax.random.key(0), x), x) / 0.01
+  x = np.full((4000, 50), 0.5, np.float32)
+  start = jax.jit(model.random_start)(jax.random.key(0), x)
+  lengths = numpy_distance('L2', start, x) / 0.01
   np.testing.assert_allclose(lengths.mean(), 0.5, atol=0.02)
   np.testing.assert_allclose(lengths.std(), 12 ** -0.5, atol=0.01)
 
 
 def test_random_start_is_uniform_in_linf():
   model = ThreatModel('Linf', epsilon=0.01)
-  x = jnp.full((100, 100), 0.5)
-  delta = np.asarray(model.random_start(jax.random.key(0), x) - x) / 0.01
+  x = np.full((100, 100), 0.5, np.float32)
+  delta = (np.asarray(model.random_start(jax.random.key(0), x)) - x) / 0.01
   np.testing.assert_allclose(delta.mean(), 0, atol=0.03)
   np.testing.assert_allclose(delta.std(), 3 ** -0.5, atol=0.01)
 
@@ -64,13 +72,14 @@ def test_random_start_is_uniform_in_linf():
     'norm,shape', list(itertools.product(STEEPEST, SHAPES)))
 def test_linear_maximizer_attains_the_dual_norm(norm, shape):
   # max_{|d|_p <= 1} <d, g> is the dual norm |g|_q: L_1 for L_inf, L_2 for L_2.
-  gradient = jax.random.normal(jax.random.key(0), shape)
-  step = ThreatModel(norm, epsilon=1.0).linear_maximizer(gradient)
+  gradient = normal(shape)
+  step = np.asarray(
+      jax.jit(ThreatModel(norm, epsilon=1.0).linear_maximizer)(gradient))
   np.testing.assert_allclose(
       numpy_distance(norm, step, np.zeros(shape)), 1, rtol=1e-6)
-  gain = np.sum(np.asarray(step * gradient).reshape(shape[0], -1), axis=1)
+  gain = np.sum((step * gradient).reshape(shape[0], -1), axis=1)
   dual = np.linalg.norm(
-      np.asarray(gradient).reshape(shape[0], -1),
+      gradient.reshape(shape[0], -1),
       ord=1 if norm == 'Linf' else 2, axis=1)
   np.testing.assert_allclose(gain, dual, rtol=1e-5)
 
@@ -127,16 +136,17 @@ def test_gradient_floor_is_added_to_the_norm():
 @pytest.mark.parametrize('norm,shape', list(itertools.product(NORMS, SHAPES)))
 def test_projection_is_inside_and_leaves_inner_points(norm, shape):
   model = ThreatModel(norm, epsilon=0.1)
-  x = jax.random.uniform(jax.random.key(0), shape)
-  far = x + jax.random.normal(jax.random.key(1), shape)
-  near = model.project(far, x)
+  project = jax.jit(model.project)
+  x = uniform(shape)
+  far = x + normal(shape, seed=1)
+  near = np.asarray(project(far, x))
   assert near.min() >= 0 and near.max() <= 1
   assert numpy_distance(norm, near, x).max() <= 0.1 + 1e-6
   # Projecting again changes nothing, and neither does it move inner points.
-  np.testing.assert_allclose(model.project(near, x), near, atol=1e-7)
-  inner = model.clip(x + 1e-3 * (far - x) / numpy_distance(
-      norm, far, x).max())
-  np.testing.assert_allclose(model.project(inner, x), inner, atol=1e-7)
+  np.testing.assert_allclose(project(near, x), near, atol=1e-7)
+  scale = np.float32(1e-3 / numpy_distance(norm, far, x).max())
+  inner = np.clip(x + scale * (far - x), 0, 1)
+  np.testing.assert_allclose(project(inner, x), inner, atol=1e-7)
 
 
 def test_projection_against_closed_forms():
@@ -228,8 +238,9 @@ def test_custom_box(norm):
   far = jnp.array([[-3.0, 3.0, -1.5, 1.5] * 2])
   wanted = [[-1, 2, -1, 1.5] * 2]
   np.testing.assert_allclose(model.clip(far), wanted)
-  np.testing.assert_allclose(model.project(far, x), wanted, atol=1e-6)
-  start = model.random_start(jax.random.key(0), x)
+  np.testing.assert_allclose(
+      jax.jit(model.project)(far, x), wanted, atol=1e-6)
+  start = np.asarray(jax.jit(model.random_start)(jax.random.key(0), x))
   assert start.min() >= -1 and start.max() <= 2
   assert start.min() == -1 or norm != 'Linf'
   assert ThreatModel(norm, 1.0) == ThreatModel(norm, 1.0, 0.0, 1.0)
@@ -238,11 +249,11 @@ def test_custom_box(norm):
 def test_random_start_equals_the_reference_draw(x64):
   x = jnp.full((3, 4, 5), 0.5)
   key = jax.random.key(5)
-  box = ThreatModel('Linf', 0.2).random_start(key, x) - x
+  box = jax.jit(ThreatModel('Linf', 0.2).random_start)(key, x) - x
   np.testing.assert_allclose(
       box, jax.random.uniform(key, x.shape, x.dtype, -0.2, 0.2), atol=1e-12)
   # L_2: direction and length are independent draws.
-  delta = np.asarray(ThreatModel('L2', 0.2).random_start(key, x) - x)
+  delta = np.asarray(jax.jit(ThreatModel('L2', 0.2).random_start)(key, x) - x)
   direction_key, length_key = jax.random.split(key)
   normal = np.asarray(jax.random.normal(direction_key, x.shape, x.dtype))
   length = jax.random.uniform(length_key, (3, 1, 1), x.dtype)
@@ -252,16 +263,15 @@ def test_random_start_equals_the_reference_draw(x64):
   many = jnp.full((2, 6), 0.5)
   noise = 3 * np.asarray(jax.random.normal(key, many.shape, many.dtype))
   np.testing.assert_allclose(
-      ThreatModel('L1', 3.0, -1.0, 2.0).random_start(key, many) - many,
+      jax.jit(ThreatModel('L1', 3.0, -1.0, 2.0).random_start)(key, many) - many,
       np.stack([numpy_l1_projection(d, np.full(6, 0.5), 3.0, -1, 2)
                 for d in noise]), atol=1e-10)
 
 
 @pytest.mark.parametrize('norm', threat.NORMS)
 def test_distance(norm):
-  x = jax.random.uniform(jax.random.key(0), (3, 4, 4, 2))
-  x_adv = jax.random.uniform(jax.random.key(1), (3, 4, 4, 2))
-  got = ThreatModel(norm, 1.0).distance(x_adv, x)
+  x, x_adv = uniform((3, 4, 4, 2)), uniform((3, 4, 4, 2), seed=1)
+  got = jax.jit(ThreatModel(norm, 1.0).distance)(x_adv, x)
   assert got.shape == (3,)
   np.testing.assert_allclose(got, numpy_distance(norm, x_adv, x), rtol=1e-6)
 
@@ -296,9 +306,9 @@ def test_inputs_need_a_batch_axis():
 
 @pytest.mark.parametrize('norm', threat.NORMS)
 def test_random_start_does_not_depend_on_the_units(norm):
-  x = jax.random.uniform(jax.random.key(1), (4, 30))
-  small = ThreatModel(norm, 0.25).random_start(jax.random.key(0), x)
-  large = ThreatModel(norm, 64, upper=256).random_start(
+  x = uniform((4, 30))
+  small = jax.jit(ThreatModel(norm, 0.25).random_start)(jax.random.key(0), x)
+  large = jax.jit(ThreatModel(norm, 64, upper=256).random_start)(
       jax.random.key(0), 256 * x)
   np.testing.assert_allclose(256 * small, large, rtol=1e-4, atol=1e-3)
 

@@ -188,6 +188,7 @@ def assert_same_run(folder, wanted):
     assert summaries[0][name] == summaries[1][name]
 
 
+@pytest.mark.slow
 def test_run_prints_its_own_lines_only(uninterrupted):
   folder, out, err = uninterrupted
   assert err == ''
@@ -341,10 +342,12 @@ def test_wrong_flags(forked, arguments, shown):
   assert re.fullmatch(r'error: [^\n]+\n', err) and shown in err, err
 
 
-def test_workdir_of_another_config(command, uninterrupted):
+@pytest.mark.slow
+def test_workdir_of_another_config(forked, uninterrupted):
   folder = uninterrupted[0]
   before = {p: p.stat().st_mtime_ns for p in folder.rglob('*')}
-  code, out, err = command.finish(*TINY, '--config.seed=5')
+  code, out, err = forked.finish(
+      *TINY, '--config.seed=5', f'--workdir={folder}')
   assert code == 2 and out == ''
   assert re.fullmatch(r'error: [^\n]+\n', err)
   assert 'another config' in err and 'seed (0 there, 5 now)' in err

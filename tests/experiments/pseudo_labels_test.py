@@ -193,7 +193,8 @@ def test_a_pytorch_file(trained, unlabeled, tmp_path):
       4, width=2, mean=tuple(run.dataset.mean), std=tuple(run.dataset.std))
   pixels = images[:4] / np.float32(255)
   np.testing.assert_allclose(
-      subject.logits_fn(pixels), model.apply(variables, pixels), rtol=1e-6)
+      subject.logits_fn(pixels), jax.jit(model.apply)(variables, pixels),
+      rtol=1e-6)
 
 
 def test_a_killed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -66,15 +66,22 @@ def keywords_of(method):
   return keywords
 
 
-def run(method, tx, params, num_steps, *, loss_fn=losses_fn, **keywords):
-  """Runs compiled steps on one batch and returns the output of each."""
+def compiled_step(method, tx, loss_fn=losses_fn, **keywords):
+  """A compiled step on the batch."""
   keywords = keywords_of(method) | keywords
+  return jax.jit(
+      lambda params, opt_state, state: perturbed_step.perturbed_step(
+          method, loss_fn, tx, params, opt_state, state, X, Y, **keywords))
 
-  @jax.jit
-  def step(params, opt_state, state):
-    return perturbed_step.perturbed_step(
-        method, loss_fn, tx, params, opt_state, state, X, Y, **keywords)
 
+#: Several tests compare with the same steps.
+compiled_once = functools.cache(compiled_step)
+
+
+def run(method, tx, params, num_steps, **keywords):
+  """Runs compiled steps on one batch and returns the output of each."""
+  make = compiled_step if keywords else compiled_once
+  step = make(method, tx, **keywords)
   opt_state, state, outs = tx.init(params), method.init(params), []
   for _ in range(num_steps):
     outs.append(step(params, opt_state, state))

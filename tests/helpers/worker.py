@@ -7,6 +7,7 @@ after this step of training the process gets a signal, 'SIGTERM' or 'SIGKILL',
 or raises an 'error'.
 """
 
+import importlib
 import pathlib
 import signal
 import sys
@@ -50,12 +51,20 @@ def run_modes(modes):
   main._run_mode = run_all
 
 
+def import_tensorboard():
+  """Without PyTorch, which it imports if it can and which takes a second."""
+  sys.modules['torch'] = None
+  importlib.import_module('tensorboardX')
+  del sys.modules['torch']
+
+
 if __name__ == '__main__':
   fault, modes = sys.argv.pop(1), sys.argv.pop(1)
   if fault != 'none':
     when, _, kind = fault.partition(':')
     fail_at(int(when), kind)
   run_modes(modes)
+  import_tensorboard()
   watch.PATIENCE = 5.0
   # Reports have their own tests. As they do, one process reads a checkpoint.
   page.write_or_warn = lambda run, mode: checkpoints.Reader(

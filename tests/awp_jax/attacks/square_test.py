@@ -137,7 +137,8 @@ def test_proposals(norm, epsilon, x64):
   queries = rng.permutation(np.arange(count) * 3)
   queries[0] = 200  # past the end
   keys = jax.random.split(jax.random.key(3), count)
-  ours = np.asarray(square.propose(
+  propose = jax.jit(square.propose, static_argnums=(4, 5))
+  ours = np.asarray(propose(
       keys, jnp.asarray(best), jnp.asarray(x), jnp.asarray(queries), threat,
       schedule))
   sides = square_patterns.window_sides(schedule, 7, 9, norm != 'Linf')
@@ -147,7 +148,7 @@ def test_proposals(norm, epsilon, x64):
         keys[i], best[i], x[i], sides[min(queries[i], 51)], threat)
     np.testing.assert_allclose(ours[i], expected, atol=1e-6)
   # In other units.
-  bytes_ = square.propose(
+  bytes_ = propose(
       keys, jnp.asarray(255 * best), jnp.asarray(255 * x),
       jnp.asarray(queries), ThreatModel(norm, 255 * epsilon, 0.0, 255.0),
       schedule)

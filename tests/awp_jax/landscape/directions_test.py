@@ -1,5 +1,7 @@
 """Directions: their norms, distribution and masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,20 @@ from awp_jax import landscape
 from tests.helpers.landscape_problem import parameters
 
 
+def random_direction(key, params, **keywords):
+  return jax.jit(functools.partial(
+      landscape.random_direction, **keywords))(key, params)
+
+
+def filter_normalize(direction, params, **keywords):
+  return jax.jit(functools.partial(
+      landscape.filter_normalize, **keywords))(direction, params)
+
+
 @pytest.mark.parametrize('axis', [-1, 0])
 def test_filters_have_the_norms_of_the_weights(axis, x64):
   params = parameters(dtype='float64')
-  d = landscape.random_direction(jax.random.key(3), params, filter_axis=axis)
+  d = random_direction(jax.random.key(3), params, filter_axis=axis)
   for got, w in ((d['conv']['kernel'], params['conv']['kernel']),
                  (d['out'], params['out'])):
     got, w = (np.moveaxis(leaf, axis, 0) for leaf in (got, w))
@@ -32,7 +44,7 @@ def test_filters_have_the_norms_of_the_weights(axis, x64):
 def test_layers_have_the_norms_of_the_weights(x64):
   params = parameters(dtype='float64')
   v = jax.tree.map(lambda w: 1e-30 * jnp.sin(w), params)
-  d = landscape.filter_normalize(v, params, norm='layer')
+  d = filter_normalize(v, params, norm='layer')
   for got, tiny, w in ((d['out'], v['out'], params['out']),
                        (d['conv']['kernel'], v['conv']['kernel'],
                         params['conv']['kernel'])):
@@ -43,13 +55,13 @@ def test_layers_have_the_norms_of_the_weights(x64):
 
 def test_directions_are_gaussian_and_differ():
   params = {'w': jnp.ones((4000, 2))}
-  d, e = (landscape.random_direction(jax.random.key(i), params)['w']
+  d, e = (random_direction(jax.random.key(i), params)['w']
           for i in (0, 1))
   # All weights are 1: so is the variance of d, filter by filter.
   np.testing.assert_allclose(np.mean(np.square(d), axis=0), 1, rtol=1e-5)
   assert abs(float(np.mean(d))) < 0.05 and abs(float(np.mean(d * e))) < 0.05
   assert abs(float(np.mean(np.square(d) ** 2)) - 3) < 0.3
-  again = landscape.random_direction(
+  again = random_direction(
       jax.random.key(0), {'w': 2 * jnp.ones((4000, 2))})['w']
   np.testing.assert_allclose(again, 2 * d, rtol=1e-6)
 
@@ -75,10 +87,10 @@ def test_stacked_layers_have_norms_of_their_own(norm):
           for _ in range(2))
   params = {'layers/kernel': w, 'layers/gain': w[:, 0]}
   direction = {'layers/kernel': d, 'layers/gain': d[:, 0]}
-  whole = landscape.filter_normalize(direction, params, norm=norm, stack_axes=1)
+  whole = filter_normalize(direction, params, norm=norm, stack_axes=1)
   assert not np.any(whole['layers/gain'])  # [L, D]: a vector in each layer
   for layer in range(2):
-    alone = landscape.filter_normalize(
+    alone = filter_normalize(
         {'kernel': d[layer]}, {'kernel': w[layer]}, norm=norm)
     np.testing.assert_allclose(
         whole['layers/kernel'][layer], alone['kernel'], rtol=1e-6)

@@ -64,7 +64,7 @@ def test_logits_that_are_not_finite_are_never_right():
 
   measure = landscape.robust_measure(
       logits_fn, awp_jax.ThreatModel('Linf', 0.05), step_size=0.05, num_steps=1)
-  found = measure(
+  found = jax.jit(measure)(
       jnp.float32(1), (images, jnp.zeros(3, int)), jax.random.key(0))
   np.testing.assert_array_equal(found['natural_accuracy'], [True, False, True])
   np.testing.assert_array_equal(found['robust_accuracy'], [True, False, False])
@@ -80,7 +80,7 @@ def test_nan_gradients_are_counted():
   for logits_fn in (linear, with_nan_gradient):
     measure = landscape.robust_measure(
         logits_fn, THREAT, step_size=EPSILON, num_steps=2)
-    found.append(measure(params, (images, labels), jax.random.key(0)))
+    found.append(jax.jit(measure)(params, (images, labels), jax.random.key(0)))
   assert not found[0]['nonfinite'].any() and found[1]['nonfinite'].all()
 
 

@@ -114,20 +114,28 @@ def device_step(method, keywords, axis_name):
   return step
 
 
-@pytest.mark.parametrize('way', ['vmap', 'shard_map'])
-@pytest.mark.parametrize('name', methods.METHODS)
-def test_devices_agree_on_one_perturbation(name, way, x64):
-  # Two of eight examples per device. Every second step, to include the `cond`.
+@functools.lru_cache(maxsize=1)  # one step for both ways
+def on_one_device(name):
+  """A step on eight examples: its arguments, and what it returns."""
   x, y = np.tile(problem.X, (2, 1))[:8], np.tile(problem.Y, 2)[:8]
   x = x + np.linspace(0, 0.3, 8)[:, None]
   params = problem.params_as('float64')
+  # Every second step, to include the `cond`.
   method = methods.every_k(problem.make(name), 2)
-  keywords = problem.keywords_of(method)
   state = method.init(params)
   if name == 'momentum_awp':
     state = state._replace(memory=leaves.select(
         jax.grad(problem.mean_fn)(params), method.chosen(params)))
-  wanted = jax.jit(device_step(method, keywords, None))(params, state, x, y)
+  keywords, arguments = problem.keywords_of(method), (params, state, x, y)
+  wanted = jax.jit(device_step(method, keywords, None))(*arguments)
+  return method, keywords, arguments, wanted
+
+
+@pytest.mark.parametrize('way', ['vmap', 'shard_map'])
+@pytest.mark.parametrize('name', methods.METHODS)
+def test_devices_agree_on_one_perturbation(name, way, x64):
+  # Two of eight examples per device.
+  method, keywords, (params, state, x, y), wanted = on_one_device(name)
   step = device_step(method, keywords, 'd')
   if way == 'vmap':
     got = jax.jit(jax.vmap(step, in_axes=(None, None, 0, 0), axis_name='d'))(

@@ -239,14 +239,15 @@ def test_stacked_layers_are_perturbed_one_by_one(name, options, x64):
   # The gains [L, D] have one axis per layer, so they are not weights.
   assert chosen(params, stacked.mask, stack_axes=STACKED) == {
       'embedding', 'layers/kernel', 'out'}
-  got = perturbed_step.find_perturbation(stacked, network)(
+  got = jax.jit(perturbed_step.find_perturbation(stacked, network))(
       params, stacked.init(params), x)
-  wanted = perturbed_step.find_perturbation(separate, network)(
+  wanted = jax.jit(perturbed_step.find_perturbation(separate, network))(
       unstacked(params), separate.init(unstacked(params)), x)
   chex.assert_trees_all_close(unstacked(got), wanted, rtol=1e-10, atol=1e-14)
   if name == 'awp':
-    whole = perturbed_step.find_perturbation(methods.awp(0.3), network)(
-        params, separate.init(params), x)
+    whole = jax.jit(
+        perturbed_step.find_perturbation(methods.awp(0.3), network))(
+            params, separate.init(params), x)
     assert np.abs(whole['layers']['kernel'] - got['layers']['kernel']).max() > (
         0.01)
 

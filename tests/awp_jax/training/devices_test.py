@@ -52,8 +52,8 @@ def spread(way, tx, params, x, y):
         step(tx, 'd'), axis_name='d', in_axes=(None, 0, 0), out_axes=None)(
             params, *parts)
   if way == 'vmap':
-    out = jax.vmap(
-        step(tx, 'd'), axis_name='d', in_axes=(None, 0, 0))(params, *parts)
+    out = jax.jit(jax.vmap(
+        step(tx, 'd'), axis_name='d', in_axes=(None, 0, 0)))(params, *parts)
     return jax.tree.map(lambda leaf: leaf[3], out)
   if way == 'sharded_jit':
     rows = NamedSharding(mesh, P('d'))

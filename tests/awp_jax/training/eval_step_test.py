@@ -23,12 +23,13 @@ def make_state(logits_fn, **fields):
       forward_fn=forward_fn, tx=optax.sgd(0.1), **fields)
 
 
-def evaluate(state, x, y, valid=None, key=0, **keywords):
+def evaluate(state, x, y, valid=None, key=0, compiled=True, **keywords):
   arguments = {'threat': THREAT, 'attack': ATTACK} | keywords
   if valid is None:
     valid = jnp.ones(len(x), bool)
-  return awp_jax.eval_step(
-      state, (x, y, valid), jax.random.key(key), **arguments)
+  step = functools.partial(awp_jax.eval_step, **arguments)
+  return (jax.jit(step) if compiled else step)(
+      state, (x, y, valid), jax.random.key(key))
 
 
 def waves():
@@ -201,8 +202,9 @@ def test_any_restart_that_breaks_an_example_counts():
         [label, jnp.where(label > 0, spread, 0.01), spread], axis=1)
 
   state = make_state(logits, params={'w': jnp.zeros(1)})
+  # Not compiled: the restarts would be written out.
   got = evaluate(
-      state, jnp.full((16, 1), 0.47), jnp.zeros(16, int),
+      state, jnp.full((16, 1), 0.47), jnp.zeros(16, int), compiled=False,
       attack=awp_jax.Attack(1e-9, 1, restarts=30))
   once = evaluate(
       state, jnp.full((16, 1), 0.47), jnp.zeros(16, int),

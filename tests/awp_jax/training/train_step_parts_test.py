@@ -314,6 +314,16 @@ def test_a_nan_in_the_attack_leaves_the_weights_finite(x64):
   chex.assert_tree_all_finite((out, metrics.loss, metrics.gradient_norm))
 
 
+def test_a_step_outside_jit_is_the_compiled_one(x64):
+  state, batch = plain_state(), batch_of()
+  keywords = {'objective': NATURAL, 'perturbation': methods.awp(0.1)}
+  chex.assert_trees_all_close(
+      awp_jax.train_step(
+          state, batch, jax.random.key(0), threat=THREAT,
+          attack=awp_jax.Attack(0.05, 2), **keywords),
+      step(state, batch, **keywords), rtol=1e-12, atol=1e-14)
+
+
 def test_logits_that_are_not_finite_are_not_robust():
   x, y = batch_of()
   # Class 0 everywhere, which is also the argmax of NaN.

@@ -65,13 +65,15 @@ def written_out(state, x, y, *, rounds, weight_steps, gamma):
   def shifted(v):
     return jax.tree.map(jnp.add, state.params, v)
 
+  of_images = jax.jit(jax.grad(loss, argnums=1))
+  of_weights = jax.jit(jax.value_and_grad(loss))
   for _ in range(rounds):
     for _ in range(ATTACK.num_steps):
-      g = jax.grad(loss, argnums=1)(shifted(v), x_adv)
+      g = of_images(shifted(v), x_adv)
       x_adv = x_adv + ATTACK.step_size * jnp.sign(g)
       x_adv = jnp.clip(jnp.clip(x_adv, x - 0.1, x + 0.1), 0, 1)
     for _ in range(weight_steps):
-      g = jax.grad(loss)(shifted(v), x_adv)
+      _, g = of_weights(shifted(v), x_adv)
 
       def move(v, g, w):
         if w.ndim < 2:
@@ -81,7 +83,7 @@ def written_out(state, x, y, *, rounds, weight_steps, gamma):
         return v * jnp.minimum(1, radius / jnp.linalg.norm(v))
 
       v = jax.tree.map(move, v, g, state.params)
-  value, g = jax.value_and_grad(loss)(shifted(v), x_adv)
+  value, g = of_weights(shifted(v), x_adv)
   params = jax.tree.map(
       lambda w, v, g: w - 0.1 * (g + 1e-2 * (w + v)), state.params, v, g)
   return value, params
@@ -114,17 +116,18 @@ def test_objectives_equal_the_formula(name, x64):
     return state.apply_fn(
         {'params': state.params, 'batch_stats': state.batch_stats}, x)
 
-  x_adv, natural = x + 1e-3, eval_logits(x)
+  x_adv, natural = x + 1e-3, jax.jit(eval_logits)(x)
+  of_images = jax.jit(jax.grad(lambda inputs: jnp.sum(objective.attack_loss(
+      eval_logits(inputs), natural, y))))
   for _ in range(ATTACK.num_steps):
-    g = jax.grad(lambda inputs: jnp.sum(objective.attack_loss(
-        eval_logits(inputs), natural, y)))(x_adv)
+    g = of_images(x_adv)
     x_adv = jnp.clip(x_adv + 0.03 * jnp.sign(g), x - 0.1, x + 0.1)
 
   def loss(params):
     return jnp.mean(objective.train_loss(
         train_logits(state, params, x_adv), train_logits(state, params, x), y))
 
-  value, g = jax.value_and_grad(loss)(state.params)
+  value, g = jax.jit(jax.value_and_grad(loss))(state.params)
   wanted = jax.tree.map(
       lambda w, g: w - 0.1 * (g + 1e-2 * w), state.params, g)
   got, metrics = run_tiny(

@@ -1,5 +1,7 @@
 """Tests of recipe options in whole runs, with a network that compiles fast."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -28,9 +30,9 @@ def batch_of(run, step):
   keys = run_lib.keys(run.config)
   order = training_data.make_order_fn(run)(
       keys['order'], training_data.order_number(run, step))
-  return training_data.global_batch(
-      run, jax.tree.map(jax.numpy.asarray, training_data.of_run(run)), order,
-      keys, jax.numpy.int32(step), 16)
+  data = jax.tree.map(jax.numpy.asarray, training_data.of_run(run))
+  return jax.jit(lambda order, step: training_data.global_batch(
+      run, data, order, keys, step, 16))(order, np.int32(step))
 
 
 def test_a_run_that_gets_no_better_stops_early(tmp_path, monkeypatch):
@@ -96,7 +98,7 @@ def test_the_average_is_kept_and_is_what_is_judged(tmp_path, monkeypatch):
   # The logged accuracy is that of the average, recomputed in NumPy.
   pixels = run.dataset.x_test.astype(np.float32) / 255
   network = tree['average']
-  logits = run.model.apply(
+  logits = jax.jit(run.model.apply)(
       {name: network[name] for name in ('params', 'batch_stats')}, pixels)
   (line,) = metrics_lib.read_metrics(run.workdir)
   hits = np.argmax(logits, axis=-1) == run.dataset.y_test
@@ -165,10 +167,12 @@ def test_mixed_labels_reach_the_step(tmp_path, monkeypatch):
   assert labels.shape == (16, 4)
   np.testing.assert_allclose(labels.sum(axis=1), 1, rtol=1e-6)
   state = run_lib.initial_state(run)
-  state, metrics = awp_jax.train_step(
-      state, (np.zeros((16, 8, 8, 1), np.float32), labels), jax.random.key(0),
-      objective=run.setup.objective, threat=run.setup.threat,
-      attack=run.setup.attack, perturbation=run.setup.perturbation)
+  step = jax.jit(functools.partial(
+      awp_jax.train_step, objective=run.setup.objective,
+      threat=run.setup.threat, attack=run.setup.attack,
+      perturbation=run.setup.perturbation))
+  state, metrics = step(
+      state, (np.zeros((16, 8, 8, 1), np.float32), labels), jax.random.key(0))
   assert np.isfinite(metrics.loss) and 0 <= metrics.robust_accuracy <= 1
 
 

@@ -29,12 +29,13 @@ def test_bfloat16_run_is_evaluated_in_float32_with_its_average(evaluated):
   assert average['params']['Conv_0']['kernel'].dtype == jnp.bfloat16
   images, labels = run.dataset.x_test / np.float32(255), run.dataset.y_test
   exact = HalfNet(jnp.float32, jnp.float32)
-  wanted = exact.apply(to_float32(average), images)
+  apply = jax.jit(exact.apply)
+  wanted = np.asarray(apply(to_float32(average), images))
   assert wanted.dtype == np.float32
   np.testing.assert_allclose(logits_of(run, 'last')(images), wanted, atol=1e-6)
   # The last weights, or bfloat16, would differ.
-  for other in (exact.apply(to_float32(last), images),
-                HalfNet().apply(average, images)):
+  for other in (apply(to_float32(last), images),
+                jax.jit(HalfNet().apply)(average, images)):
     assert np.abs(np.asarray(other, np.float32) - wanted).max() > 1e-3
   natural = np.mean(np.argmax(wanted, axis=-1) == labels)
   assert values['subjects']['last']['natural']['accuracy'] == natural
@@ -47,7 +48,8 @@ def test_evaluation_in_training_is_in_float32_and_of_the_average(evaluated):
   line = metrics.read_metrics(run.workdir)[-1]
 
   def loss(model, variables):
-    logits = np.asarray(model.apply(variables, images), np.float64)
+    logits = np.asarray(
+        jax.jit(model.apply)(variables, images), np.float64)
     return np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[
         np.arange(len(labels)), labels])
 
@@ -62,7 +64,8 @@ def test_evaluation_in_training_is_in_float32_and_of_the_average(evaluated):
 def test_precision_holds_in_gradients_and_other_threads():
   model = HalfNet()
   images = np.zeros((2, 8, 8, 1), np.float32)
-  variables = precision.variables(model.init(jax.random.key(0), images))
+  variables = precision.variables(
+      jax.jit(model.init)(jax.random.key(0), images))
   network = precision.network(model)
   assert network == precision.network(HalfNet())
 

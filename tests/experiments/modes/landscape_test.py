@@ -57,7 +57,8 @@ def test_center_is_the_checkpoint(measured, split, wanted):
   rows = np.linspace(0, len(images) - 1, wanted).astype(int)
   labels = getattr(run.dataset, f'y_{split}')[rows]
   for kind, step, variables in restore.load_variables(run):
-    logits = run.model.apply(variables, images[rows] / np.float32(255))
+    logits = jax.jit(run.model.apply)(
+        variables, images[rows] / np.float32(255))
     natural = float(np.mean(awp_jax.cross_entropy(logits, labels)))
     entry = values['subjects'][kind]
     assert entry['step'] == step

@@ -205,7 +205,7 @@ def test_summary_and_best_checkpoint(watched):
   assert store.step() == 2 * best['epoch'] and notes == best
   store.close()
   pixels = watched.run.dataset.x_test.astype(np.float32) / 255
-  logits = watched.run.model.apply(
+  logits = jax.jit(watched.run.model.apply)(
       {'params': tree['params'], 'batch_stats': tree['batch_stats']}, pixels)
   hits = np.argmax(logits, axis=-1) == watched.run.dataset.y_test
   assert np.mean(hits) == pytest.approx(best['test_natural_accuracy'])

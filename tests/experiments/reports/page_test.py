@@ -171,7 +171,7 @@ def test_gallery_is_the_best_checkpoint_attacked(reported):
   assert 0.02 < change.max() <= run.config.threat.epsilon + 1e-6
   for images, seen in (
       (found.images, found.before), (found.adversarial, found.after)):
-    logits = run.model.apply(variables, images, train=False)
+    logits = jax.jit(run.model.apply)(variables, images)
     np.testing.assert_array_equal(np.argmax(logits, axis=-1), seen)
   cards = json.loads((run.workdir / 'figures/gallery.json').read_text())
   assert cards['magnification'] == pytest.approx(5)  # 0.5 / 0.1

@@ -54,8 +54,8 @@ def test_a_run_starts_from_the_best_of_another(decay, tmp_path, monkeypatch):
 
 
 def variables_of(model, seed):
-  return model.init(
-      jax.random.key(seed), np.zeros((1, 8, 8, 3), np.float32), train=False)
+  return jax.jit(model.init)(
+      jax.random.key(seed), np.zeros((1, 8, 8, 3), np.float32))
 
 
 @pytest.mark.parametrize('classes', [4, 7])
