@@ -49,7 +49,8 @@ _DEBUG = flags.DEFINE_bool(
 _CACHE = flags.DEFINE_string(
     'compilation_cache', None,
     'Folder that caches compiled programs for later runs, up to 4 GB; by '
-    'default $JAX_COMPILATION_CACHE_DIR, or ~/.cache/awp_jax in float32. '
+    'default $JAX_COMPILATION_CACHE_DIR, or in float32 '
+    '~/.cache/awp_jax/programs. '
     'Empty: none.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False,

@@ -38,16 +38,16 @@ def use_cache(folder: str | None) -> None:
 
   Args:
     folder: the folder; '' keeps none. None means that of
-      JAX_COMPILATION_CACHE_DIR, which JAX reads itself, or else `awp_jax` in
-      XDG_CACHE_HOME (by default ~/.cache). With oneDNN there is no cache unless
-      it is asked for: XLA 0.12 cannot store a program that calls oneDNN, and
-      JAX warns of each.
+      JAX_COMPILATION_CACHE_DIR, which JAX reads itself, or else `programs` in
+      AWP_CACHE_DIR (by default ~/.cache/awp_jax, and '' keeps none). With
+      oneDNN there is no cache unless it is asked for: XLA 0.12 cannot store a
+      program that calls oneDNN, and JAX warns of each.
   """
   if folder is None:
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ or (
         ONEDNN[1] in os.environ.get('XLA_FLAGS', '')):
       return
-    caches = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-    folder = str(pathlib.Path(caches) / 'awp_jax')
+    root = os.environ.get('AWP_CACHE_DIR', '~/.cache/awp_jax')
+    folder = root and str(pathlib.Path(root).expanduser() / 'programs')
     jax.config.update('jax_compilation_cache_max_size', CACHE_BYTES)
   jax.config.update('jax_compilation_cache_dir', folder or None)

@@ -14,7 +14,7 @@ def updates(monkeypatch):
   seen = {}
   monkeypatch.setattr(jax.config, 'update', seen.__setitem__)
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
-  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.delenv('AWP_CACHE_DIR', raising=False)
   monkeypatch.setenv('XLA_FLAGS', '')
   return seen
 
@@ -39,12 +39,16 @@ def test_cache_is_in_the_home_by_default(updates, monkeypatch, tmp_path):
   monkeypatch.setenv('HOME', str(tmp_path))
   xla.use_cache(None)
   assert updates == {
-      'jax_compilation_cache_dir': str(tmp_path / '.cache' / 'awp_jax'),
+      'jax_compilation_cache_dir': str(
+          tmp_path / '.cache' / 'awp_jax' / 'programs'),
       'jax_compilation_cache_max_size': 4_000_000_000}
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'other'))
+  monkeypatch.setenv('AWP_CACHE_DIR', str(tmp_path / 'other'))
   xla.use_cache(None)
   assert updates['jax_compilation_cache_dir'] == str(
-      tmp_path / 'other' / 'awp_jax')
+      tmp_path / 'other' / 'programs')
+  monkeypatch.setenv('AWP_CACHE_DIR', '')
+  xla.use_cache(None)
+  assert updates['jax_compilation_cache_dir'] is None
 
 
 def test_a_named_cache_or_none(updates, monkeypatch):
