@@ -29,6 +29,7 @@ from awp_jax.evaluation.model import (
   Model,
   either,
   make_gradients,
+  margins,
   misclassified,
 )
 from awp_jax.evaluation.protocol import (
@@ -223,14 +224,15 @@ def advance(
 ) -> tuple[FABState, Report]:
   """Reports which new points are broken; moves misclassified ones back."""
   wrong = misclassified(logits, examples.labels)
-  broken = wrong & (threat.distance(x, examples.images) <= threat.epsilon)
+  inside = threat.distance(x, examples.images) <= threat.epsilon
   rows = wrong.reshape((-1,) + (1,) * (x.ndim - 1))
   back = examples.images + (x - examples.images) * _BACKWARD
   flat = jnp.all(
       boundary.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
   report = Report(
-      x, broken, state.time + 1 >= num_steps, flat & (state.time == 0),
-      boundary.nonfinite)
+      x, wrong & inside, state.time + 1 >= num_steps, flat & (state.time == 0),
+      boundary.nonfinite,
+      jnp.where(inside, margins(logits, examples.labels), -jnp.inf))
   return FABState(jnp.where(rows, back, x), state.time + 1), report
 
 

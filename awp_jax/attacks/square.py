@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import objectives
 from awp_jax import threat as threats
 from awp_jax.attacks import square_patterns
 from awp_jax.attacks.square_patterns import (
@@ -24,7 +23,7 @@ from awp_jax.attacks.square_patterns import (
 )
 from awp_jax.core import checks
 from awp_jax.evaluation import evaluate, protocol
-from awp_jax.evaluation.model import Model, misclassified
+from awp_jax.evaluation.model import Model, margins, misclassified
 from awp_jax.evaluation.protocol import (
   AttackSpec,
   BoundAttack,
@@ -44,7 +43,7 @@ class SquareState(NamedTuple):
   Attributes:
     x: the next candidate to evaluate, [B, H, W, C].
     best: the best candidate so far, [B, H, W, C].
-    margin: its margin, [B].
+    margin: its margin, as `model.margins`, [B].
     time: number of candidates evaluated, [B].
   """
 
@@ -129,7 +128,7 @@ def start(examples: Examples, threat: ThreatModel) -> SquareState:
   make = _stripes if threat.norm == 'Linf' else _tiles
   first = make(examples.keys, x, threat)
   return SquareState(
-      first, first, jnp.full(x.shape[0], jnp.inf, jnp.float32),
+      first, first, jnp.full(x.shape[0], -jnp.inf, jnp.float32),
       jnp.zeros(x.shape[0], jnp.int32))
 
 
@@ -212,15 +211,17 @@ def advance(
     schedule: SquareSchedule) -> tuple[SquareState, Report]:
   """Evaluates the candidate and proposes the next."""
   x, labels = examples.images, examples.labels
-  margin = -objectives.cw_margin(logits, labels).astype(jnp.float32)
+  margin = margins(logits, labels)
   broken = misclassified(logits, labels)
-  better = (margin < state.margin) | broken
+  finite = jnp.all(jnp.isfinite(logits), axis=-1)
+  better = finite & (margin > state.margin)
   rows = better.reshape((-1, 1, 1, 1))
   best = jnp.where(rows, state.x, state.best)
   keys = jax.vmap(jax.random.fold_in)(examples.keys, state.time)
   x_next = propose(keys, best, x, state.time, threat, schedule)
   none = jnp.zeros_like(broken)
-  report = Report(state.x, broken, state.time >= schedule.num_queries, none)
+  report = Report(
+      state.x, broken, state.time >= schedule.num_queries, none, margin=margin)
   return SquareState(
       x_next, best, jnp.where(better, margin, state.margin),
       state.time + 1), report
