@@ -19,6 +19,7 @@ from awp_jax.attacks.square import square_spec as square_spec
 from awp_jax.awp import awp_perturbation as awp_perturbation
 from awp_jax.awp import awp_step as awp_step
 from awp_jax.awp import awp_value_and_grad as awp_value_and_grad
+from awp_jax.core.rewriting import cpu_convolutions as cpu_convolutions
 from awp_jax.evaluation.evaluate import EvalOptions as EvalOptions
 from awp_jax.evaluation.evaluate import evaluate as evaluate
 from awp_jax.evaluation.protocol import AttackSpec as AttackSpec

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from awp_jax.core import sharding
+from awp_jax.core import rewriting, sharding
 
 
 def unwrap(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -25,6 +25,8 @@ def constants_as_arguments(
     function: Callable[..., Any], devices: Sequence[jax.Device] | None = None
 ) -> Callable[..., Any]:
   """`jax.jit(function)` with closed-over arrays as arguments.
+
+  On CPUs convolutions take the forms of `awp_jax.core.convolution`.
 
   Args:
     function: takes positional pytrees of arrays. It is traced once per
@@ -42,6 +44,7 @@ def constants_as_arguments(
     signature = structure, tuple([(leaf.shape, leaf.dtype) for leaf in leaves])
     if signature not in programs:
       closed, out = jax.make_jaxpr(function, return_shape=True)(*arguments)
+      closed = rewriting.with_cpu_convolutions(closed)
       run: Callable[..., Any] = jax.jit(
           lambda consts, flat: jax.core.eval_jaxpr(
               closed.jaxpr, consts, *flat))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax.core import checks, numerics, sharding
+from awp_jax.core import checks, numerics, rewriting, sharding
 from awp_jax.landscape.directions import check_like
 from awp_jax.landscape.measures import Measure
 from awp_jax.types import Array, Params
@@ -34,7 +34,8 @@ def _sums(
 
   return {
       name: total(values)
-      for name, values in measure(params, batch, key).items()}
+      for name, values in rewriting.cpu_convolutions(measure)(
+          params, batch, key).items()}
 
 
 def evaluate_points(

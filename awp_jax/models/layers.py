@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from awp_jax.core import checks
+from awp_jax.models import normalization
 from awp_jax.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -62,10 +63,9 @@ class Parts:
 
   def activate(self, x: Array, train: bool, name: str) -> Array:
     """Batch normalization called `name`, then the activation."""
-    normalized = nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5,
+    normalized = normalization.BatchNorm(
         dtype=self.dtype, param_dtype=self.param_dtype,
-        axis_name=self.axis_name, name=name)(x)
+        axis_name=self.axis_name, name=name)(x, train)
     return ACTIVATIONS[self.activation](normalized)
 
   def dense(

@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
+import awp_jax
+
 #: Name of the mapped device axis.
 AXIS = 'batch'
 
@@ -51,6 +53,7 @@ def over_devices(
     on all devices and not stacked.
   """
   count = len(inspect.signature(fn).parameters)
+  fn = awp_jax.cpu_convolutions(fn)
   if devices is None and jax.process_count() == 1:
     return jax.pmap(
         fn, axis_name=AXIS, out_axes=None, donate_argnums=tuple(donate),

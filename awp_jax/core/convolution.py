@@ -1,0 +1,271 @@
+"""Forms of convolutions that are fast on CPUs.
+
+XLA's CPU backend has fast kernels for plain convolutions only: channels last, a
+kernel [..., C, C'], and neither a dilated nor a reversed input. The gradient with
+respect to the inputs is not plain as JAX writes it. Here it is a plain
+convolution of the cotangent with the flipped and transposed kernel; for a stride
+of s, one per residue of the output position modulo s, so that no product with an
+inserted zero is computed:
+
+  dx[s i + a] = sum_t dy[i + t] k[c + s t],   c and the range of t depend on a
+
+A convolution with a single output pixel, such as the gradient of a 1x1 kernel, is
+a matrix product.
+
+`rewritten` returns these forms for the parameters of a
+`conv_general_dilated` equation. Results differ from `lax.conv_general_dilated`
+by rounding only.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from awp_jax.types import Array
+
+Form = Callable[[Array, Array], Array]
+
+
+class Convolution(NamedTuple):
+  """Parameters of `conv_general_dilated` that the forms depend on.
+
+  Specs give the axes of (batch, features, *spatial) of inputs and outputs, and
+  of (output features, input features, *spatial) of the kernel.
+  """
+
+  lhs_spec: tuple[int, ...]
+  rhs_spec: tuple[int, ...]
+  out_spec: tuple[int, ...]
+  strides: tuple[int, ...]
+  padding: tuple[tuple[int, int], ...]
+  lhs_dilation: tuple[int, ...]
+  rhs_dilation: tuple[int, ...]
+  precision: Any
+
+  @property
+  def rank(self) -> int:
+    """The number of spatial axes."""
+    return len(self.strides)
+
+  @property
+  def is_channels_last(self) -> bool:
+    """Whether inputs and outputs are [B, ..., C]."""
+    axes = (0, self.rank + 1, *range(1, self.rank + 1))
+    return self.lhs_spec == self.out_spec == axes
+
+  @property
+  def plain_kernel(self) -> tuple[int, ...]:
+    """The `rhs_spec` of a kernel [..., C, C']."""
+    return (self.rank + 1, self.rank, *range(self.rank))
+
+  def spatial(self, spec: Sequence[int], shape: Sequence[int]) -> list[int]:
+    """Sizes along the spatial axes of a spec."""
+    return [shape[axis] for axis in spec[2:]]
+
+
+def parameters(params: dict[str, Any]) -> Convolution | None:
+  """The parameters of an equation, or None for grouped convolutions."""
+  if params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
+    return None
+  if params.get('out_sharding') is not None:
+    return None
+  numbers = params['dimension_numbers']
+  return Convolution(
+      tuple(numbers.lhs_spec), tuple(numbers.rhs_spec),
+      tuple(numbers.out_spec), tuple(params['window_strides']),
+      tuple((low, high) for low, high in params['padding']),
+      tuple(params['lhs_dilation']), tuple(params['rhs_dilation']),
+      params['precision'])
+
+
+def rewritten(
+    conv: Convolution, lhs: Any, rhs: Any, out: Any) -> Form | None:
+  """The form that is faster on CPUs, or None to keep the convolution.
+
+  Args:
+    conv: its parameters.
+    lhs: shape and dtype of the input.
+    rhs: of the kernel.
+    out: of the output.
+
+  Returns:
+    A function of input and kernel, or None.
+  """
+  if not lhs.dtype == rhs.dtype == out.dtype or lhs.dtype not in (
+      jnp.float32, jnp.bfloat16) or 0 in (*lhs.shape, *rhs.shape):
+    return None
+  if all(size == 1 for size in conv.spatial(conv.out_spec, out.shape)) and (
+      _reads_inside(conv, lhs.shape, rhs.shape)):
+    return functools.partial(_as_product, conv)
+  if not conv.is_channels_last or set(conv.rhs_dilation) != {1}:
+    return None
+  if set(conv.lhs_dilation) != {1}:
+    return None if set(conv.strides) != {1} else functools.partial(
+        _by_residues, conv)
+  if conv.rhs_spec != conv.plain_kernel:
+    return functools.partial(_plain, conv)
+  return None
+
+
+def _reads_inside(
+    conv: Convolution, lhs: Sequence[int], rhs: Sequence[int]) -> bool:
+  """Whether the only window lies inside the undilated input."""
+  if set(conv.lhs_dilation) != {1}:
+    return False
+  sizes = zip(conv.spatial(conv.lhs_spec, lhs), conv.spatial(
+      conv.rhs_spec, rhs), conv.rhs_dilation, conv.padding, strict=True)
+  return all(
+      low <= 0 and -low + (taps - 1) * step < size
+      for size, taps, step, (low, _) in sizes)
+
+
+def _plain_kernel(conv: Convolution, kernel: Array) -> Array:
+  """The kernel transposed to [..., C, C']."""
+  outputs, inputs, *spatial = conv.rhs_spec
+  return jnp.transpose(kernel, (*spatial, inputs, outputs))
+
+
+def _convolve(
+    conv: Convolution, x: Array, kernel: Array,
+    padding: Sequence[tuple[int, int]]) -> Array:
+  """A plain convolution with the strides and precision of `conv`."""
+  return lax.conv_general_dilated(
+      x, kernel, conv.strides, padding, precision=conv.precision,
+      dimension_numbers=lax.ConvDimensionNumbers(
+          conv.lhs_spec, conv.plain_kernel, conv.out_spec))
+
+
+def _plain(conv: Convolution, x: Array, kernel: Array) -> Array:
+  return _convolve(conv, x, _plain_kernel(conv, kernel), conv.padding)
+
+
+def _as_product(conv: Convolution, x: Array, kernel: Array) -> Array:
+  """A convolution with one output pixel, as a matrix product."""
+  window = [slice(None)] * x.ndim
+  for axis, taps, step, (low, _) in zip(
+      conv.lhs_spec[2:], conv.spatial(conv.rhs_spec, kernel.shape),
+      conv.rhs_dilation, conv.padding, strict=True):
+    window[axis] = slice(-low, -low + (taps - 1) * step + 1, step)
+  product = lax.dot_general(
+      x[tuple(window)], kernel,
+      ((conv.lhs_spec[1:], conv.rhs_spec[1:]), ((), ())),
+      precision=conv.precision)
+  # [batch, features] -> the output's axes, with 1 for each spatial axis.
+  order = sorted(conv.out_spec[:2])
+  if order[0] == conv.out_spec[1]:
+    product = product.T
+  return jnp.expand_dims(product, conv.out_spec[2:])
+
+
+class _Residue(NamedTuple):
+  """The convolution of the outputs o = a (mod s) along one axis.
+
+  Attributes:
+    first: first tap of the kernel that meets no inserted zero.
+    low: padding before the input; negative drops rows.
+    high: padding after it.
+  """
+
+  first: int
+  low: int
+  high: int
+
+
+def _residue(
+    a: int, step: int, size: int, taps: int, low: int, out: int) -> _Residue:
+  """The window of outputs a, a + s, ... of an input dilated by s.
+
+  Output o reads input (o + k - low) / s at tap k, where this is whole.
+
+  Args:
+    a: the residue.
+    step: s.
+    size: of the input, not dilated.
+    taps: of the kernel.
+    low: the padding before the dilated input.
+    out: the size of the output.
+  """
+  first = (low - a) % step
+  count = -(-(out - a) // step)
+  begin = (a + first - low) // step
+  used = len(range(first, taps, step))
+  return _Residue(first, -begin, begin + count - 1 + used - size)
+
+
+def _by_residues(conv: Convolution, x: Array, kernel: Array) -> Array:
+  """A convolution of an input with inserted zeros, without the zeros."""
+  kernel = _plain_kernel(conv, kernel)
+  steps, axes = conv.lhs_dilation, range(conv.rank)
+  sizes, taps = x.shape[1:-1], kernel.shape[:conv.rank]
+  # Of the dilated input: (n - 1) s + 1 + low + high - k + 1.
+  outs = [(n - 1) * s + sum(p) - k + 2 for n, s, p, k in zip(
+      sizes, steps, conv.padding, taps, strict=True)]
+  whole = [-(-out // s) for out, s in zip(outs, steps, strict=True)]
+  parts = []
+  for residues in itertools.product(*(range(s) for s in steps)):
+    found = [_residue(
+        residues[i], steps[i], sizes[i], taps[i], conv.padding[i][0], outs[i])
+        for i in axes]
+    part = kernel[tuple(
+        slice(f.first, None, s) for f, s in zip(found, steps, strict=True))]
+    counts = [-(-(outs[i] - residues[i]) // steps[i]) for i in axes]
+    if 0 in part.shape or 0 in counts:
+      y = jnp.zeros((x.shape[0], *counts, kernel.shape[-1]), x.dtype)
+    else:
+      y = _convolve(conv, x, part, [(f.low, f.high) for f in found])
+    parts.append(jnp.pad(y, [
+        (0, 0), *((0, whole[i] - counts[i]) for i in axes), (0, 0)]))
+  return _interleaved(parts, steps, outs)
+
+
+def _interleaved(
+    parts: Sequence[Array], steps: Sequence[int], outs: Sequence[int]) -> Array:
+  """Output s i + a from row i of part a, along each spatial axis.
+
+  Args:
+    parts: [B, ..., C], the last axis of the residues varying fastest.
+    steps: s of each axis.
+    outs: the size of the output along each axis.
+
+  Returns:
+    [B, *outs, C].
+  """
+  # Each stack copies contiguous rows, where one transpose would copy pixels.
+  for axis in reversed(range(len(steps))):
+    step = steps[axis]
+    pairs = [parts[i:i + step] for i in range(0, len(parts), step)]
+    parts = [jnp.stack(pair, axis + 2) for pair in pairs]
+    parts = [part.reshape(
+        *part.shape[:axis + 1], -1, *part.shape[axis + 3:]) for part in parts]
+  return parts[0][(slice(None), *(slice(out) for out in outs))]
+
+
+def as_equation(
+    conv: Convolution, equation: Any, lhs: Any, rhs: Any, out: Any) -> Any:
+  """The equation that takes the faster form on CPUs, or None.
+
+  Args:
+    conv: parameters of the convolution.
+    equation: of the convolution.
+    lhs: shape and dtype of the input.
+    rhs: of the kernel.
+    out: of the output.
+
+  Returns:
+    An equation of a jaxpr, or None to keep the convolution.
+  """
+  form = rewritten(conv, lhs, rhs, out)
+  if form is None:
+    return None
+
+  def call(x: Array, kernel: Array) -> Array:
+    return lax.platform_dependent(
+        x, kernel, cpu=form, default=functools.partial(
+            equation.primitive.bind, **equation.params))
+
+  return jax.make_jaxpr(jax.jit(call))(lhs, rhs).eqns[0]
