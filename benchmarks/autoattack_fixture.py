@@ -32,16 +32,17 @@ def layers_of(data: Any) -> tuple[list[int], int]:
   return numbers[:-1], numbers[-1]
 
 
-def network(data: Any) -> Callable[[jax.Array], jax.Array]:
+def network(
+    data: Any, dtype: str = 'float32') -> Callable[[jax.Array], jax.Array]:
   """The fixture's network, images [B, H, W, 3] -> logits [B, classes].
 
   3x3 convolutions with ReLU, the first of stride 1 and the others of stride 2,
   a mean over the pixels, and a linear layer. The file sets their number and
-  widths.
+  widths. The linear layer is in float32, whatever the `dtype` of the others.
   """
   convolutions, linear = layers_of(data)
   kernels = [
-      jnp.asarray(data[f'param/{i}.weight'].transpose(2, 3, 1, 0))
+      jnp.asarray(data[f'param/{i}.weight'].transpose(2, 3, 1, 0), dtype)
       for i in convolutions]
   biases = [jnp.asarray(data[f'param/{i}.bias']) for i in convolutions]
   head = jnp.asarray(data[f'param/{linear}.weight'].T)
@@ -51,8 +52,10 @@ def network(data: Any) -> Callable[[jax.Array], jax.Array]:
     for i, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
       stride = 2 if i else 1
       x = jax.lax.conv_general_dilated(
-          x, kernel, (stride, stride), [(1, 1), (1, 1)],
+          x.astype(dtype), kernel, (stride, stride), [(1, 1), (1, 1)],
           dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+      # In float32: XLA does not vectorize a choice between bfloat16 numbers on
+      # the CPU, and the gradient of a ReLU is one.
       x = jax.nn.relu(x + bias)
     return x.mean((1, 2)) @ head + shift
 

@@ -84,7 +84,8 @@ def load(weights: Any) -> PreActResNet:
     name = re.sub(r'^(layer\d)_', r'\1.', name)
     name = name.replace('.shortcut.', '.shortcut.0.')
     state[name] = value.contiguous()
-  model = PreActResNet()
+  out, *_ = state['conv1.weight'].shape
+  model = PreActResNet(len(state['linear.bias']), out)
   missing, unexpected = model.load_state_dict(state, strict=False)
   if unexpected or any('num_batches' not in name for name in missing):
     raise ValueError(f'weights do not fit: {missing}, {unexpected}.')
