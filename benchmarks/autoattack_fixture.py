@@ -1,13 +1,14 @@
-"""Compares verdicts with those of the reference AutoAttack on a fixture.
+r"""Compares verdicts with those of the reference AutoAttack on a fixture.
 
-  python benchmarks/autoattack_fixture.py path/to/autoattack.npz [--count 64]
+  python benchmarks/autoattack_fixture.py path/to/autoattack.npz [--count 64] \
+      [--attack_dtype bfloat16]
 
 The file holds a small convolutional network, 256 CIFAR-10 test images, and
 which of them survive each attack of the reference. Prints Markdown.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import time
 from typing import Any
 
@@ -62,30 +63,37 @@ def network(
   return logits_fn
 
 
-def compare(data: Any, count: int, batch_size: int | None) -> None:
+def compare(
+    data: Any, count: int, batch_size: int | None, norms: Sequence[str],
+    attack_dtype: str) -> None:
   """Runs each attack alone and `standard`; prints verdicts that differ."""
   logits_fn = network(data)
+  options = EvalOptions(
+      batch_size=batch_size, check_model=False,
+      attack_fn=None if attack_dtype == 'float32' else network(
+          data, attack_dtype))
   images = data['x'][:count].astype(np.float32).transpose(0, 2, 3, 1) / 255
   labels = data['y'][:count]
   margins = jax.jit(lambda x: cw_margin(logits_fn(x), labels))
   print('| threat | attack | robust, reference | robust, ours | verdicts that '
-        'differ | seconds |')
-  print('|---|---|---|---|---|---|')
+        'differ | refused | seconds |')
+  print('|---|---|---|---|---|---|---|')
   notes = []
-  for threat in THREATS:
+  for threat in (threat for threat in THREATS if threat.norm in norms):
     for name in (*ATTACKS, 'robust'):
       begin = time.perf_counter()
       result = autoattack.auto_attack(
           jax.random.key(0), logits_fn, images, labels, threat,
           attacks=ATTACKS if name == 'robust' else (name,),
-          options=EvalOptions(batch_size=batch_size, check_model=False))
+          options=options)
       seconds = time.perf_counter() - begin
       reference = data[f'{threat.norm}/{name}'][:count]
       differ = np.flatnonzero(reference != result.robust)
       shown = 'standard' if name == 'robust' else name
       print(f'| {threat.norm} | {shown} | {reference.sum()} | '
-            f'{result.robust.sum()} | {differ.size} | {seconds:.0f} |',
-            flush=True)
+            f'{result.robust.sum()} | {differ.size} | '
+            f'{sum(a.anomalies.refused for a in result.attacks)} | '
+            f'{seconds:.0f} |', flush=True)
       natural, found = margins(images), margins(result.adversarial)
       for i in differ:
         outcome = 'robust' if result.robust[i] else (
@@ -105,9 +113,13 @@ def main() -> None:
   parser.add_argument('fixture')
   parser.add_argument('--count', type=int, default=256)
   parser.add_argument('--batch_size', type=int)
+  parser.add_argument('--norms', nargs='*', default=('Linf', 'L2'))
+  parser.add_argument('--attack_dtype', default='float32',
+                      choices=('float32', 'bfloat16'))
   arguments = parser.parse_args()
   compare(
-      np.load(arguments.fixture), arguments.count, arguments.batch_size)
+      np.load(arguments.fixture), arguments.count, arguments.batch_size,
+      arguments.norms, arguments.attack_dtype)
 
 
 if __name__ == '__main__':

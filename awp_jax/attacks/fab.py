@@ -88,6 +88,9 @@ def start(
     examples: Examples, threat: ThreatModel, restarts: int) -> FABState:
   """The image itself; on a restart a random point at distance epsilon / 2."""
   x = examples.images
+  none = jnp.zeros(x.shape[0], jnp.int32)
+  if restarts == 1:
+    return FABState(x, none)
   draw = jax.random.uniform if threat.norm == 'Linf' else jax.random.normal
   noise = jax.vmap(lambda key: draw(key, x.shape[1:], x.dtype))(examples.keys)
   if threat.norm == 'Linf':
@@ -96,8 +99,7 @@ def start(
   size = jnp.maximum(_norm(noise, threat), 1e-12).reshape(shape)
   away = threat.clip(x + threat.epsilon / 2 * noise / size)
   again = (examples.runs % restarts > 0).reshape(shape)
-  return FABState(
-      jnp.where(again, away, x), jnp.zeros(x.shape[0], jnp.int32))
+  return FABState(jnp.where(again, away, x), none)
 
 
 @functools.partial(jax.jit, static_argnames=('threat',))

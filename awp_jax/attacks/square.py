@@ -53,14 +53,17 @@ class SquareState(NamedTuple):
   time: Array
 
 
+def _extent(corner: Array, side: Array, x: Array, axis: int) -> Array:
+  """The rows (axis 0) or columns (1) of a window, [B, H] or [B, W]."""
+  places = jnp.arange(x.shape[axis + 1])
+  begin = corner[:, axis, None]
+  return (places >= begin) & (places < begin + side[:, None])
+
+
 def _window(corner: Array, side: Array, x: Array) -> Array:
   """Mask of a window: corner [B, 2], side [B] -> [B, H, W, 1]."""
-  inside = []
-  for axis in (0, 1):
-    places = jnp.arange(x.shape[axis + 1])
-    begin = corner[:, axis, None]
-    inside.append((places >= begin) & (places < begin + side[:, None]))
-  return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
+  rows, columns = (_extent(corner, side, x, axis) for axis in (0, 1))
+  return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 
 def _corner(uniform: Array, side: Array, x: Array) -> Array:
@@ -191,10 +194,14 @@ def propose(
       lambda key: jax.random.uniform(key, (5 + channels,)))(keys)
   signs = jnp.where(draws[:, 5:] < 0.5, -1, 1).astype(x.dtype)[:, None, None]
   corner = _corner(draws[:, :2], side, x)
-  inside = _window(corner, side, x)
   if threat.norm == 'Linf':
-    moved = best + jnp.where(inside, 2 * threat.epsilon * signs, 0)
+    # A product of rows and columns takes half the time of a choice by a mask.
+    rows, columns = (
+        _extent(corner, side, x, axis).astype(x.dtype) for axis in (0, 1))
+    steps = columns[:, :, None] * (2 * threat.epsilon * signs[:, 0])
+    moved = best + rows[:, :, None, None] * steps[:, None]
     return threat.project(moved, x)
+  inside = _window(corner, side, x)
   distinct = np.unique(sides)
   table = jnp.asarray(square_patterns.patterns(
       tuple(distinct.tolist()), threat.norm), x.dtype)
