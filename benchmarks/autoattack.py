@@ -6,10 +6,16 @@
 `data_dir` is the folder of a cifar10 prepared by tfds. The reference needs
 PyTorch; `--python` names another interpreter that has it. Each side runs in its
 own process: every batch size of its list on a few examples, then the fastest on
-all. Ours runs twice in one process, with compiling and after it.
+all. Ours runs twice in one process, with compiling and after it
+(`--repeats 1`: once).
+
+With `--attack_dtype bfloat16` our attacks run in bfloat16 with XLA's oneDNN
+convolutions (jax 0.12 or newer); verdicts stay in float32.
 """
 
 import argparse
+from collections.abc import Callable
+import functools
 import json
 import os
 import pathlib
@@ -21,6 +27,8 @@ from typing import Any
 
 import numpy as np
 
+ONEDNN = ('--xla_cpu_use_onednn=true '
+          '--xla_cpu_experimental_onednn_custom_call=true')
 SIZES = {'ours': (16, 32, 64, 128), 'reference': (50, 100, 250, 500)}
 
 
@@ -39,6 +47,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
   import autoattack_fixture
   from flax import traverse_util
   import jax
+  import jax.numpy as jnp
 
   from awp_jax import models
   from awp_jax.attacks import autoattack
@@ -51,16 +60,26 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   data = np.load(job['data'])
   if job['model'] == 'resnet':
+<<<<<<< HEAD
     flat = dict(np.load(job['weights']))
     model = models.PreActResNet(
         len(flat['params/linear/bias']),
         width=flat['params/conv1/kernel'].shape[-1])
     variables = traverse_util.unflatten_dict(flat, sep='/')
+=======
+    variables = traverse_util.unflatten_dict(
+        dict(np.load(job['weights'])), sep='/')
+    width = variables['params']['conv1']['kernel'].shape[-1]
+>>>>>>> autoattack
 
-    def logits_fn(x: jax.Array) -> jax.Array:
-      return model.apply(variables, x, train=False)
+    def network(dtype: str) -> Callable[[jax.Array], jax.Array]:
+      model = models.PreActResNet(
+          num_classes=10, width=width, dtype=jnp.dtype(dtype))
+      return lambda x: model.apply(variables, x, train=False)
   else:
-    logits_fn = autoattack_fixture.network(np.load(job['fixture']))
+    network = functools.partial(
+        autoattack_fixture.network, np.load(job['fixture']))
+  logits_fn, dtype = network('float32'), job['attack_dtype']
   labels = data['labels']
   if job['own_labels']:
     labels = np.concatenate([
@@ -72,11 +91,15 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
     result = autoattack.auto_attack(
         jax.random.key(0), logits_fn, data['images'], labels,
         ThreatModel(job['norm'], job['epsilon']), version=job['version'],
-        options=EvalOptions(batch_size=job['batch_size']))
+        options=EvalOptions(
+            batch_size=job['batch_size'],
+            attack_fn=None if dtype == 'float32' else network(dtype)))
     seconds.append(time.perf_counter() - begin)
     robust = int(result.robust.sum())
   return {'seconds': seconds, 'robust': robust,
-          'attacks': {a.name: a.seconds for a in result.attacks}}
+          'attacks': {a.name: a.seconds for a in result.attacks},
+          'refused': {a.name: a.anomalies.refused for a in result.attacks},
+          'verdicts': np.packbits(result.robust).tobytes().hex()}
 
 
 def torch_model(job: dict[str, Any]) -> Any:
@@ -130,10 +153,11 @@ def run_reference(job: dict[str, Any]) -> dict[str, Any]:
   found = attack.run_standard_evaluation(images, labels, bs=job['batch_size'])
   seconds = time.perf_counter() - begin
   with torch.no_grad():
-    robust = sum(
-        int((model(x).argmax(1) == y).sum()) for x, y in zip(
-            found.split(250), labels.split(250), strict=True))
-  return {'seconds': [seconds], 'robust': robust}
+    robust = torch.cat([
+        model(x).argmax(1) == y for x, y in zip(
+            found.split(250), labels.split(250), strict=True)]).numpy()
+  return {'seconds': [seconds], 'robust': int(robust.sum()),
+          'verdicts': np.packbits(robust).tobytes().hex()}
 
 
 def draw_weights(job: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +185,8 @@ def spawn(side: str, job: dict[str, Any], python: str) -> dict[str, Any]:
   done = subprocess.run(
       [python, str(here), '--side', side, json.dumps(job)],
       capture_output=True, text=True, check=False,
-      env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths)})
+      env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **(
+          {'XLA_FLAGS': ONEDNN} if job['attack_dtype'] != 'float32' else {})})
   if done.returncode:
     raise RuntimeError(done.stderr[-3000:])
   return json.loads(done.stdout.strip().splitlines()[-1])
@@ -186,7 +211,8 @@ def compare(arguments: argparse.Namespace) -> None:
       'model': arguments.model, 'norm': arguments.norm,
       'epsilon': arguments.epsilon, 'fixture': arguments.fixture,
       'version': arguments.version, 'reference': arguments.reference,
-      'repeats': 2, 'weights': arguments.weights,
+      'attack_dtype': arguments.attack_dtype, 'repeats': arguments.repeats,
+      'weights': arguments.weights,
       # Random weights: the model's own predictions are the labels, so that
       # all examples are attacked.
       'own_labels': arguments.model == 'resnet' and not arguments.weights}
@@ -202,16 +228,19 @@ def compare(arguments: argparse.Namespace) -> None:
       images, labels = load_images(arguments.data_dir, count)
       files.append(f'{folder}/{name}.npz')
       np.savez(files[-1], images=images, labels=labels)
-    sizes = {
-        side: best_size(
-            side, job, python, arguments.sizes or SIZES[side], files[1])
-        for side, python in sides.items()}
+    sizes = {}
+    for side, python in sides.items():
+      tried = arguments.sizes or SIZES[side]
+      sizes[side] = tried[0] if len(tried) == 1 else best_size(
+          side, job, python, tried, files[1])
     took: dict[str, list[list[float]]] = {side: [] for side in sides}
+    found: dict[str, str] = {}
     for turn in range(arguments.rounds):
       for side, python in sides.items():
         outcome = spawn(
             side, {**job, 'data': files[0], 'batch_size': sizes[side]}, python)
         took[side].append(outcome['seconds'])
+        found[side] = outcome.pop('verdicts')
         print('round', turn, side, 'batch size', sizes[side], outcome,
               flush=True)
   first = min(t[0] for t in took['ours'])
@@ -219,6 +248,9 @@ def compare(arguments: argparse.Namespace) -> None:
   print(f'ours: {first:.1f} s with compiling, {later:.1f} s after it')
   if 'reference' in took:
     theirs = min(t[0] for t in took['reference'])
+    print('verdicts that differ:', *np.flatnonzero(np.logical_xor(*(
+        np.unpackbits(np.frombuffer(
+            bytes.fromhex(found[side]), np.uint8)) for side in found))))
     print(f'reference: {theirs:.1f} s; {theirs / first:.2f} and '
           f'{theirs / later:.2f} times ours')
 
@@ -246,6 +278,10 @@ def main() -> None:
                       help='examples used to choose the batch size')
   parser.add_argument('--sizes', type=int, nargs='*')
   parser.add_argument('--rounds', type=int, default=2)
+  parser.add_argument('--repeats', type=int, default=2,
+                      help='evaluations by ours in one process')
+  parser.add_argument('--attack_dtype', default='float32',
+                      choices=('float32', 'bfloat16'))
   compare(parser.parse_args())
 
 

@@ -1,13 +1,14 @@
-"""Compares verdicts with those of the reference AutoAttack on a fixture.
+r"""Compares verdicts with those of the reference AutoAttack on a fixture.
 
-  python benchmarks/autoattack_fixture.py path/to/autoattack.npz [--count 64]
+  python benchmarks/autoattack_fixture.py path/to/autoattack.npz [--count 64] \
+      [--attack_dtype bfloat16]
 
 The file holds a small convolutional network, 256 CIFAR-10 test images, and
 which of them survive each attack of the reference. Prints Markdown.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import time
 from typing import Any
 
@@ -32,16 +33,17 @@ def layers_of(data: Any) -> tuple[list[int], int]:
   return numbers[:-1], numbers[-1]
 
 
-def network(data: Any) -> Callable[[jax.Array], jax.Array]:
+def network(
+    data: Any, dtype: str = 'float32') -> Callable[[jax.Array], jax.Array]:
   """The fixture's network, images [B, H, W, 3] -> logits [B, classes].
 
   3x3 convolutions with ReLU, the first of stride 1 and the others of stride 2,
   a mean over the pixels, and a linear layer. The file sets their number and
-  widths.
+  widths. The linear layer is in float32, whatever the `dtype` of the others.
   """
   convolutions, linear = layers_of(data)
   kernels = [
-      jnp.asarray(data[f'param/{i}.weight'].transpose(2, 3, 1, 0))
+      jnp.asarray(data[f'param/{i}.weight'].transpose(2, 3, 1, 0), dtype)
       for i in convolutions]
   biases = [jnp.asarray(data[f'param/{i}.bias']) for i in convolutions]
   head = jnp.asarray(data[f'param/{linear}.weight'].T)
@@ -51,38 +53,47 @@ def network(data: Any) -> Callable[[jax.Array], jax.Array]:
     for i, (kernel, bias) in enumerate(zip(kernels, biases, strict=True)):
       stride = 2 if i else 1
       x = jax.lax.conv_general_dilated(
-          x, kernel, (stride, stride), [(1, 1), (1, 1)],
+          x.astype(dtype), kernel, (stride, stride), [(1, 1), (1, 1)],
           dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+      # In float32: XLA does not vectorize a choice between bfloat16 numbers on
+      # the CPU, and the gradient of a ReLU is one.
       x = jax.nn.relu(x + bias)
     return x.mean((1, 2)) @ head + shift
 
   return logits_fn
 
 
-def compare(data: Any, count: int, batch_size: int | None) -> None:
+def compare(
+    data: Any, count: int, batch_size: int | None, norms: Sequence[str],
+    attack_dtype: str) -> None:
   """Runs each attack alone and `standard`; prints verdicts that differ."""
   logits_fn = network(data)
+  options = EvalOptions(
+      batch_size=batch_size, check_model=False,
+      attack_fn=None if attack_dtype == 'float32' else network(
+          data, attack_dtype))
   images = data['x'][:count].astype(np.float32).transpose(0, 2, 3, 1) / 255
   labels = data['y'][:count]
   margins = jax.jit(lambda x: cw_margin(logits_fn(x), labels))
   print('| threat | attack | robust, reference | robust, ours | verdicts that '
-        'differ | seconds |')
-  print('|---|---|---|---|---|---|')
+        'differ | refused | seconds |')
+  print('|---|---|---|---|---|---|---|')
   notes = []
-  for threat in THREATS:
+  for threat in (threat for threat in THREATS if threat.norm in norms):
     for name in (*ATTACKS, 'robust'):
       begin = time.perf_counter()
       result = autoattack.auto_attack(
           jax.random.key(0), logits_fn, images, labels, threat,
           attacks=ATTACKS if name == 'robust' else (name,),
-          options=EvalOptions(batch_size=batch_size, check_model=False))
+          options=options)
       seconds = time.perf_counter() - begin
       reference = data[f'{threat.norm}/{name}'][:count]
       differ = np.flatnonzero(reference != result.robust)
       shown = 'standard' if name == 'robust' else name
       print(f'| {threat.norm} | {shown} | {reference.sum()} | '
-            f'{result.robust.sum()} | {differ.size} | {seconds:.0f} |',
-            flush=True)
+            f'{result.robust.sum()} | {differ.size} | '
+            f'{sum(a.anomalies.refused for a in result.attacks)} | '
+            f'{seconds:.0f} |', flush=True)
       natural, found = margins(images), margins(result.adversarial)
       for i in differ:
         outcome = 'robust' if result.robust[i] else (
@@ -102,9 +113,13 @@ def main() -> None:
   parser.add_argument('fixture')
   parser.add_argument('--count', type=int, default=256)
   parser.add_argument('--batch_size', type=int)
+  parser.add_argument('--norms', nargs='*', default=('Linf', 'L2'))
+  parser.add_argument('--attack_dtype', default='float32',
+                      choices=('float32', 'bfloat16'))
   arguments = parser.parse_args()
   compare(
-      np.load(arguments.fixture), arguments.count, arguments.batch_size)
+      np.load(arguments.fixture), arguments.count, arguments.batch_size,
+      arguments.norms, arguments.attack_dtype)
 
 
 if __name__ == '__main__':

@@ -279,9 +279,11 @@ def advance(
   counts = jnp.asarray(schedule.last_stage)[state.time]
   no_gradient = jnp.all(
       seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
+  margin = None if seen.margin is None else jnp.where(
+      counts, seen.margin, -jnp.inf)
   report = Report(
       state.x, seen.broken & counts, time + 1 >= total,
-      no_gradient & (time == 0), seen.nonfinite)
+      no_gradient & (time == 0), seen.nonfinite, margin)
 
   state = _record(state, seen, x, threat, schedule)
   if threat.norm == 'L1':

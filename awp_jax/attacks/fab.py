@@ -29,6 +29,7 @@ from awp_jax.evaluation.model import (
   Model,
   either,
   make_gradients,
+  margins,
   misclassified,
 )
 from awp_jax.evaluation.protocol import (
@@ -87,6 +88,9 @@ def start(
     examples: Examples, threat: ThreatModel, restarts: int) -> FABState:
   """The image itself; on a restart a random point at distance epsilon / 2."""
   x = examples.images
+  none = jnp.zeros(x.shape[0], jnp.int32)
+  if restarts == 1:
+    return FABState(x, none)
   draw = jax.random.uniform if threat.norm == 'Linf' else jax.random.normal
   noise = jax.vmap(lambda key: draw(key, x.shape[1:], x.dtype))(examples.keys)
   if threat.norm == 'Linf':
@@ -95,8 +99,7 @@ def start(
   size = jnp.maximum(_norm(noise, threat), 1e-12).reshape(shape)
   away = threat.clip(x + threat.epsilon / 2 * noise / size)
   again = (examples.runs % restarts > 0).reshape(shape)
-  return FABState(
-      jnp.where(again, away, x), jnp.zeros(x.shape[0], jnp.int32))
+  return FABState(jnp.where(again, away, x), none)
 
 
 @functools.partial(jax.jit, static_argnames=('threat',))
@@ -223,14 +226,15 @@ def advance(
 ) -> tuple[FABState, Report]:
   """Reports which new points are broken; moves misclassified ones back."""
   wrong = misclassified(logits, examples.labels)
-  broken = wrong & (threat.distance(x, examples.images) <= threat.epsilon)
+  inside = threat.distance(x, examples.images) <= threat.epsilon
   rows = wrong.reshape((-1,) + (1,) * (x.ndim - 1))
   back = examples.images + (x - examples.images) * _BACKWARD
   flat = jnp.all(
       boundary.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
   report = Report(
-      x, broken, state.time + 1 >= num_steps, flat & (state.time == 0),
-      boundary.nonfinite)
+      x, wrong & inside, state.time + 1 >= num_steps, flat & (state.time == 0),
+      boundary.nonfinite,
+      jnp.where(inside, margins(logits, examples.labels), -jnp.inf))
   return FABState(jnp.where(rows, back, x), state.time + 1), report
 
 

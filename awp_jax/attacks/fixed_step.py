@@ -56,9 +56,12 @@ def _advance(
   step = step_size * threat.linear_maximizer(seen.gradient)
   last = state.time >= num_steps
   flat = jnp.all(seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
+  # The margin under the source of a transfer means nothing either.
+  margin = None if seen.margin is None or transfer else jnp.where(
+      last, seen.margin, -jnp.inf)
   report = Report(
       state.x, last & (seen.broken | transfer), last, flat & (state.time == 0),
-      seen.nonfinite)
+      seen.nonfinite, margin)
   x_next = threat.project(state.x + step.astype(x.dtype), x)
   return _State(x_next, state.time + 1), report
 

@@ -19,7 +19,7 @@ import numpy as np
 from awp_jax import objectives
 from awp_jax.core import checks, loops
 from awp_jax.evaluation import evaluate, protocol
-from awp_jax.evaluation.model import Model, misclassified
+from awp_jax.evaluation.model import Model, margins, misclassified
 from awp_jax.evaluation.protocol import (
   AttackSpec,
   BoundAttack,
@@ -105,7 +105,7 @@ def _report(
   broken = misclassified(logits, labels)
   return Report(
       state.x, broken, state.time >= num_steps, jnp.zeros_like(broken),
-      nonfinite)
+      nonfinite, margins(logits, labels))
 
 
 @jax.jit

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax import objectives
 from awp_jax import threat as threats
 from awp_jax.attacks import square_patterns
 from awp_jax.attacks.square_patterns import (
@@ -24,7 +23,7 @@ from awp_jax.attacks.square_patterns import (
 )
 from awp_jax.core import checks
 from awp_jax.evaluation import evaluate, protocol
-from awp_jax.evaluation.model import Model, misclassified
+from awp_jax.evaluation.model import Model, margins, misclassified
 from awp_jax.evaluation.protocol import (
   AttackSpec,
   BoundAttack,
@@ -44,7 +43,7 @@ class SquareState(NamedTuple):
   Attributes:
     x: the next candidate to evaluate, [B, H, W, C].
     best: the best candidate so far, [B, H, W, C].
-    margin: its margin, [B].
+    margin: its margin, as `model.margins`, [B].
     time: number of candidates evaluated, [B].
   """
 
@@ -54,14 +53,17 @@ class SquareState(NamedTuple):
   time: Array
 
 
+def _extent(corner: Array, side: Array, x: Array, axis: int) -> Array:
+  """The rows (axis 0) or columns (1) of a window, [B, H] or [B, W]."""
+  places = jnp.arange(x.shape[axis + 1])
+  begin = corner[:, axis, None]
+  return (places >= begin) & (places < begin + side[:, None])
+
+
 def _window(corner: Array, side: Array, x: Array) -> Array:
   """Mask of a window: corner [B, 2], side [B] -> [B, H, W, 1]."""
-  inside = []
-  for axis in (0, 1):
-    places = jnp.arange(x.shape[axis + 1])
-    begin = corner[:, axis, None]
-    inside.append((places >= begin) & (places < begin + side[:, None]))
-  return (inside[0][:, :, None] & inside[1][:, None, :])[..., None]
+  rows, columns = (_extent(corner, side, x, axis) for axis in (0, 1))
+  return (rows[:, :, None] & columns[:, None, :])[..., None]
 
 
 def _corner(uniform: Array, side: Array, x: Array) -> Array:
@@ -129,7 +131,7 @@ def start(examples: Examples, threat: ThreatModel) -> SquareState:
   make = _stripes if threat.norm == 'Linf' else _tiles
   first = make(examples.keys, x, threat)
   return SquareState(
-      first, first, jnp.full(x.shape[0], jnp.inf, jnp.float32),
+      first, first, jnp.full(x.shape[0], -jnp.inf, jnp.float32),
       jnp.zeros(x.shape[0], jnp.int32))
 
 
@@ -192,10 +194,14 @@ def propose(
       lambda key: jax.random.uniform(key, (5 + channels,)))(keys)
   signs = jnp.where(draws[:, 5:] < 0.5, -1, 1).astype(x.dtype)[:, None, None]
   corner = _corner(draws[:, :2], side, x)
-  inside = _window(corner, side, x)
   if threat.norm == 'Linf':
-    moved = best + jnp.where(inside, 2 * threat.epsilon * signs, 0)
+    # A product of rows and columns takes half the time of a choice by a mask.
+    rows, columns = (
+        _extent(corner, side, x, axis).astype(x.dtype) for axis in (0, 1))
+    steps = columns[:, :, None] * (2 * threat.epsilon * signs[:, 0])
+    moved = best + rows[:, :, None, None] * steps[:, None]
     return threat.project(moved, x)
+  inside = _window(corner, side, x)
   distinct = np.unique(sides)
   table = jnp.asarray(square_patterns.patterns(
       tuple(distinct.tolist()), threat.norm), x.dtype)
@@ -212,15 +218,17 @@ def advance(
     schedule: SquareSchedule) -> tuple[SquareState, Report]:
   """Evaluates the candidate and proposes the next."""
   x, labels = examples.images, examples.labels
-  margin = -objectives.cw_margin(logits, labels).astype(jnp.float32)
+  margin = margins(logits, labels)
   broken = misclassified(logits, labels)
-  better = (margin < state.margin) | broken
+  finite = jnp.all(jnp.isfinite(logits), axis=-1)
+  better = finite & (margin > state.margin)
   rows = better.reshape((-1, 1, 1, 1))
   best = jnp.where(rows, state.x, state.best)
   keys = jax.vmap(jax.random.fold_in)(examples.keys, state.time)
   x_next = propose(keys, best, x, state.time, threat, schedule)
   none = jnp.zeros_like(broken)
-  report = Report(state.x, broken, state.time >= schedule.num_queries, none)
+  report = Report(
+      state.x, broken, state.time >= schedule.num_queries, none, margin=margin)
   return SquareState(
       x_next, best, jnp.where(better, margin, state.margin),
       state.time + 1), report

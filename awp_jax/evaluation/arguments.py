@@ -1,6 +1,7 @@
-"""Checks of the arguments of an evaluation, before anything compiles."""
+"""Options of an evaluation, and checks of its arguments before compiling."""
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from awp_jax.core import checks
 from awp_jax.evaluation import compilation
 from awp_jax.evaluation.protocol import AttackSpec
+from awp_jax.evaluation.results import BatchResult, Share
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -49,6 +51,50 @@ def check_labels(
     raise ValueError(
         f'labels must be in [0, {num_classes}), got {labels.min()} to '
         f'{labels.max()}.')
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+  """How an evaluation batches, resumes and reports.
+
+  Attributes:
+    batch_size: examples on the device at a time, over all devices; None means
+      64 on the CPU, where larger batches exceed the caches, and 512 elsewhere.
+      On the CPU it is divided into up to four batches that run in parallel.
+    group_size: examples per record of `progress`, the unit of resuming; None
+      means eight batches on the CPU and two elsewhere.
+    devices: shard each batch over these; None means the default device.
+    progress: called with a `BatchResult` after each group.
+    done: records of an interrupted evaluation with the same arguments, in any
+      order and of any group size; their examples are not attacked again.
+    share: the share of this process, if several divide the examples.
+    keep_images: whether the result holds the adversarial examples.
+    takes_key: whether the model is randomized: `logits_fn(images, key)`.
+    eot_samples: draws of a randomized model that each gradient is averaged
+      over; None means 20 for the attacks of version 'rand' and 1 otherwise.
+    check_model: whether to check first for signs of an unreliable evaluation.
+    attack_fn: a classifier of the same images and classes that the attacks use
+      instead of `logits_fn`, typically the same network in bfloat16. Its logits
+      are cast to float32. Verdicts always use `logits_fn`: the candidates that
+      it classifies correctly are rejected, and their runs go on.
+    attack_precision: of matrix products and convolutions inside the attacks, as
+      in `jax.default_matmul_precision`; None keeps the caller's setting.
+      Verdicts always use 'float32'. On accelerators a lower precision makes
+      attacks faster and somewhat weaker.
+  """
+
+  batch_size: int | None = None
+  group_size: int | None = None
+  devices: Sequence[jax.Device] | None = None
+  progress: Callable[[BatchResult], None] | None = None
+  done: Sequence[BatchResult] = ()
+  share: Share | None = None
+  keep_images: bool = True
+  takes_key: bool = False
+  eot_samples: int | None = None
+  check_model: bool = True
+  attack_fn: Callable[..., Array] | None = None
+  attack_precision: str | None = 'float32'
 
 
 class Traced(NamedTuple):
@@ -98,8 +144,8 @@ def _narrowest_product(program: jax.extend.core.ClosedJaxpr) -> str:
 
 
 def trace_model(
-    logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool
-) -> Traced:
+    logits_fn: Callable[..., Array], images: np.ndarray, takes_key: bool,
+    name: str = 'logits_fn') -> Traced:
   """Traces the model once, without compiling.
 
   Call it under `jax.default_matmul_precision('float32')`, like the verdicts.
@@ -108,6 +154,7 @@ def trace_model(
     logits_fn: the model.
     images: [N, ...].
     takes_key: whether the model also takes a key.
+    name: of the model, for messages.
 
   Returns:
     The trace.
@@ -122,14 +169,39 @@ def trace_model(
   shape: tuple[int, ...] = getattr(logits, 'shape', ())
   if len(shape) != 2 or shape[0] != 2:
     raise ValueError(
-        'logits_fn must map images [B, ...] to one array of logits [B, C], got '
+        f'{name} must map images [B, ...] to one array of logits [B, C], got '
         f'{logits} for images of shape {spec.shape}.')
   if shape[1] < 2:
     raise ValueError(
-        f'logits_fn must return logits of at least 2 classes, got {shape[1]}.')
+        f'{name} must return logits of at least 2 classes, got {shape[1]}.')
   return Traced(
       program, int(shape[1]), np.dtype(logits.dtype),
       _narrowest_product(program))
+
+
+def trace_attack_model(
+    options: EvalOptions, images: np.ndarray, traced: Traced) -> Traced:
+  """Traces `EvalOptions.attack_fn`, like `trace_model`.
+
+  Args:
+    options: of the evaluation.
+    images: [N, ...].
+    traced: `logits_fn`.
+
+  Returns:
+    The trace; `traced` if the attacks use `logits_fn`.
+
+  Raises:
+    ValueError: unless it returns logits of the same classes.
+  """
+  if options.attack_fn is None:
+    return traced
+  found = trace_model(options.attack_fn, images, options.takes_key, 'attack_fn')
+  if found.num_classes != traced.num_classes:
+    raise ValueError(
+        'attack_fn and logits_fn must return logits of the same classes, got '
+        f'{found.num_classes} and {traced.num_classes}.')
+  return found
 
 
 def check_specs(

@@ -21,6 +21,10 @@ from awp_jax.types import Array
 #: Largest relative difference of logits that counts as rounding.
 _ROUNDING = 1e-3
 
+#: Largest fraction of classes that may differ between the models of the attacks
+#: and of the verdicts.
+_SAME_CLASSES = 0.1
+
 _IN_FLOAT32 = (
     'Robust accuracy is comparable in float32 only: build the model with '
     'dtype=float32 and the same weights.')
@@ -100,6 +104,23 @@ def check_batch_dependence(
       'batch-dependent', f'the logits of {number} of {half} images depend on '
       'the other images of the batch (BatchNorm in train mode?). Verdicts on '
       'single examples are meaningless.', num_examples=number)]
+
+
+def check_attack_model(
+    attacked: np.ndarray, judged: np.ndarray) -> list[AttackWarning]:
+  """Warns if the model of the attacks predicts other classes.
+
+  Args:
+    attacked: logits of `EvalOptions.attack_fn` for natural images, [n, C].
+    judged: logits of the model under attack, [n, C].
+  """
+  differ = int(np.sum(attacked.argmax(axis=-1) != judged.argmax(axis=-1)))
+  if differ <= max(1, _SAME_CLASSES * len(judged)):
+    return []
+  return [warn(
+      'attack-model', f'attack_fn predicts another class than logits_fn for '
+      f'{differ} of {len(judged)} natural images. Are these two networks the '
+      'same? Attacks on another network are weaker.', num_examples=differ)]
 
 
 def check_logits(logits: np.ndarray) -> tuple[int, bool]:

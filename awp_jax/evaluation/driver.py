@@ -15,6 +15,12 @@ misclassified iterate is checked, since one draw of many misclassified the
 first. If the check rejects a candidate, the example is still robust: the run
 continues unless it is over, and the example's other runs stay in the queue.
 
+An attack may use another model than the verdicts, such as the same network in
+bfloat16. Then many candidates can be rejected. After a rejection at margin m
+the next candidate is checked at a margin above 2 m, so a run has few checks. At
+the end of a run its candidate of the largest margin is checked, whether or not
+the attack's model misclassifies it.
+
 Randomness depends on (attack, example, run), never on the place in the batch.
 The batch size can change which of several runs gets credit for an example.
 It does not change whether one of them succeeds, up to rounding.
@@ -22,7 +28,6 @@ It does not change whether one of them succeeds, up to rounding.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +36,8 @@ import numpy as np
 
 from awp_jax.core import loops
 from awp_jax.evaluation import compilation, slots
-from awp_jax.evaluation.model import either
-from awp_jax.evaluation.protocol import BoundAttack, Examples, Report, run_keys
-from awp_jax.evaluation.slots import Filled, Places
+from awp_jax.evaluation.protocol import BoundAttack, Examples, run_keys
+from awp_jax.evaluation.slots import Filled, Found, Places
 from awp_jax.evaluation.verdicts import CheckCandidates, Group
 from awp_jax.types import Array
 
@@ -75,7 +79,7 @@ class Carry(NamedTuple):
 
   examples: Examples
   state: Any
-  found: Report
+  found: Found
 
 
 #: (carry, busy places [B], free places to wait for) -> (carry, finished runs
@@ -94,6 +98,9 @@ class Job(NamedTuple):
     sizes: batch sizes of `slots.batch_sizes`.
     place: puts arrays with a leading batch axis onto the devices.
     check: decides which candidates count.
+    own_model: whether the attack uses another model than the verdicts. Then
+      candidates are checked without delay, so that runs do not depend on the
+      rest of their batch.
   """
 
   attack: BoundAttack
@@ -102,6 +109,7 @@ class Job(NamedTuple):
   sizes: tuple[int, ...]
   place: Callable[[Any], Any]
   check: CheckCandidates
+  own_model: bool = False
 
 
 #: Iterations at one batch size before compiling a smaller one.
@@ -111,13 +119,9 @@ _SHRINK_AFTER = 64
 _LONGEST_CALL = 100
 
 
-def _rows(mask: Array, new: Array, old: Array) -> Array:
-  return jnp.where(mask.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
-
-
 @jax.jit
 def _merge(fresh: Array, new: Carry, old: Carry) -> Carry:
-  return jax.tree.map(lambda a, b: _rows(fresh, a, b), new, old)
+  return jax.tree.map(lambda a, b: slots.select(fresh, a, b), new, old)
 
 
 @jax.jit
@@ -125,33 +129,8 @@ def _take(carry: Carry, rows: Array) -> Carry:
   return jax.tree.map(lambda leaf: leaf[rows], carry)
 
 
-@functools.partial(jax.jit, static_argnames=('to_end',))
-def _note(
-    found: Report, report: Report, to_end: bool) -> tuple[Report, Array]:
-  """Merges a report into the results; keeps the first success, or the last."""
-  active = ~found.finished
-  if not to_end:
-    active &= ~found.broken
-  new = report.broken & active
-  nonfinite = found.nonfinite
-  if report.nonfinite is not None:
-    nonfinite = either(nonfinite, report.nonfinite & active)
-  total = Report(
-      _rows(new, report.candidates, found.candidates),
-      found.broken | new, found.finished | report.finished,
-      found.zero_gradient | report.zero_gradient, nonfinite)
-  return total, total.finished if to_end else total.broken | total.finished
-
-
-@jax.jit
-def _clear_refused(carry: Carry, refused: Array) -> Carry:
-  """Clears the rejected successes of runs that continue."""
-  found = carry.found
-  return carry._replace(
-      found=found._replace(broken=found.broken & ~refused))
-
-
-def make_advance(attack: BoundAttack, to_end: bool) -> Advance:
+def make_advance(
+    attack: BoundAttack, to_end: bool, own_model: bool = False) -> Advance:
   """Builds the loop of an attack, once for all of its groups.
 
   On the CPU each call makes one iteration, of functions that are already
@@ -161,6 +140,7 @@ def make_advance(attack: BoundAttack, to_end: bool) -> Advance:
   Args:
     attack: the attack.
     to_end: whether runs continue after a misclassified iterate.
+    own_model: as in `Job`.
 
   Returns:
     The loop.
@@ -168,7 +148,7 @@ def make_advance(attack: BoundAttack, to_end: bool) -> Advance:
 
   def iterate(carry: Carry) -> tuple[Carry, Array]:
     state, report = attack.step(carry.examples, carry.state)
-    found, over = _note(carry.found, report, to_end)
+    found, over = slots.note(carry.found, report, to_end, own_model)
     return Carry(carry.examples, state, found), over
 
   if loops.unrolls():
@@ -199,14 +179,15 @@ def make_advance(attack: BoundAttack, to_end: bool) -> Advance:
 
 def _load(job: Job, group: Group, places: Places) -> Carry:
   rows = np.maximum(places.example, 0)
-  images, labels, targets, indices, runs = job.place((
+  images, labels, targets, indices, runs, no, low = job.place((
       group.images[rows], group.labels[rows], group.targets[rows],
-      group.indices[rows].astype(np.int32), places.run.astype(np.int32)))
+      group.indices[rows].astype(np.int32), places.run.astype(np.int32),
+      np.zeros(rows.size, bool), np.full(rows.size, -np.inf, np.float32)))
   examples = Examples(
       images, labels, targets, run_keys(job.key, indices, runs), runs)
-  no = jnp.zeros_like(labels, dtype=bool)
   return Carry(
-      examples, job.attack.init(examples), Report(images, no, no, no, no))
+      examples, job.attack.init(examples),
+      Found(images, no, no, no, no, no, low, low))
 
 
 def _refill(
@@ -222,7 +203,7 @@ def _refill(
 
 
 def _collect(
-    job: Job, group: Group, places: Places, rows: np.ndarray, found: Report,
+    job: Job, group: Group, places: Places, rows: np.ndarray, found: Found,
     outcome: Outcome) -> None:
   """Checks candidates and records those that count.
 
@@ -239,7 +220,9 @@ def _collect(
   part = Group(*(leaf[examples] for leaf in group))
   verdicts = job.check(part, places.run[rows], candidates)
   outcome.outside[examples[verdicts.outside]] = True
-  outcome.refused[examples[~verdicts.broken & ~verdicts.outside]] = True
+  claimed = np.asarray(found.broken)[rows]
+  outcome.refused[
+      examples[claimed & ~verdicts.broken & ~verdicts.outside]] = True
   # Of two runs of one example, the earlier gets the credit.
   for row in np.argsort(-places.run[rows], kind='stable'):
     if verdicts.broken[row]:
@@ -285,7 +268,8 @@ def attack_group(
       return outcome
     carry = _refill(job, group, carry, filled)
     over = np.zeros_like(busy)
-    patience = min(int(busy.sum()), max(1, busy.size // 8))
+    patience = 1 if job.own_model else min(
+        int(busy.sum()), max(1, busy.size // 8))
     while np.sum(over & busy) < patience:
       with around(busy.size):
         carry, over, made = job.advance(carry, busy, patience)
@@ -295,13 +279,14 @@ def attack_group(
     for seen, field in ((found.zero_gradient, outcome.zero_gradient),
                         (found.nonfinite, outcome.nonfinite_gradient)):
       field[places.example[busy & np.asarray(seen)]] = True
-    claimed = busy & over & np.asarray(found.broken)
+    claimed = busy & over & np.asarray(found.pending)
     if claimed.any():
       _collect(job, group, places, np.flatnonzero(claimed), found, outcome)
     broken = outcome.broken[np.maximum(places.example, 0)]
     refused = claimed & ~broken & ~finished
     if refused.any():
-      carry = _clear_refused(carry, job.place(refused))
+      carry = carry._replace(found=slots.clear_refused(
+          found, job.place(refused)))
     # Other runs of an example that was just broken are dropped too.
     done = busy & (finished | broken)
     places = Places(np.where(done, -1, places.example), places.run)

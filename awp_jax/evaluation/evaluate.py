@@ -4,11 +4,11 @@ The examples stay on the host and stream through the device in batches of one
 fixed size. `EvalOptions.progress` gets a record after each group of examples.
 Passed as `EvalOptions.done`, these records resume an interrupted evaluation
 with the same result. Verdicts are computed in float32 at matrix precision
-'float32' (see `verdicts`), at whatever precision the attacks ran.
+'float32' (see `verdicts`), at whatever precision the attacks ran and with
+whatever model (`EvalOptions.attack_fn`).
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 import time
 from typing import NamedTuple
@@ -21,6 +21,7 @@ import numpy as np
 from awp_jax.core import checks, loops, sharding
 from awp_jax.evaluation import (
   arguments,
+  compilation,
   diagnostics,
   driver,
   fingerprint,
@@ -29,6 +30,7 @@ from awp_jax.evaluation import (
   threads,
   verdicts,
 )
+from awp_jax.evaluation.arguments import EvalOptions, Traced
 from awp_jax.evaluation.driver import Job
 from awp_jax.evaluation.model import Model, average_gradients, make_model
 from awp_jax.evaluation.protocol import AttackSpec
@@ -36,7 +38,6 @@ from awp_jax.evaluation.results import (
   AttackResult,
   AttackWarning,
   BatchResult,
-  Share,
 )
 from awp_jax.evaluation.verdicts import VerdictSettings
 from awp_jax.threat import ThreatModel
@@ -50,47 +51,11 @@ _FORWARD_BATCH = 4
 _BATCHES_PER_GROUP = 8
 _FEWER_BATCHES_PER_GROUP = 2
 
+#: The batch of the verdicts over the batch of few verdicts.
+_FEW = 8
+
 #: `jax.default_matmul_precision` of the verdicts.
 VERDICT_PRECISION = 'float32'
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalOptions:
-  """How an evaluation batches, resumes and reports.
-
-  Attributes:
-    batch_size: examples on the device at a time, over all devices; None means
-      64 on the CPU, where larger batches exceed the caches, and 512 elsewhere.
-      On the CPU it is divided into up to four batches that run in parallel.
-    group_size: examples per record of `progress`, the unit of resuming; None
-      means eight batches on the CPU and two elsewhere.
-    devices: shard each batch over these; None means the default device.
-    progress: called with a `BatchResult` after each group.
-    done: records of an interrupted evaluation with the same arguments, in any
-      order and of any group size; their examples are not attacked again.
-    share: the share of this process, if several divide the examples.
-    keep_images: whether the result holds the adversarial examples.
-    takes_key: whether the model is randomized: `logits_fn(images, key)`.
-    eot_samples: draws of a randomized model that each gradient is averaged
-      over; None means 20 for the attacks of version 'rand' and 1 otherwise.
-    check_model: whether to check first for signs of an unreliable evaluation.
-    attack_precision: of matrix products and convolutions inside the attacks, as
-      in `jax.default_matmul_precision`; None keeps the caller's setting.
-      Verdicts always use 'float32'. On accelerators a lower precision makes
-      attacks faster and somewhat weaker.
-  """
-
-  batch_size: int | None = None
-  group_size: int | None = None
-  devices: Sequence[jax.Device] | None = None
-  progress: Callable[[BatchResult], None] | None = None
-  done: Sequence[BatchResult] = ()
-  share: Share | None = None
-  keep_images: bool = True
-  takes_key: bool = False
-  eot_samples: int | None = None
-  check_model: bool = True
-  attack_precision: str | None = 'float32'
 
 
 class _Setting(NamedTuple):
@@ -106,6 +71,7 @@ class _Setting(NamedTuple):
     forward_sizes: batch sizes of the others.
     group_size: examples per record.
     num_streams: batches that run in parallel.
+    own_model: whether the attacks use another function than the verdicts.
     identity: hash of the evaluation; '' if no record is written or read.
   """
 
@@ -118,12 +84,14 @@ class _Setting(NamedTuple):
   forward_sizes: tuple[int, ...]
   group_size: int
   num_streams: int
+  own_model: bool
   identity: str
 
 
 def _check_model(
-    setting: _Setting, logits_fn: Callable[..., Array]) -> list[AttackWarning]:
-  """Warns if a model without key returns logits that vary for one image."""
+    setting: _Setting, logits_fn: Callable[..., Array], takes_key: bool
+) -> list[AttackWarning]:
+  """Warns if logits vary for one image, or if the attacks' model differs."""
   rows = next(verdicts.blocks(len(setting.labels), setting.verdicts.size))
   place = setting.verdicts.place
   keys = place(jax.random.split(setting.key, rows.size))
@@ -132,10 +100,23 @@ def _check_model(
   def logits(images: Array) -> Array:
     return setting.verdicts.model.logits(images, keys)
 
-  found = diagnostics.check_randomized(logits_fn, logits, place(batch))
+  found = []
+  if setting.own_model:
+    found += diagnostics.check_attack_model(*(
+        np.asarray(model.logits(place(batch), keys))
+        for model in (setting.model, setting.verdicts.model)))
+  if takes_key:
+    return found
+  found += diagnostics.check_randomized(logits_fn, logits, place(batch))
   if rows.size > 1:
     found += diagnostics.check_batch_dependence(logits, batch, place)
   return found
+
+
+def _in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
+  """The classifier with float32 logits."""
+  inner = compilation.unwrap(function)
+  return lambda *args: inner(*args).astype(jnp.float32)
 
 
 def _make_job(setting: _Setting, spec: AttackSpec, eot_samples: int) -> Job:
@@ -143,10 +124,12 @@ def _make_job(setting: _Setting, spec: AttackSpec, eot_samples: int) -> Job:
   attack = spec.build(model, setting.verdicts.threat)
   checks.count(f'num_runs of attack {spec.name!r}', attack.num_runs)
   return Job(
-      attack, driver.make_advance(attack, model.takes_key),
+      attack,
+      driver.make_advance(attack, model.takes_key, setting.own_model),
       jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode())),
       setting.sizes if spec.white_box else setting.forward_sizes,
-      setting.verdicts.place, verdicts.make_check(setting.verdicts, spec.name))
+      setting.verdicts.place, verdicts.make_check(setting.verdicts, spec.name),
+      setting.own_model)
 
 
 def _attack_group(
@@ -241,9 +224,10 @@ def _run(
 
 
 def _make_setting(
-    key: Array, logits_fn: Callable[..., Array], traced: arguments.Traced,
-    images: np.ndarray, labels: np.ndarray, threat: ThreatModel,
-    specs: Sequence[AttackSpec], options: EvalOptions) -> _Setting:
+    key: Array, logits_fn: Callable[..., Array], traced: Traced,
+    attack_traced: Traced, images: np.ndarray, labels: np.ndarray,
+    threat: ThreatModel, specs: Sequence[AttackSpec], options: EvalOptions
+) -> _Setting:
   """Checks the batching options and makes the setting of an evaluation."""
   batch_size = options.batch_size
   if batch_size is None:
@@ -260,14 +244,16 @@ def _make_setting(
         _BATCHES_PER_GROUP if loops.unrolls() else _FEWER_BATCHES_PER_GROUP)
   checks.count('group_size', group_size)
 
-  def make(precision: str | None) -> Model:
+  def make(function: Callable[..., Array], precision: str | None) -> Model:
     return make_model(
-        logits_fn, traced.num_classes, takes_key=options.takes_key,
+        function, traced.num_classes, takes_key=options.takes_key,
         precision=precision, devices=options.devices)
 
-  model = verdict_model = make(VERDICT_PRECISION)
-  if options.attack_precision != VERDICT_PRECISION:
-    model = make(options.attack_precision)
+  model = verdict_model = make(logits_fn, VERDICT_PRECISION)
+  if options.attack_fn is not None:
+    model = make(_in_float32(options.attack_fn), options.attack_precision)
+  elif options.attack_precision != VERDICT_PRECISION:
+    model = make(logits_fn, options.attack_precision)
   # Always Threefry: other generators draw for a whole batch at once, and an
   # example's draws must not depend on the rest of the batch.
   seed = jax.random.bits(key, (2,), jnp.uint32)
@@ -279,16 +265,20 @@ def _make_setting(
       for size in (batch_size, forward * batch_size))
   identity = ''
   if options.progress is not None or options.done or options.share:
+    settings = {
+        'eot_samples': options.eot_samples, 'batch_size': batch_size,
+        'attack_precision': options.attack_precision}
+    if options.attack_fn is not None:
+      settings['attack_fn'] = fingerprint.hash_program(attack_traced.program)
     identity = fingerprint.identify(
-        key, traced, images, labels, threat, specs,
-        {'eot_samples': options.eot_samples, 'batch_size': batch_size,
-         'attack_precision': options.attack_precision})
+        key, traced, images, labels, threat, specs, settings)
   verdict_settings = VerdictSettings(
       verdict_model, threat, key, sizes[0],
+      min(size for size in sizes if size >= sizes[0] // _FEW),
       functools.partial(sharding.shard, devices=options.devices))
   return _Setting(
       key, model, verdict_settings, images, labels, sizes, forward_sizes,
-      group_size, num_streams, identity)
+      group_size, num_streams, options.attack_fn is not None, identity)
 
 
 def evaluate(
@@ -324,24 +314,24 @@ def evaluate(
     images = images.astype(np.float32)
   with jax.default_matmul_precision(VERDICT_PRECISION):
     traced = arguments.trace_model(logits_fn, images, options.takes_key)
+    attack_traced = arguments.trace_attack_model(options, images, traced)
   arguments.check_labels(labels, len(images), traced.num_classes)
   arguments.check_specs(
       specs, images.ndim, options.takes_key, options.eot_samples)
   setting = _make_setting(
-      key, logits_fn, traced, images, labels.astype(np.int32), threat, specs,
-      options)
+      key, logits_fn, traced, attack_traced, images, labels.astype(np.int32),
+      threat, specs, options)
   natural = verdicts.classify_natural(
       setting.verdicts, images, setting.labels,
       max(spec.num_targets for spec in specs))
   found = diagnostics.about_logits(
       natural.nonfinite, natural.probable and options.check_model, traced)
   if options.check_model:
-    if not options.takes_key:
-      found += _check_model(setting, logits_fn)
+    found += _check_model(setting, logits_fn, options.takes_key)
     found += diagnostics.check_classes(specs, traced.num_classes)
     found += diagnostics.check_layout(specs, images.shape[1:])
   judged = results.Judgement(
       natural.dtype, str(traced.dtype), traced.product, VERDICT_PRECISION,
       tuple(device.device_kind for device in natural.devices),
-      fingerprint.versions())
+      fingerprint.versions(), attack_traced.product, options.attack_precision)
   return _run(setting, natural, specs, options, found, judged)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from awp_jax import objectives
 from awp_jax.core import loops
 from awp_jax.evaluation import compilation, losses
 from awp_jax.evaluation.losses import LogitsLoss
@@ -36,12 +37,14 @@ class Gradients(NamedTuple):
     broken: whether the inputs are misclassified, [B].
     nonfinite: whether an entry of the gradient was not finite, [B]; None means
       False for all.
+    margin: of the inputs, [B], as `margins`; None if not known.
   """
 
   gradient: Array
   losses: Array
   broken: Array
   nonfinite: Array | None = None
+  margin: Array | None = None
 
 
 class Model(NamedTuple):
@@ -74,6 +77,16 @@ def misclassified(logits: Array, labels: Array) -> Array:
   return ~finite | (jnp.argmax(logits, axis=-1) != labels)
 
 
+def margins(logits: Array, labels: Array) -> Array:
+  """How far inputs are misclassified, max_{k != y} z_k - z_y, [B].
+
+  Positive only if `misclassified`; 0 if a logit is not finite.
+  """
+  finite = jnp.all(jnp.isfinite(logits), axis=-1)
+  margin = objectives.cw_margin(logits, labels).astype(jnp.float32)
+  return jnp.where(finite, margin, 0)
+
+
 def either(one: Array | None, other: Array | None) -> Array | None:
   """Elementwise or of two flags; None means False everywhere."""
   if one is None or other is None:
@@ -90,7 +103,8 @@ def make_gradients(
       jnp.where(finite, gradient, 0),
       jnp.where(jnp.isnan(values), -jnp.inf, values),
       misclassified(logits, labels),
-      ~jnp.all(finite, axis=tuple(range(1, gradient.ndim))))
+      ~jnp.all(finite, axis=tuple(range(1, gradient.ndim))),
+      margins(logits, labels))
 
 
 def _differentiate(

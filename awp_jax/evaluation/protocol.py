@@ -44,6 +44,10 @@ class Report(NamedTuple):
       [B].
     nonfinite: whether the gradient had entries that are not finite, [B]; None
       means False for all.
+    margin: how far the candidate is misclassified, [B], as `model.margins`;
+      -inf where it does not count, such as outside the ball. Of the candidates
+      of a run, those of higher margin are judged. None judges the first one
+      that is `broken`.
   """
 
   candidates: Array
@@ -51,6 +55,7 @@ class Report(NamedTuple):
   finished: Array
   zero_gradient: Array
   nonfinite: Array | None = None
+  margin: Array | None = None
 
 
 class BoundAttack(NamedTuple):

@@ -18,7 +18,7 @@ from awp_jax.core import checks
 WarningKind = Literal[
     'randomized', 'probabilities', 'zero-gradients', 'square-stronger',
     'few-classes', 'non-finite', 'batch-dependent', 'non-finite-gradient',
-    'outside', 'half-precision', 'layout']
+    'outside', 'half-precision', 'layout', 'attack-model']
 
 
 class RobustnessWarning(UserWarning):
@@ -52,8 +52,8 @@ class Anomalies(NamedTuple):
       which count as misclassified.
     outside: a candidate with NaN, or outside ball or box, which was rejected.
     refused: a candidate that the forward pass of the verdicts classifies
-      correctly, which was rejected. Causes: rounding, or another draw of a
-      randomized model.
+      correctly, which was rejected. Causes: rounding, another draw of a
+      randomized model, or `EvalOptions.attack_fn`.
   """
 
   zero_gradient: int = 0
@@ -248,6 +248,9 @@ class Judgement(NamedTuple):
       `jax.default_matmul_precision`.
     devices: the kind of each device.
     versions: of jax, jaxlib and awp_jax.
+    attack_product_dtype: `product_dtype` of the model that the attacks used,
+      `EvalOptions.attack_fn` or the same.
+    attack_matmul_precision: of the attacks; None is the caller's setting.
   """
 
   dtype: str
@@ -256,6 +259,8 @@ class Judgement(NamedTuple):
   matmul_precision: str
   devices: tuple[str, ...]
   versions: dict[str, str]
+  attack_product_dtype: str
+  attack_matmul_precision: str | None
 
 
 class AttackResult(NamedTuple):

@@ -1,4 +1,4 @@
-"""Assigns tasks to the places of a batch of fixed size.
+"""The places of a batch of fixed size: their tasks, and what their runs found.
 
 A queue holds tasks (example, run), ordered by run, and refills free places.
 When it is empty the batch shrinks, to one of a few sizes so that few programs
@@ -6,11 +6,19 @@ are compiled.
 """
 
 from collections.abc import Iterator
+import functools
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.core import loops
+from awp_jax.evaluation.protocol import Report
+from awp_jax.types import Array
+
+#: Growth of the margin after a rejection before the next check.
+_GROWTH = 2.0
 
 
 class Places(NamedTuple):
@@ -91,3 +99,83 @@ def fill(
     # Stable: idle places last, the others in their previous order.
     rows = np.argsort(example < 0, kind='stable')[:size]
   return Filled(Places(example[rows], run[rows]), rows, fresh[rows])
+
+
+class Found(NamedTuple):
+  """What the runs of a batch have found so far, one row per place.
+
+  Attributes:
+    candidates: what to check next, [B, ...].
+    pending: whether the candidate has not been checked, [B].
+    broken: whether the attack's model misclassifies it, [B].
+    finished: whether the run is over, [B].
+    zero_gradient: as in `Report`, [B].
+    nonfinite: whether any gradient had entries that are not finite, [B].
+    margin: of the candidate, [B]; -inf before the first one, or without
+      `Report.margin`.
+    bar: a misclassified candidate of a higher margin is checked at once, [B].
+  """
+
+  candidates: Array
+  pending: Array
+  broken: Array
+  finished: Array
+  zero_gradient: Array
+  nonfinite: Array
+  margin: Array
+  bar: Array
+
+
+def select(mask: Array, new: Array, old: Array) -> Array:
+  """`new` where `mask` [B], else `old`."""
+  return jnp.where(mask.reshape((-1,) + (1,) * (new.ndim - 1)), new, old)
+
+
+def _waits(found: Found, ranked: bool) -> Array:
+  """Whether a success waits to be checked, [B]."""
+  return found.broken & (found.margin > found.bar) if ranked else found.broken
+
+
+@functools.partial(jax.jit, static_argnames=('to_end', 'own_model'))
+def note(
+    found: Found, report: Report, to_end: bool, own_model: bool
+) -> tuple[Found, Array]:
+  """Merges a report into the results.
+
+  Args:
+    found: the results so far.
+    report: of the next step.
+    to_end: keep the last success. Otherwise the first one, or with margins the
+      first one above the bar.
+    own_model: with margins, also keep the best candidate without a success.
+
+  Returns:
+    The results, and which runs are over or wait for a check.
+  """
+  ranked = report.margin is not None and not to_end
+  active = ~found.finished
+  if not to_end:
+    active &= ~_waits(found, ranked)
+  new, margin = report.broken & active, found.margin
+  if report.margin is not None and ranked:
+    counts = active if own_model else new
+    new = counts & (report.margin > margin)
+    margin = jnp.where(new, report.margin, margin)
+  nonfinite = found.nonfinite
+  if report.nonfinite is not None:
+    nonfinite |= report.nonfinite & active
+  total = Found(
+      select(new, report.candidates, found.candidates), found.pending | new,
+      found.broken | (new & report.broken), found.finished | report.finished,
+      found.zero_gradient | report.zero_gradient, nonfinite, margin, found.bar)
+  over = total.finished
+  return total, over if to_end else over | _waits(total, ranked)
+
+
+@jax.jit
+def clear_refused(found: Found, refused: Array) -> Found:
+  """Clears rejected candidates of runs that continue; raises their bars."""
+  bar = _GROWTH * jnp.maximum(found.margin, 0)
+  return found._replace(
+      pending=found.pending & ~refused, broken=found.broken & ~refused,
+      bar=jnp.where(refused, bar, found.bar))

@@ -96,6 +96,7 @@ class VerdictSettings(NamedTuple):
     threat: ball and box.
     key: a PRNG key, for models that take one.
     size: examples per forward pass.
+    few: examples per forward pass if there are no more.
     place: puts arrays with a leading batch axis onto the devices.
   """
 
@@ -103,6 +104,7 @@ class VerdictSettings(NamedTuple):
   threat: ThreatModel
   key: Array
   size: int
+  few: int
   place: Callable[[Any], Any]
 
 
@@ -200,7 +202,8 @@ def make_check(settings: VerdictSettings, attack: str) -> CheckCandidates:
   def check(
       group: Group, runs: np.ndarray, candidates: np.ndarray) -> Verdicts:
     parts = []
-    for rows in blocks(runs.size, settings.size):
+    size = settings.few if runs.size <= settings.few else settings.size
+    for rows in blocks(runs.size, size):
       x_adv, labels, images = settings.place(
           (candidates[rows], group.labels[rows], group.images[rows]))
       # The text seeds the draws: other words give other results.

@@ -152,6 +152,7 @@ def _add_evaluation(config: ml_collections.ConfigDict) -> None:
       'attacks': ('fgsm', 'pgd-20', 'pgd-100', 'cw-100', 'aa-standard'),
       'num_examples': 0,  # the first of the test images; 0: all
       'batch_size': 0,  # 0: chosen for the device
+      'attack_dtype': 'float32',  # bfloat16: faster; float32 still decides
       'save_examples': False,  # adversarial images, one .npz per attack
       'torch_checkpoint': '',  # a PyTorch file instead of the run's model
   })

@@ -13,7 +13,6 @@ import tqdm
 
 import awp_jax
 from experiments.parallel import processes
-from experiments.runs import precision
 from experiments.util import atomic, digests, paths
 
 
@@ -21,7 +20,8 @@ class Records:
   """Finished groups of examples of one evaluation on disk."""
 
   def __init__(
-      self, folder: paths.Path, name: str, facts: dict[str, Any]) -> None:
+      self, folder: paths.Path, name: str, facts: dict[str, Any],
+      judged_by: dict[str, Any]) -> None:
     """Reads the existing records, if any.
 
     Args:
@@ -29,7 +29,9 @@ class Records:
       name: of the evaluation.
       facts: plain values that the records depend on. Their digest is part of
         the folder's name, so other facts get other records.
+      judged_by: precision, devices and versions of this process.
     """
+    self._judged_by = json.dumps(judged_by, sort_keys=True)
     self._folder = folder / f'{name}-{digests.of_values(facts)}'
     self._folder.mkdir(parents=True, exist_ok=True)
     path = self._folder / 'identity.json'
@@ -82,15 +84,14 @@ class Records:
 
   def append(self, record: awp_jax.BatchResult) -> None:
     """Writes a record to disk."""
-    environment = json.dumps(precision.judged_by(), sort_keys=True)
     name = f'{self._next:05d}.npz' if processes.is_main() else (
         f'{self._next:05d}-process-{processes.index()}.npz')
     with atomic.replacing(self._folder / name) as file:
       arrays: dict[str, Any] = record.to_arrays()
-      np.savez(file, **arrays, judged_by=np.array(environment))
+      np.savez(file, **arrays, judged_by=np.array(self._judged_by))
     self._next += 1
     self._own.append(name)
-    self._found[name] = record, environment
+    self._found[name] = record, self._judged_by
 
 
 def _read(path: paths.Path) -> tuple[awp_jax.BatchResult, str] | None:

@@ -173,7 +173,8 @@ def _evaluate_one(
   images, labels = test_set
   batch_size = _batch_size(run)
   records = attack_records.Records(
-      run.workdir / 'evaluation', name, _facts(run, model, name, test_set))
+      run.workdir / 'evaluation', name, _facts(run, model, name, test_set),
+      _judged_by(run))
   bar = attack_records.Progress(f'{model.name} {name}', len(labels), correct)
   done = tuple(records.done)
   for record in done:
@@ -193,6 +194,7 @@ def _evaluate_one(
   options = evaluate_lib.EvalOptions(
       batch_size=batch_size, group_size=_group_size(batch_size, len(labels)),
       devices=placement.own_devices(), progress=progress, done=done,
+      attack_fn=model.attack_fn(run.config.evaluation.attack_dtype),
       share=None if processes.count() == 1 else Share(
           processes.index(), processes.count(), exchange))
   try:
@@ -201,7 +203,13 @@ def _evaluate_one(
         run.setup.threat, make_specs(name, run.config), options=options)
   finally:
     bar.close()
-  return result, records.judged_by or [precision.judged_by()]
+  return result, records.judged_by or [_judged_by(run)]
+
+
+def _judged_by(run: run_lib.Run) -> dict[str, Any]:
+  """Precision, devices and versions of an evaluation, for its records."""
+  return precision.judged_by() | {
+      'attack_dtype': run.config.evaluation.attack_dtype}
 
 
 def _facts(
@@ -216,6 +224,7 @@ def _facts(
       'evaluation': name, 'threat': run.config.threat.to_dict(),
       'step_size': run.config.eval.step_size, 'seed': run.config.seed,
       'test_set': digests.of_arrays(test_set),
+      'attack_dtype': run.config.evaluation.attack_dtype,
       'precision': precision.PRECISION, 'batch_size': _batch_size(run),
       'versions': fingerprint.versions()}
 

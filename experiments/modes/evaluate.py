@@ -28,6 +28,8 @@ def check(config: ml_collections.ConfigDict, workdir: paths.Path) -> None:
   attacks.check_names(settings.attacks)
   checks.count('evaluation.num_examples', settings.num_examples, minimum=0)
   checks.count('evaluation.batch_size', settings.batch_size, minimum=0)
+  checks.one_of('evaluation.attack_dtype', settings.attack_dtype,
+                precision.ATTACK_DTYPES)
   path = settings.torch_checkpoint
   if path and not pathlib.Path(path).is_file():
     raise ValueError(
@@ -79,7 +81,8 @@ def evaluate(run: run_lib.Run) -> dict[str, Any]:
   processes.on_main(lambda: _write(values, run.workdir / 'evaluation.json'))
   print(f'\n{run.dataset.name}, {config.threat.norm}, epsilon '
         f'{config.threat.epsilon:.4f}, {num_examples} test images, evaluated '
-        f'in {precision.PRECISION}\n')
+        f'in {precision.PRECISION}, attacks in '
+        f'{config.evaluation.attack_dtype}\n')
   print(_table(subjects))
   return values
 

@@ -83,9 +83,16 @@ def environments(values: dict[str, Any]) -> str:
         found[json.dumps(one, sort_keys=True)] = one
   return ' '.join(
       f'Evaluated in {one["precision"]} (matrix products in '
-      f'{one["matmul_precision"]}) on {_counted(one["devices"])}, with '
+      f'{one["matmul_precision"]}{_attacks_in(one)}) on '
+      f'{_counted(one["devices"])}, with '
       + ', '.join(f'{k} {one["versions"][k]}' for k in _PACKAGES) + '.'
       for one in found.values())
+
+
+def _attacks_in(environment: dict[str, Any]) -> str:
+  """The type of the attacks, if they used another."""
+  dtype = environment.get('attack_dtype', environment['precision'])
+  return '' if dtype == environment['precision'] else f', attacks in {dtype}'
 
 
 def warnings(evaluation: dict[str, Any]) -> list[str]:

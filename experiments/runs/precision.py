@@ -3,7 +3,8 @@
 Robust accuracy depends on rounding. In bfloat16 the largest logits of many
 images tie. By default JAX computes 'float32' matrix products in TensorFloat-32
 on recent GPUs and by bfloat16 passes on TPUs. Every evaluation therefore uses
-`logits`, which is float32 throughout, whatever the training precision.
+`logits`, which is float32 throughout, whatever the training precision. Attacks
+may use another type (`ATTACK_DTYPES`); float32 decides what they broke.
 """
 
 from collections.abc import Mapping
@@ -19,19 +20,24 @@ from experiments.util import environment
 #: Precision of evaluations, also for `jax.default_matmul_precision`.
 PRECISION = 'float32'
 
+#: Allowed `config.evaluation.attack_dtype`.
+ATTACK_DTYPES = ('float32', 'bfloat16')
 
-def network(model: nn.Module) -> nn.Module:
-  """The network with float32 computations and parameters.
+
+def network(model: nn.Module, dtype: str = PRECISION) -> nn.Module:
+  """The network with float32 parameters, by default also computed in float32.
 
   Args:
     model: a network whose fields `dtype` and `param_dtype`, if present, set the
       types of its computations and parameters.
+    dtype: the type of the computations.
 
   Returns:
     A copy that differs in these fields only; equal networks have equal copies.
   """
   fields: dict[str, Any] = {
-      name: jnp.float32 for name in ('dtype', 'param_dtype')
+      name: jnp.dtype(value) for name, value in (
+          ('dtype', dtype), ('param_dtype', PRECISION))
       if hasattr(model, name)}
   return model.clone(**fields)
 

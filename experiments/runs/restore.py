@@ -6,6 +6,7 @@ import hashlib
 import pathlib
 from typing import Any, NamedTuple
 
+from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -23,13 +24,28 @@ class RestoredModel(NamedTuple):
     name: 'best', 'last', or 'torch-' and the stem of a PyTorch file.
     origin: identifies the checkpoint, as plain values.
     facts: everything that its logits depend on, as plain values.
-    logits_fn: images [B, ...] -> logits [B, C].
+    network: from `precision.network`.
+    variables: in float32.
   """
 
   name: str
   origin: dict[str, Any]
   facts: dict[str, Any]
-  logits_fn: Callable[[Any], Any]
+  network: nn.Module
+  variables: dict[str, Any]
+
+  @property
+  def logits_fn(self) -> Callable[[Any], Any]:
+    """Images [B, ...] -> logits [B, C], in float32."""
+    return functools.partial(precision.logits, self.network, self.variables)
+
+  def attack_fn(self, dtype: str) -> Callable[[Any], Any] | None:
+    """`logits_fn` computed in another type for attacks; None for float32."""
+    if dtype == precision.PRECISION:
+      return None
+    return functools.partial(
+        precision.logits, precision.network(self.network, dtype),
+        self.variables)
 
 
 def restore_models(
@@ -55,8 +71,7 @@ def restore_models(
   for kind, step, variables in load_variables(run, kinds):
     yield RestoredModel(
         kind, {'checkpoint': kind, 'step': step}, network_facts(run) | {
-            'weights': digests.of_arrays(variables)},
-        functools.partial(precision.logits, network, variables))
+            'weights': digests.of_arrays(variables)}, network, variables)
 
 
 def load_variables(
@@ -110,6 +125,4 @@ def _torch_model(run: run_lib.Run, path: pathlib.Path) -> RestoredModel:
   return RestoredModel(
       f'torch-{path.stem}', {'torch_checkpoint': path.name, 'sha256': digest},
       {'weights': digest, 'mean': list(mean), 'std': list(std)},
-      functools.partial(
-          precision.logits, precision.network(model),
-          precision.variables(variables)))
+      precision.network(model), precision.variables(variables))

@@ -61,6 +61,13 @@ def test_batch_sizes(monkeypatch):
   assert slots.batch_sizes(512, 8) == (512, 128, 32)
 
 
+def nothing(images):
+  """What runs have found before their first step."""
+  no = jnp.zeros(len(images), bool)
+  low = jnp.full(len(images), -jnp.inf)
+  return slots.Found(images, no, no, no, no, no, low, low)
+
+
 def script(reports):
   """A report per step from rows (broken, finished, flat, nonfinite)."""
   return [
@@ -74,10 +81,9 @@ def script(reports):
 def test_what_a_run_finds(to_end, candidate, over):
   reports = script([
       (0, 0, 1, 0), (1, 0, 0, 0), (1, 0, 0, 1), (0, 1, 0, 0), (1, 1, 0, 0)])
-  no = jnp.zeros(1, bool)
-  found = protocol.Report(jnp.full((1, 1), -1.0), no, no, no, no)
+  found = nothing(jnp.full((1, 1), -1.0))
   for report, expected in zip(reports, over, strict=True):
-    found, done = driver._note(found, report, to_end)
+    found, done = slots.note(found, report, to_end, False)
     assert bool(done[0]) == bool(expected)
   assert float(found.candidates[0, 0]) == candidate
   assert found.broken[0] and found.finished[0] and found.zero_gradient[0]
@@ -86,10 +92,9 @@ def test_what_a_run_finds(to_end, candidate, over):
 
 
 def test_the_last_step_of_a_run_counts():
-  no = jnp.zeros(1, bool)
-  found = protocol.Report(jnp.full((1, 1), -1.0), no, no, no, no)
+  found = nothing(jnp.full((1, 1), -1.0))
   for report in script([(1, 0, 0, 0), (1, 1, 0, 1)]):
-    found, _ = driver._note(found, report, True)
+    found, _ = slots.note(found, report, True, False)
   assert float(found.candidates[0, 0]) == 1 and found.nonfinite[0]
 
 
@@ -150,10 +155,9 @@ def test_a_loop_off_the_cpu_ends_when_enough_places_are_free(monkeypatch):
 
   attack = protocol.BoundAttack(1, lambda e: jnp.zeros_like(e.labels), step)
   images, labels = jnp.zeros((4, 1)), jnp.zeros(4, int)
-  no = jnp.zeros(4, bool)
   begin = driver.Carry(
       protocol.Examples(images, labels, labels[:, None], labels, labels),
-      labels, protocol.Report(images, no, no, no, no))
+      labels, nothing(images))
   advance = driver.make_advance(attack, False)
   busy = np.ones(4, bool)
   for patience, made in ((1, 3), (2, 6), (4, 12)):

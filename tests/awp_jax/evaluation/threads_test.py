@@ -24,7 +24,7 @@ def problem(count=40):
   attack = apgd.apgd_spec('apgd-ce', loss='ce', num_steps=12).build(
       model, THREAT)
   settings = verdicts.VerdictSettings(
-      model, THREAT, jax.random.key(1), 8, jax.device_put)
+      model, THREAT, jax.random.key(1), 8, 8, jax.device_put)
   job = driver.Job(
       attack, driver.make_advance(attack, False), jax.random.key(0), (8,),
       jax.device_put, verdicts.make_check(settings, 'apgd-ce'))

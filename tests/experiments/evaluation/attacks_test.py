@@ -1,6 +1,7 @@
 """Attacks of evaluations: names, step rules, and non-finite logits."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,6 @@ import pytest
 import awp_jax
 from awp_jax.evaluation import evaluate as evaluate_lib
 from experiments.evaluation import attacks
-from experiments.runs import restore
 from tests.experiments.modes import train_test
 
 
@@ -66,9 +66,8 @@ def test_pgd_and_cw_take_n_steps_on_their_losses(name):
 
 
 def test_logits_that_are_not_finite_count_as_wrong():
-  subject = restore.RestoredModel(
-      'nan', {}, {}, lambda x: jnp.where(
-          x[:, :1] > 0.5, jnp.array([1.0, 0.0]), jnp.array([jnp.nan, 0.0])))
+  subject = types.SimpleNamespace(logits_fn=lambda x: jnp.where(
+      x[:, :1] > 0.5, jnp.array([1.0, 0.0]), jnp.array([jnp.nan, 0.0])))
   images = np.array([[0.2], [0.8], [0.1]], np.float32)
   # NumPy's and JAX's argmax of [nan, 0] is 0, the label.
   assert attacks._count_correct(subject, images, np.zeros(3, int)) == 1

@@ -1,5 +1,7 @@
 """Models are evaluated in float32, with their own weights and noise."""
 
+import shutil
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -174,3 +176,44 @@ def test_every_evaluation_in_training_has_its_own_noise(evaluated):
           key = jax.random.fold_in(key, number)
         wanted.append(tuple(map(int, jax.random.key_data(key))))
   assert used == wanted and len(set(used)) == 10
+
+
+def test_attacks_in_bfloat16_are_judged_in_float32(evaluated, tmp_path):
+  run, values = evaluated
+  config = run.config.copy_and_resolve_references()
+  config.evaluation.attacks = ('pgd-2',)
+  config.evaluation.attack_dtype = 'bfloat16'
+  folder = shutil.copytree(run.workdir, tmp_path / 'run')
+  run = run._replace(config=config, workdir=folder)
+  entry = evaluate.evaluate(run)['subjects']['last']
+  found = entry['evaluations']['pgd-2']
+  before = values['subjects']['last']['evaluations']['pgd-2']
+  for part, dtype in ((found, 'bfloat16'), (before, 'float32')):
+    (environment,) = part['judged_by']
+    assert environment['precision'] == 'float32'
+    assert environment['attack_dtype'] == dtype
+  assert 'attack_dtype' not in entry['natural']['judged_by'][0]
+  assert len(list(folder.glob('evaluation/pgd-2-*'))) == 2 * len(
+      list(run.workdir.glob('evaluation/fgsm-*')))
+  stored = np.load(folder / found['examples'])
+  wrong = logits_of(run, 'last')(
+      stored['adversarial']).argmax(-1) != run.dataset.y_test
+  np.testing.assert_array_equal(wrong, ~stored['robust'])
+  assert abs(found['robust']['accuracy'] - before['robust']['accuracy']) <= 0.1
+
+
+def test_type_of_the_attacks(evaluated):
+  run, _ = evaluated
+  model = next(restore.restore_models(run))
+  images = np.zeros((2, *run.dataset.x_test.shape[1:]), np.float32)
+  assert model.attack_fn('float32') is None
+  text = str(jax.make_jaxpr(model.attack_fn('bfloat16'))(images))
+  assert 'bf16[' in text
+  assert 'bf16[' not in str(jax.make_jaxpr(model.logits_fn)(images))
+  np.testing.assert_allclose(
+      model.attack_fn('bfloat16')(images), model.logits_fn(images), atol=0.05)
+  config = run.config.copy_and_resolve_references()
+  config.evaluation.attack_dtype = 'float16'
+  message = "evaluation.attack_dtype must be one of.*'float16'"
+  with pytest.raises(ValueError, match=message):
+    evaluate.check(config, run.workdir)

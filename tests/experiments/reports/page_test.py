@@ -152,6 +152,18 @@ def test_numbers_are_those_of_the_run(reported):
     assert wanted in text
 
 
+def test_environments_name_the_type_of_the_attacks():
+  environment = EVALUATION['subjects']['last']['evaluations']['fgsm'][
+      'judged_by'][0]
+  text = {
+      dtype: tables.environments({'subjects': {'last': {
+          'judged_by': [environment | {'attack_dtype': dtype}]}}})
+      for dtype in ('float32', 'bfloat16')}
+  assert '(matrix products in float32) on' in text['float32']
+  assert '(matrix products in float32, attacks in bfloat16) on' in text[
+      'bfloat16']
+
+
 def test_broken_images():
   (first, within), (second, between) = tables.broken_images(EVALUATION)
   assert first == 'Images broken by aa-fast (last)' and '(last)' in second
