@@ -60,21 +60,14 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   data = np.load(job['data'])
   if job['model'] == 'resnet':
-<<<<<<< HEAD
     flat = dict(np.load(job['weights']))
-    model = models.PreActResNet(
-        len(flat['params/linear/bias']),
-        width=flat['params/conv1/kernel'].shape[-1])
     variables = traverse_util.unflatten_dict(flat, sep='/')
-=======
-    variables = traverse_util.unflatten_dict(
-        dict(np.load(job['weights'])), sep='/')
-    width = variables['params']['conv1']['kernel'].shape[-1]
->>>>>>> autoattack
+    classes = len(flat['params/linear/bias'])
+    width = flat['params/conv1/kernel'].shape[-1]
 
     def network(dtype: str) -> Callable[[jax.Array], jax.Array]:
       model = models.PreActResNet(
-          num_classes=10, width=width, dtype=jnp.dtype(dtype))
+          num_classes=classes, width=width, dtype=jnp.dtype(dtype))
       return lambda x: model.apply(variables, x, train=False)
   else:
     network = functools.partial(
