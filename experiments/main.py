@@ -165,7 +165,9 @@ def main(argv: list[str]) -> None:
   from experiments.util import xla
   from experiments.util.errors import UserError
 
-  if _CONFIG.value.get('model', {}).get('dtype') == 'bfloat16':
+  config = _CONFIG.value
+  if 'bfloat16' in (config.get('model', {}).get('dtype'),
+                    config.get('evaluation', {}).get('attack_dtype')):
     xla.use_onednn()
   try:
     processes.start(
