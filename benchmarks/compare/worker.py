@@ -31,10 +31,10 @@ def flags(
 ) -> dict[str, str]:
   """Environment variables of a measurement.
 
-  XLA runs convolutions on the CPU by oneDNN from jax 0.12 on, if its flags ask
-  for it; `experiments/main.py` sets them too.
+  XLA runs bfloat16 convolutions on the CPU by oneDNN from jax 0.12 on, if its
+  flags ask for it; `experiments/main.py` sets them too.
   """
-  if not implementation.startswith('awp_jax'):
+  if case.precision != 'bfloat16' or not implementation.startswith('awp_jax'):
     return {}
   jax = tuple(map(int, re.findall(r'\d+', versions.get('jax', ''))[:2]))
   if jax < (0, 12):
@@ -87,6 +87,7 @@ def auto_attack(case: Case, job: dict[str, Any]) -> dict[str, Any]:
         'model': 'fixture' if fixture else 'resnet', 'data': str(path),
         'fixture': job['network'], 'weights': job['network'],
         'own_labels': False, 'repeats': 2, 'norm': 'Linf',
+        'attack_dtype': case.precision,
         'epsilon': cases.EPSILON, 'version': 'fast',
         'reference': job['auto_attack'],
         'batch_size': min(case.batch_size, 128 if ours else 500)})

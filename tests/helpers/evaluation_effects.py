@@ -44,7 +44,8 @@ def of_evaluation(run, monkeypatch):
   def judge(key, logits_fn, images, labels, threat, specs, *, options):
     asked.append((
         [spec.name for spec in specs], len(labels), options.batch_size,
-        plain(threat), np.asarray(jax.random.key_data(key))))
+        plain(threat), np.asarray(jax.random.key_data(key)),
+        options.attack_fn and options.attack_fn.args[0]))
     stands = np.ones(len(labels), bool)
     result = SimpleNamespace(
         name='a', seconds=0.0, robust_accuracy=1.0, broken=stands,
@@ -58,7 +59,7 @@ def of_evaluation(run, monkeypatch):
     for owner, name, value in (
         (evaluate_lib, 'evaluate', judge), (fixed_step, 'pgd_spec', fixed),
         (restore, 'load_variables', lambda *_: [('best', 1, {})]),
-        (precision, 'network', lambda model: model),
+        (precision, 'network', lambda model, dtype=None: dtype or model),
         (attacks, '_count_correct', lambda *_: 1),
         (torch_exchange, 'read_state_dict', lambda path: {}),
         (torch_exchange, 'normalization', lambda _: None),
@@ -70,10 +71,11 @@ def of_evaluation(run, monkeypatch):
     evaluate.check(run.config, run.workdir)
     found = evaluate.evaluate(run)
     saved = len(np.savez_compressed.calls)
-  specs, images, batch_size, threat, key = zip(*asked, strict=True)
+  specs, images, batch_size, threat, key, types = zip(*asked, strict=True)
   return {
       'judged.specs': specs, 'judged.images': images, 'judged.saved': saved,
       'judged.batch_size': batch_size, 'judged.threat': threat,
+      'judged.attack_types': types,
       'judged.key': key, 'judged.subjects': list(found['subjects']),
       'judged.steps': [
           kwargs['step_size'] for _, kwargs in fixed.calls]}

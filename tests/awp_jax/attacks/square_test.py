@@ -169,7 +169,7 @@ def test_starts_with_vertical_stripes_of_random_sign(x64):
                (stripes[1:], stripes[:-1]), (stripes, 1)):
     assert abs(np.mean(pair[0] * pair[1])) < 0.2
   np.testing.assert_array_equal(state.best, state.x)
-  np.testing.assert_array_equal(state.margin, np.full(12, np.inf))
+  np.testing.assert_array_equal(state.margin, np.full(12, -np.inf))
   np.testing.assert_array_equal(state.time, np.zeros(12))
 
 
@@ -206,23 +206,23 @@ def test_starts_with_tiles(norm, shape, x64):
   assert (np.asarray(threat.distance(ours, x)) <= 0.5 + 1e-12).all()
 
 
-def test_keeps_what_lowers_the_margin(x64):
+def test_keeps_what_raises_the_margin(x64):
   threat, schedule = ThreatModel('Linf', 0.1), SquareSchedule(5, 0.5, False)
   x = np.full((5, 4, 4, 1), 0.5)
   batch = attack_oracles.examples(x, [0] * 5)
   old, new = jnp.asarray(x), jnp.asarray(x + 0.05)
-  # Lower, equal, higher, broken, broken and yet higher than what was kept.
+  # Closer to the boundary, equal, farther, broken, broken less than before.
   logits = np.array([[0.4, 0], [0.5, 0], [0.6, 0], [0, 0.1], [0, 0.1]])
   state = square.SquareState(
-      new, old, jnp.asarray([0.5, 0.5, 0.5, 0.5, -0.2]),
+      new, old, jnp.asarray([-0.5, -0.5, -0.5, -0.5, 0.2]),
       jnp.asarray([0, 4, 5, 5, 6], jnp.int32))
   after, report = square.advance(
       state, jnp.asarray(logits), batch, threat, schedule)
-  better = np.array([True, False, False, True, True])
+  better = np.array([True, False, False, True, False])
   np.testing.assert_array_equal(
       after.best, np.where(better[:, None, None, None], new, old))
   np.testing.assert_allclose(
-      after.margin, [0.4, 0.5, 0.5, -0.1, -0.1], rtol=1e-6)
+      after.margin, [-0.4, -0.5, -0.5, 0.1, 0.2], rtol=1e-6)
   assert report.broken.tolist() == [False, False, False, True, True]
   assert report.finished.tolist() == [False, False, True, True, True]
   assert not np.asarray(report.zero_gradient).any()

@@ -193,7 +193,9 @@ TABLE = {
         'judged.specs': (['spsa'],), 'judged.images': (24,),
         'judged.batch_size': (64,), 'judged.key': ([0, 0],),
         'judged.threat': ({'norm': 'Linf', 'epsilon': EPS, **BOX},),
-        'judged.steps': []}),
+        'judged.attack_types': (None,), 'judged.steps': []}),
+    'evaluation.attack_dtype': Row(
+        'bfloat16', {'judged.attack_types': ('bfloat16',) * 4}),
     'evaluation.num_examples': Row(5, {'judged.images': (5,) * 4}),
     'evaluation.batch_size': Row(4, {'judged.batch_size': (4,) * 4}),
     'evaluation.save_examples': Row(True, {'judged.saved': 4}),
