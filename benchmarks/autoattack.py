@@ -27,8 +27,9 @@ from typing import Any
 
 import numpy as np
 
-ONEDNN = ('--xla_cpu_use_onednn=true '
-          '--xla_cpu_experimental_onednn_custom_call=true')
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
 SIZES = {'ours': (16, 32, 64, 128), 'reference': (50, 100, 250, 500)}
 
 
@@ -173,13 +174,16 @@ SIDES = {'ours': run_ours, 'reference': run_reference, 'draw': draw_weights}
 
 def spawn(side: str, job: dict[str, Any], python: str) -> dict[str, Any]:
   """Runs one side in its own process."""
+  from experiments.util import xla
+
   here = pathlib.Path(__file__)
-  paths = [str(here.parents[1]), str(here.parent)]
+  environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(
+      [str(ROOT), str(here.parent)])}
+  if job['attack_dtype'] != 'float32':
+    environment['XLA_FLAGS'] = ' '.join(xla.ONEDNN)
   done = subprocess.run(
       [python, str(here), '--side', side, json.dumps(job)],
-      capture_output=True, text=True, check=False,
-      env={**os.environ, 'PYTHONPATH': os.pathsep.join(paths), **(
-          {'XLA_FLAGS': ONEDNN} if job['attack_dtype'] != 'float32' else {})})
+      capture_output=True, text=True, check=False, env=environment)
   if done.returncode:
     raise RuntimeError(done.stderr[-3000:])
   return json.loads(done.stdout.strip().splitlines()[-1])

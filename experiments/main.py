@@ -48,10 +48,9 @@ _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of every error.')
 _CACHE = flags.DEFINE_string(
     'compilation_cache', None,
-    'Folder that caches compiled programs for later runs, up to 4 GB; by '
-    'default $JAX_COMPILATION_CACHE_DIR, or in float32 '
-    '~/.cache/awp_jax/programs. '
-    'Empty: none.')
+    'Folder that caches compiled programs for later runs; by default '
+    '$JAX_COMPILATION_CACHE_DIR, or in float32 ~/.cache/awp_jax/programs, up '
+    'to 4 GB. Empty: none.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False,
     'Run over the processes that the cluster started (Cloud TPU, Slurm, ...).')
@@ -161,13 +160,14 @@ def _of_run(
 def main(argv: list[str]) -> None:
   """Runs the mode in the flags, together with the other processes."""
   del argv
+  from experiments.config import build
   from experiments.parallel import processes
   from experiments.util import xla
   from experiments.util.errors import UserError
 
-  config = _CONFIG.value
-  if 'bfloat16' in (config.get('model', {}).get('dtype'),
-                    config.get('evaluation', {}).get('attack_dtype')):
+  fields = build.flatten(_CONFIG.value)
+  if 'bfloat16' in map(
+      fields.get, ('model.dtype', 'evaluation.attack_dtype')):
     xla.use_onednn()
   try:
     processes.start(
@@ -188,9 +188,9 @@ def _run_mode() -> None:
   from experiments.util import paths, xla
   from experiments.util.errors import UserError
 
-  xla.use_cache(_CACHE.value)
   config = _CONFIG.value
   try:
+    xla.use_cache(_CACHE.value)
     build.check_fields(config, base.get_config())
     workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
     if _COMPARE_TO.value and _MODE.value != 'landscape':

@@ -156,8 +156,8 @@ def _as_product(conv: Convolution, x: Array, kernel: Array) -> Array:
       ((conv.lhs_spec[1:], conv.rhs_spec[1:]), ((), ())),
       precision=conv.precision)
   # [batch, features] -> the output's axes, with 1 for each spatial axis.
-  order = sorted(conv.out_spec[:2])
-  if order[0] == conv.out_spec[1]:
+  batch, features = conv.out_spec[:2]
+  if features < batch:
     product = product.T
   return jnp.expand_dims(product, conv.out_spec[2:])
 
@@ -169,11 +169,13 @@ class _Residue(NamedTuple):
     first: first tap of the kernel that meets no inserted zero.
     low: padding before the input; negative drops rows.
     high: padding after it.
+    outputs: their number.
   """
 
   first: int
   low: int
   high: int
+  outputs: int
 
 
 def _residue(
@@ -194,7 +196,7 @@ def _residue(
   count = -(-(out - a) // step)
   begin = (a + first - low) // step
   used = len(range(first, taps, step))
-  return _Residue(first, -begin, begin + count - 1 + used - size)
+  return _Residue(first, -begin, begin + count - 1 + used - size, count)
 
 
 def _by_residues(conv: Convolution, x: Array, kernel: Array) -> Array:
@@ -213,13 +215,14 @@ def _by_residues(conv: Convolution, x: Array, kernel: Array) -> Array:
         for i in axes]
     part = kernel[tuple(
         slice(f.first, None, s) for f, s in zip(found, steps, strict=True))]
-    counts = [-(-(outs[i] - residues[i]) // steps[i]) for i in axes]
+    counts = [f.outputs for f in found]
     if 0 in part.shape or 0 in counts:
       y = jnp.zeros((x.shape[0], *counts, kernel.shape[-1]), x.dtype)
     else:
       y = _convolve(conv, x, part, [(f.low, f.high) for f in found])
     parts.append(jnp.pad(y, [
-        (0, 0), *((0, whole[i] - counts[i]) for i in axes), (0, 0)]))
+        (0, 0), *((0, n - c) for n, c in zip(whole, counts, strict=True)),
+        (0, 0)]))
   return _interleaved(parts, steps, outs)
 
 
@@ -245,20 +248,17 @@ def _interleaved(
   return parts[0][(slice(None), *(slice(out) for out in outs))]
 
 
-def as_equation(
-    conv: Convolution, equation: Any, lhs: Any, rhs: Any, out: Any) -> Any:
+def as_equation(conv: Convolution, equation: Any) -> Any:
   """The equation that takes the faster form on CPUs, or None.
 
   Args:
     conv: parameters of the convolution.
     equation: of the convolution.
-    lhs: shape and dtype of the input.
-    rhs: of the kernel.
-    out: of the output.
 
   Returns:
     An equation of a jaxpr, or None to keep the convolution.
   """
+  lhs, rhs, out = shapes(equation)
   form = rewritten(conv, lhs, rhs, out)
   if form is None:
     return None
@@ -269,3 +269,10 @@ def as_equation(
             equation.primitive.bind, **equation.params))
 
   return jax.make_jaxpr(jax.jit(call))(lhs, rhs).eqns[0]
+
+
+def shapes(equation: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Shapes and dtypes of the input, the kernel and the output."""
+  return tuple([
+      jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+      for var in (*equation.invars, *equation.outvars)])

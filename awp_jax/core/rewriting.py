@@ -137,13 +137,9 @@ class _Rewriter:
     conv = convolution.parameters(equation.params)
     if conv is None:
       return equation
-    shapes = tuple([
-        jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-        for var in (*equation.invars, *equation.outvars)])
-    key = conv, shapes
+    key = conv, convolution.shapes(equation)
     if key not in self._forms:
-      self._forms[key] = convolution.as_equation(
-          conv, equation, *shapes)
+      self._forms[key] = convolution.as_equation(conv, equation)
     form = self._forms[key]
     if form is None:
       return equation

@@ -152,15 +152,15 @@ def note(
   Returns:
     The results, and which runs are over or wait for a check.
   """
-  ranked = report.margin is not None and not to_end
+  rank = None if to_end else report.margin
   active = ~found.finished
   if not to_end:
-    active &= ~_waits(found, ranked)
+    active &= ~_waits(found, rank is not None)
   new, margin = report.broken & active, found.margin
-  if report.margin is not None and ranked:
+  if rank is not None:
     counts = active if own_model else new
-    new = counts & (report.margin > margin)
-    margin = jnp.where(new, report.margin, margin)
+    new = counts & (rank > margin)
+    margin = jnp.where(new, rank, margin)
   nonfinite = found.nonfinite
   if report.nonfinite is not None:
     nonfinite |= report.nonfinite & active
@@ -169,7 +169,7 @@ def note(
       found.broken | (new & report.broken), found.finished | report.finished,
       found.zero_gradient | report.zero_gradient, nonfinite, margin, found.bar)
   over = total.finished
-  return total, over if to_end else over | _waits(total, ranked)
+  return total, over if to_end else over | _waits(total, rank is not None)
 
 
 @jax.jit

@@ -18,12 +18,10 @@ from typing import Any
 
 from benchmarks.compare import cases, machine
 from benchmarks.compare.cases import Case
+from experiments.util import xla
 
 #: Opens the lines that answer, among others that libraries print.
 MARK = 'measured: '
-ONEDNN = (
-    '--xla_cpu_use_onednn=true '
-    '--xla_cpu_experimental_onednn_custom_call=true')
 
 
 def flags(
@@ -39,7 +37,8 @@ def flags(
   jax = tuple(map(int, re.findall(r'\d+', versions.get('jax', ''))[:2]))
   if jax < (0, 12):
     return {}
-  return {'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {ONEDNN}'.strip()}
+  given = os.environ.get('XLA_FLAGS', '')
+  return {'XLA_FLAGS': ' '.join([given, *xla.ONEDNN]).strip()}
 
 
 def timed(

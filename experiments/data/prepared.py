@@ -19,6 +19,7 @@ import zipfile
 import numpy as np
 
 from experiments.data.arrays import Arrays, DataError, one_line
+from experiments.util import paths
 
 _BATCH = 500  # records per read
 _CACHE_FORMAT = 1  # part of cache file names; increment to invalidate
@@ -121,8 +122,8 @@ def _pixels(encoded: Sequence[bytes]) -> np.ndarray:
 
 def _cache_file(folder: pathlib.Path) -> pathlib.Path | None:
   """Path of the cached arrays, derived from the contents of the folder."""
-  root = os.environ.get('AWP_CACHE_DIR', '~/.cache/awp_jax')
-  if not root:
+  root = paths.caches()
+  if root is None:
     return None
   key = [str(folder.resolve()), str(_CACHE_FORMAT)]
   for file in sorted(folder.iterdir()):
@@ -130,7 +131,7 @@ def _cache_file(folder: pathlib.Path) -> pathlib.Path | None:
     key.append(f'{file.name} {stat.st_size} {stat.st_mtime_ns}')
   digest = hashlib.sha256('\n'.join(key).encode()).hexdigest()[:16]
   name = f'{folder.parent.name}-{folder.name}-{digest}.npz'
-  return pathlib.Path(root).expanduser() / name
+  return root / name
 
 
 def _load_cached(file: pathlib.Path | None) -> Arrays | None:

@@ -25,6 +25,16 @@ Path: TypeAlias = pathlib.Path | epath.Path
 PACKAGES = {'gs': 'gcsfs', 's3': 's3fs'}
 
 
+def caches() -> pathlib.Path | None:
+  """The folder of caches, `$AWP_CACHE_DIR`, by default `~/.cache/awp_jax`.
+
+  Returns:
+    The folder, which need not exist; None if the variable is empty: no caches.
+  """
+  root = os.environ.get('AWP_CACHE_DIR', '~/.cache/awp_jax')
+  return pathlib.Path(root).expanduser() if root else None
+
+
 def parse(text: str | os.PathLike[str]) -> Path:
   """A path of the command line: local, with `~` expanded, or in a bucket.
 

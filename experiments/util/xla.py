@@ -2,12 +2,10 @@
 
 from importlib import metadata
 import os
-import pathlib
 
-import jax
-
-#: XLA's oneDNN convolutions on CPUs.
-ONEDNN = ('xla_cpu_use_onednn', 'xla_cpu_experimental_onednn_custom_call')
+#: The flags of XLA's oneDNN convolutions on CPUs.
+ONEDNN = ('--xla_cpu_use_onednn=true',
+          '--xla_cpu_experimental_onednn_custom_call=true')
 
 #: Releases of jaxlib with these flags. XLA ends the process at a flag that it
 #: does not know, and experimental flags come and go.
@@ -24,7 +22,7 @@ def use_onednn() -> None:
   if not metadata.version('jaxlib').startswith(RELEASES):
     return
   given = os.environ.get('XLA_FLAGS', '')
-  added = [f'--{name}=true' for name in ONEDNN if name not in given]
+  added = [flag for flag in ONEDNN if flag.split('=')[0] not in given]
   if added:
     os.environ['XLA_FLAGS'] = ' '.join([given, *added]).strip()
 
@@ -42,12 +40,32 @@ def use_cache(folder: str | None) -> None:
       AWP_CACHE_DIR (by default ~/.cache/awp_jax, and '' keeps none). With
       oneDNN there is no cache unless it is asked for: XLA 0.12 cannot store a
       program that calls oneDNN, and JAX warns of each.
+
+  Raises:
+    UserError: if `folder` is local and cannot be made. If the default cannot,
+      a line says so and there is no cache.
   """
+  # The flags need none of these.
+  import jax
+
+  from experiments.util import paths
+  from experiments.util.errors import UserError
+
+  is_default = folder is None
   if folder is None:
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ or (
-        ONEDNN[1] in os.environ.get('XLA_FLAGS', '')):
+        'onednn_custom_call' in os.environ.get('XLA_FLAGS', '')):
       return
-    root = os.environ.get('AWP_CACHE_DIR', '~/.cache/awp_jax')
-    folder = root and str(pathlib.Path(root).expanduser() / 'programs')
+    caches = paths.caches()
+    folder = str(caches / 'programs') if caches else ''
     jax.config.update('jax_compilation_cache_max_size', CACHE_BYTES)
+  try:
+    if folder and '://' not in folder:
+      os.makedirs(folder, exist_ok=True)
+  except OSError as error:
+    if not is_default:
+      raise UserError(f'--compilation_cache={folder}: {error}') from error
+    print(f'compiled programs are not kept ({error}): set AWP_CACHE_DIR to a '
+          'folder that can be written, or to nothing.', flush=True)
+    folder = ''
   jax.config.update('jax_compilation_cache_dir', folder or None)

@@ -1,4 +1,4 @@
-"""Attacks on one function, judged by another (`EvalOptions.attack_fn`)."""
+"""`EvalOptions.attack_fn`: attacks use one model, verdicts another."""
 
 import dataclasses
 

@@ -7,11 +7,13 @@ import jax
 import pytest
 
 from experiments.util import xla
+from experiments.util.errors import UserError
 
 
 @pytest.fixture
-def updates(monkeypatch):
+def updates(monkeypatch, tmp_path):
   seen = {}
+  monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(jax.config, 'update', seen.__setitem__)
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
   monkeypatch.delenv('AWP_CACHE_DIR', raising=False)
@@ -69,3 +71,16 @@ def test_no_cache_of_programs_that_call_onednn(updates, monkeypatch):
   assert not updates
   xla.use_cache('named')
   assert updates == {'jax_compilation_cache_dir': 'named'}
+
+
+def test_a_folder_that_cannot_be_made(updates, monkeypatch, tmp_path, capsys):
+  (tmp_path / 'file').touch()
+  with pytest.raises(UserError, match=r'--compilation_cache=file: .*exists'):
+    xla.use_cache('file')
+  assert not updates
+  monkeypatch.setenv('AWP_CACHE_DIR', str(tmp_path / 'file'))
+  xla.use_cache(None)
+  assert updates['jax_compilation_cache_dir'] is None
+  out = capsys.readouterr().out
+  assert out.startswith('compiled programs are not kept (')
+  assert f"{tmp_path / 'file' / 'programs'}" in out
