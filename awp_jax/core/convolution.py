@@ -10,7 +10,10 @@ with an inserted zero is computed:
   dx[s i + a] = sum_t dy[i + t] k[c + s t],   c and the range of t depend on a
 
 A convolution with a single output pixel, such as the gradient of a 1x1 kernel,
-is a matrix product.
+is a matrix product. So is one of an input with fewer pixels than the kernel has
+taps, such as 3x3 on 2x2 pixels, for which the backend has no fast kernel:
+
+  y[p] = sum_i x[i] W[p, i],   W[p, i] = k[i + low - s p], 0 outside the kernel
 
 `rewritten` returns these forms for the parameters of a
 `conv_general_dilated` equation. Results differ from `lax.conv_general_dilated`
@@ -20,6 +23,7 @@ by rounding only.
 from collections.abc import Callable, Sequence
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -97,11 +101,13 @@ def rewritten(
     A function of input and kernel, or None.
   """
   if not lhs.dtype == rhs.dtype == out.dtype or lhs.dtype not in (
-      jnp.float32, jnp.bfloat16) or 0 in (*lhs.shape, *rhs.shape):
+      jnp.float32, jnp.bfloat16) or 0 in (*lhs.shape, *rhs.shape, *out.shape):
     return None
   if all(size == 1 for size in conv.spatial(conv.out_spec, out.shape)) and (
       _reads_inside(conv, lhs.shape, rhs.shape)):
     return functools.partial(_as_product, conv)
+  if _is_small(conv, lhs.shape, rhs.shape):
+    return functools.partial(_as_dense, conv)
   if not conv.is_channels_last or set(conv.rhs_dilation) != {1}:
     return None
   if set(conv.lhs_dilation) != {1}:
@@ -162,6 +168,63 @@ def _as_product(conv: Convolution, x: Array, kernel: Array) -> Array:
   return jnp.expand_dims(product, conv.out_spec[2:])
 
 
+def _is_small(
+    conv: Convolution, lhs: Sequence[int], rhs: Sequence[int]) -> bool:
+  """Whether the input has fewer pixels than taps of the kernel meet it."""
+  taps = [-(-size // step) for size, step in zip(
+      conv.spatial(conv.rhs_spec, rhs), conv.lhs_dilation, strict=True)]
+  return math.prod(conv.spatial(conv.lhs_spec, lhs)) < math.prod(taps)
+
+
+def _as_dense(conv: Convolution, x: Array, kernel: Array) -> Array:
+  """A convolution as the product of all input pixels with a matrix."""
+  x = jnp.transpose(x, (conv.lhs_spec[0], *conv.lhs_spec[2:], conv.lhs_spec[1]))
+  weights, outs = _plain_kernel(conv, kernel), []
+  batch, *pixels, _ = x.shape
+  # [K1, K2, ..., C, C'] -> [I1, I2, ..., C, P1, P2, ..., C'], axis by axis.
+  for axis, size in enumerate(pixels):
+    taps = _taps(conv, axis, size, weights.shape[axis])
+    outs.append(len(taps))
+    weights = jnp.stack([jnp.concatenate([
+        jnp.zeros_like(lax.slice_in_dim(weights, 0, 1, axis=axis))
+        if tap is None else lax.slice_in_dim(weights, tap, tap + 1, axis=axis)
+        for tap in row], axis) for row in taps], -2)
+  features = weights.shape[-1]
+  y = lax.dot_general(
+      x.reshape(batch, -1), weights.reshape(-1, math.prod(outs) * features),
+      (((1,), (0,)), ((), ())), precision=conv.precision)
+  y = y.reshape(batch, *outs, features)
+  order = (conv.out_spec[0], *conv.out_spec[2:], conv.out_spec[1])
+  return jnp.transpose(y, tuple(order.index(i) for i in range(y.ndim)))
+
+
+def _taps(
+    conv: Convolution, axis: int, size: int, taps: int
+) -> list[list[int | None]]:
+  """The tap with which each output reads each input; None: it does not.
+
+  Args:
+    conv: the convolution.
+    axis: a spatial axis.
+    size: inputs along it.
+    taps: of the kernel along it.
+
+  Returns:
+    One row per output, one entry per input.
+  """
+  low, high = conv.padding[axis]
+  step, inner = conv.lhs_dilation[axis], conv.rhs_dilation[axis]
+  stride = conv.strides[axis]
+  room = (size - 1) * step + low + high - (taps - 1) * inner
+
+  def tap(output: int, place: int) -> int | None:
+    found, rest = divmod(place * step + low - output * stride, inner)
+    return found if rest == 0 and 0 <= found < taps else None
+
+  return [[tap(output, place) for place in range(size)]
+          for output in range(room // stride + 1)]
+
+
 class _Residue(NamedTuple):
   """The convolution of the outputs o = a (mod s) along one axis.
 
@@ -216,10 +279,15 @@ def _by_residues(conv: Convolution, x: Array, kernel: Array) -> Array:
     part = kernel[tuple(
         slice(f.first, None, s) for f, s in zip(found, steps, strict=True))]
     counts = [f.outputs for f in found]
-    if 0 in part.shape or 0 in counts:
+    # XLA 0.10 is wrong where a negative padding drops all of the input.
+    read = x[(slice(None), *(
+        slice(max(-f.low, 0), max(size + min(f.high, 0), 0))
+        for f, size in zip(found, sizes, strict=True)))]
+    if 0 in (*part.shape, *read.shape, *counts):
       y = jnp.zeros((x.shape[0], *counts, kernel.shape[-1]), x.dtype)
     else:
-      y = _convolve(conv, x, part, [(f.low, f.high) for f in found])
+      y = _convolve(conv, read, part, [
+          (max(f.low, 0), max(f.high, 0)) for f in found])
     parts.append(jnp.pad(y, [
         (0, 0), *((0, n - c) for n, c in zip(whole, counts, strict=True)),
         (0, 0)]))

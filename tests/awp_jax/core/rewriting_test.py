@@ -74,6 +74,54 @@ def test_gradients_are_equal_for_any_stride_padding_and_size():
       assert np.any(plain), case
 
 
+SMALL = [
+    (shape, taps, stride, padding, dilation, numbers)
+    for shape, taps, stride, padding, dilation, numbers in itertools.product(
+        [(1, 1), (2, 2), (3, 1)], [(3, 3), (5, 2)], [(1, 1), (2, 1)],
+        [[(1, 1), (1, 1)], [(4, 3), (2, 5)], [(9, 9), (9, -1)]],
+        [(1, 1), (2, 3)], [NHWC, ('WNHC', 'IHOW', 'CWHN')])]
+
+
+def test_kernels_with_more_taps_than_pixels():
+  """The convolution and both gradients, as one product of all pixels."""
+  def form(specs):
+    stride, padding, dilation, numbers = specs
+    return lambda x, kernel: lax.conv_general_dilated(
+        x, kernel, stride, padding, rhs_dilation=dilation,
+        dimension_numbers=numbers)
+
+  def shaped(seed, letters, sizes):
+    return ones_and_zeros(seed, [sizes[letter] for letter in letters])
+
+  cases, arguments = [], []
+  for shape, taps, *specs in SMALL:
+    *_, numbers = specs
+    x = shaped(0, numbers[0], dict(zip('NHWC', (2, *shape, 3), strict=True)))
+    kernel = shaped(
+        1, numbers[1], dict(zip('HWIO', (*taps, 3, 4), strict=True)))
+    out = jax.eval_shape(form(specs), x, kernel).shape
+    if 0 not in out:
+      cases.append((shape, taps, *specs))
+      arguments.append((x, kernel, ones_and_zeros(2, out)))
+
+  def everything(arguments):
+    return [
+        (form(specs)(x, kernel), *gradients(form(specs), x, kernel, cotangent))
+        for (_, _, *specs), (x, kernel, cotangent) in zip(
+            cases, arguments, strict=True)]
+
+  assert len(cases) > 100
+  want = jax.jit(everything)(arguments)
+  got = jax.jit(awp_jax.cpu_convolutions(everything))(arguments)
+  for case, a, b in zip(cases, want, got, strict=True):
+    for name, plain, new in zip(('y', 'x', 'kernel'), a, b, strict=True):
+      np.testing.assert_array_equal(plain, new, err_msg=f'{case}, {name}')
+  x, kernel, _ = arguments[0]
+  faster = awp_jax.cpu_convolutions(form(cases[0][2:]))
+  assert 'stablehlo.convolution' not in jax.jit(faster).lower(
+      x, kernel).as_text()
+
+
 def test_rank_one_and_three_and_bfloat16():
   def run(arguments):
     line, line_kernel, cube, cube_kernel = arguments
