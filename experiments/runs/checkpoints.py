@@ -1,11 +1,13 @@
 """Checkpoints of the last and the best state of a run, written atomically.
 
 The trainer saves and cleans up through `Checkpoints`, in all of its processes
-together. All other code reads through `Reader`, which changes nothing in the
-folder, so a run can be evaluated while it trains.
+together; files are written in the background, while training goes on. All other
+code reads through `Reader`, which changes nothing in the folder, so a run can be
+evaluated while it trains.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +45,7 @@ class Checkpoints:
         mirrors.Mirror(self.folder) if mirrors.is_needed(self.folder) else None)
     processes.on_main(lambda: _remove_parts(self.folder))
     self._failed = False
+    self._pending: tuple[int, Any] | None = None
     self._checkpointer = ocp.training.Checkpointer(
         self._mirror.local if self._mirror else self.folder,
         cleanup_tmp_directories=True,
@@ -50,21 +53,49 @@ class Checkpoints:
             ocp.training.preservation_policies.LatestN(n=1)))
 
   def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
-    """Writes a pytree of arrays and JSON-like notes, and waits for the disk.
+    """Starts to write a pytree of arrays and JSON-like notes.
+
+    Returns once the arrays are copied, so the caller may donate them. They are
+    written in the background; `finish`, and all other methods, wait for it.
 
     Args:
       step: number of completed steps.
       tree: any pytree of arrays.
       notes: plain values stored with it.
+
+    Raises:
+      CheckpointError: if this checkpoint or the previous one cannot be written.
     """
+    self.finish()
     latest = self._checkpointer.latest
     if latest is not None and latest.step == step:
       return
+    with self._writing(step):
+      self._pending = step, self._checkpointer.save_async(
+          step, tree, custom_metadata=notes)
+    if self._mirror:  # uploads only what is complete
+      self.finish()
+
+  def finish(self) -> None:
+    """Waits until the checkpoint is complete on the disk.
+
+    Raises:
+      CheckpointError: if it could not be written.
+    """
+    if self._pending is None:
+      return
+    (step, response), self._pending = self._pending, None
+    with self._writing(step):
+      response.result()
+      if self._mirror:
+        self._mirror.upload(step)
+
+  @contextlib.contextmanager
+  def _writing(self, step: int) -> Iterator[None]:
+    """Raises what a disk or bucket refuses as one clear error."""
     try:
       with paths.errors(self.folder):
-        self._checkpointer.save(step, tree, custom_metadata=notes)
-        if self._mirror:
-          self._mirror.upload(step)
+        yield
     except (OSError, ValueError) as error:  # raised for a full disk
       self._failed = True
       raise CheckpointError(
@@ -74,6 +105,7 @@ class Checkpoints:
 
   def step(self) -> int | None:
     """The step of the checkpoint on disk, or None."""
+    self.finish()
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
 
@@ -89,6 +121,7 @@ class Checkpoints:
     Raises:
       CheckpointError: if there is none, or its arrays are of another model.
     """
+    self.finish()
     latest = self._checkpointer.latest
     if latest is None:
       raise CheckpointError(f'there is no checkpoint in {self.folder}.')
@@ -98,11 +131,18 @@ class Checkpoints:
     return tree, dict(metadata.custom_metadata or {})
 
   def close(self) -> None:
-    """Closes the checkpointer."""
-    if not self._failed:  # otherwise it would raise the failure again
-      self._checkpointer.close()
-    if self._mirror:
-      self._mirror.close()
+    """Finishes, and closes the checkpointer.
+
+    Raises:
+      CheckpointError: as `finish`.
+    """
+    try:
+      self.finish()
+    finally:
+      if not self._failed:  # otherwise it would raise the failure again
+        self._checkpointer.close()
+      if self._mirror:
+        self._mirror.close()
 
 
 class Stored(NamedTuple):

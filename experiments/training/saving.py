@@ -85,7 +85,7 @@ class Saving:
   def save_last(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums, *,
       seconds: float, is_suspicious: bool) -> None:
-    """Writes the last checkpoint.
+    """Starts to write the last checkpoint.
 
     Args:
       step: number of completed steps.
@@ -103,7 +103,7 @@ class Saving:
   def save_best(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums,
       line: dict[str, Any]) -> None:
-    """Writes the best checkpoint.
+    """Writes the best checkpoint, and waits until it is complete.
 
     Args:
       step: number of completed steps.
@@ -112,6 +112,8 @@ class Saving:
       line: the epoch's line of `metrics.jsonl`.
     """
     self.best.save(step, step_lib.to_tree(state, sums), line)
+    # An epoch whose line is written is not evaluated again.
+    self.best.finish()
 
   def describe_last(self) -> str:
     """A sentence on the last checkpoint, for an error."""
@@ -120,6 +122,12 @@ class Saving:
             f'The state of step {step} is in {self.last.folder}.')
 
   def close(self) -> None:
-    """Closes both checkpoints."""
-    self.last.close()
-    self.best.close()
+    """Waits for both checkpoints and closes them.
+
+    Raises:
+      CheckpointError: if one could not be written.
+    """
+    try:
+      self.last.close()
+    finally:
+      self.best.close()

@@ -77,10 +77,12 @@ def test_a_failed_write_is_one_error_and_keeps_the_old(
     workdir, objects, systems):
   store = checkpoints.Checkpoints(workdir, 'last')
   store.save(3, tree(3.0), {})
+  store.finish()
   systems[str(workdir)[:2]].failing = RuntimeError('quota exceeded')
   with pytest.raises(
       checkpoints.CheckpointError, match=f'{workdir}.* quota exceeded'):
     store.save(7, tree(7.0), {})
+    store.finish()
   store.close()
   systems[str(workdir)[:2]].failing = None
   assert load(workdir)[0] == 3

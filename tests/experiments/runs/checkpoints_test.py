@@ -1,5 +1,6 @@
 """Tests of checkpoints: exact, atomic, and checked against the model."""
 
+import asyncio
 import shutil
 import threading
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from orbax.checkpoint._src.serialization import serialization
 import pytest
 
 from experiments.runs import checkpoints
@@ -59,6 +61,56 @@ def test_round_trip_is_exact_and_newest_replaces(tmp_path):
   again.close()
   assert notes == {'seconds_training': 1.5}
   assert_same(tree, second)
+
+
+def test_arrays_may_be_donated_while_they_are_written(tmp_path, monkeypatch):
+  """The files hold the values at the time of the call, whatever comes next."""
+  release, written = threading.Event(), []
+  write = serialization.async_serialize_from_host
+
+  async def late(*args, **kwargs):
+    assert await asyncio.to_thread(release.wait, 60)
+    written.append(1)
+    return await write(*args, **kwargs)
+
+  monkeypatch.setattr(serialization, 'async_serialize_from_host', late)
+  overwrite = jax.jit(
+      lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+  tree = {f'w{i}': jnp.full(70_000, float(i)) for i in range(5)}
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, tree, {})
+  for _ in range(3):
+    tree = overwrite(tree)
+  jax.block_until_ready(tree)
+  assert not written and checkpoints.Reader(tmp_path, 'last').step() is None
+  release.set()
+  store.finish()
+  assert written and checkpoints.Reader(tmp_path, 'last').step() == 3
+  found, _ = store.load(tree)
+  store.close()
+  for i in range(5):
+    np.testing.assert_array_equal(found[f'w{i}'], i)
+
+
+def test_failure_in_the_background_is_one_error(tmp_path, monkeypatch):
+  write, refused = serialization.async_serialize_from_host, []
+
+  async def full(*args, **kwargs):
+    if refused:
+      raise OSError(28, 'No space left on device')
+    return await write(*args, **kwargs)
+
+  monkeypatch.setattr(serialization, 'async_serialize_from_host', full)
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  store.save(3, make_tree(), {})
+  store.finish()
+  refused.append(True)
+  store.save(5, make_tree(), {})
+  with pytest.raises(
+      checkpoints.CheckpointError, match=r'of step 5 could not .* No space'):
+    store.save(7, make_tree(), {})
+  store.close()
+  assert checkpoints.Reader(tmp_path, 'last').step() == 3
 
 
 def test_saving_a_step_twice_keeps_the_first(tmp_path):
@@ -115,6 +167,7 @@ def test_reading_while_a_trainer_replaces(tmp_path):
   trees = [{'step': np.array(n), 'w': np.full(50, n)} for n in range(1, 13)]
   store = checkpoints.Checkpoints(tmp_path, 'last')
   store.save(1, trees[0], {'n': 1})
+  store.finish()
   was_read, failed = threading.Event(), []
 
   def train():
