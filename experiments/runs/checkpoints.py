@@ -1,9 +1,9 @@
 """Checkpoints of the last and the best state of a run, written atomically.
 
 The trainer saves and cleans up through `Checkpoints`, in all of its processes
-together; files are written in the background, while training goes on. All other
-code reads through `Reader`, which changes nothing in the folder, so a run can be
-evaluated while it trains.
+together; files are written in the background, while training goes on. All
+other code reads through `Reader`, which changes nothing in the folder, so a run
+can be evaluated while it trains.
 """
 
 from collections.abc import Callable, Iterator
