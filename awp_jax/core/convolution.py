@@ -73,10 +73,12 @@ class Convolution(NamedTuple):
 
 
 def parameters(params: dict[str, Any]) -> Convolution | None:
-  """The parameters of an equation, or None for grouped convolutions."""
+  """The parameters of an equation, or None if it is grouped or sharded."""
   if params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
     return None
-  if params.get('out_sharding') is not None:
+  # Under `pmap`, gradients get a sharding over no axis.
+  sharding = params.get('out_sharding')
+  if sharding is not None and any(sharding.spec):
     return None
   numbers = params['dimension_numbers']
   return Convolution(

@@ -1,5 +1,6 @@
 """Mapped functions: pmap and shard_map give the same numbers."""
 
+import re
 import types
 
 import jax
@@ -113,3 +114,27 @@ def test_devices_that_do_not_run_can_be_compiled_for():
       jax.ShapeDtypeStruct((16, 3), np.float32),
       jax.ShapeDtypeStruct((2,), np.int32), KEY).as_text()
   assert 'mhlo.num_partitions = 2' in text
+
+
+@pytest.mark.parametrize('rank', [1, 2])
+def test_convolutions_take_the_fast_form(form, rank):
+  """Of replicated kernels too, whose gradients get a sharding."""
+  letters = 'HW'[:rank]
+  numbers = f'N{letters}C', f'{letters}IO', f'N{letters}C'
+
+  def slope(kernel, images, device):
+    def total(kernel, images):
+      return jnp.sum(jax.lax.conv_general_dilated(
+          images, kernel, (2,) * rank, 'SAME', dimension_numbers=numbers) ** 2)
+
+    del device
+    return jax.lax.psum(jax.tree.map(jnp.sum, jax.grad(
+        total, (0, 1))(kernel, images)), mapping.AXIS)
+
+  kernel = placement.replicate(np.ones((3,) * rank + (2, 4), np.float32))
+  images = placement.split(np.ones((16, *(8,) * rank, 2), np.float32))
+  arguments = kernel, images, placement.device_numbers()
+  text = mapping.over_devices(slope, rows=(1, 2)).lower(*arguments).as_text()
+  assert 'stablehlo.convolution' in text
+  dilations = re.findall(r'lhs_dilate = \[([\d, ]*)\]', text)
+  assert not [d for d in dilations if set(d.split(', ')) != {'1'}]
