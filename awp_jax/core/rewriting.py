@@ -39,8 +39,9 @@ def cpu_convolutions(fn: Fn) -> Fn:
   """A function with the same results, whose convolutions are faster on CPUs.
 
   Convolutions in float32 and bfloat16 take the forms of
-  `awp_jax.core.convolution`. Results change by rounding only. Apply it outside
-  of differentiation, directly inside `jax.jit`, `jax.pmap` or `jax.shard_map`:
+  `awp_jax.core.convolution_forms`. Results change by rounding only. Apply it
+  outside of differentiation, directly inside `jax.jit`, `jax.pmap` or
+  `jax.shard_map`:
 
     step = jax.jit(awp_jax.cpu_convolutions(step))
 

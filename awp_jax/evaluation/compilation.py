@@ -26,7 +26,7 @@ def constants_as_arguments(
 ) -> Callable[..., Any]:
   """`jax.jit(function)` with closed-over arrays as arguments.
 
-  On CPUs convolutions take the forms of `awp_jax.core.convolution`.
+  On CPUs convolutions take the forms of `awp_jax.core.convolution_forms`.
 
   Args:
     function: takes positional pytrees of arrays. It is traced once per

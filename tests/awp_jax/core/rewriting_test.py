@@ -79,7 +79,10 @@ SMALL = [
     for shape, taps, stride, padding, dilation, numbers in itertools.product(
         [(1, 1), (2, 2), (3, 1)], [(3, 3), (5, 2)], [(1, 1), (2, 1)],
         [[(1, 1), (1, 1)], [(4, 3), (2, 5)], [(9, 9), (9, -1)]],
-        [(1, 1), (2, 3)], [NHWC, ('WNHC', 'IHOW', 'CWHN')])]
+        [(1, 1), (2, 3)], [NHWC, ('WNHC', 'IHOW', 'CWHN')])] + [
+    # The matrix would be large: the input is padded first.
+    ((4, 4), (5, 5), stride, [(2, 2), (2, 3)], (1, 1), NHWC)
+    for stride in ((1, 1), (2, 2), (3, 1))]
 
 
 def test_kernels_with_more_taps_than_pixels():
@@ -331,7 +334,19 @@ def test_forms_are_those_of_the_gradients():
       form = convolution.rewritten(
           convolution.parameters(equation.params), *avals)
       forms.append(getattr(form, 'func', form).__name__)
-  assert sorted(forms) == ['_as_product', '_by_residues']
+  assert sorted(forms) == ['as_product', 'by_residues']
   closed = jax.make_jaxpr(functools.partial(conv, stride=2))(x, jnp.ones(
       (3, 3, 2, 3)))
   assert rewriting.with_cpu_convolutions(closed) is closed
+
+
+@pytest.mark.parametrize('size, taps, form', [
+    (2, 3, 'as_dense'), (4, 5, 'plain'), (3, 3, None), (200, 201, 'plain')])
+def test_large_matrices_are_not_made(size, taps, form):
+  x = jax.ShapeDtypeStruct((1, size, size, 64), np.float32)
+  kernel = jax.ShapeDtypeStruct((taps, taps, 64, 64), np.float32)
+  equation, = jax.make_jaxpr(functools.partial(
+      conv, padding='SAME'))(x, kernel).eqns
+  found = convolution.rewritten(
+      convolution.parameters(equation.params), *convolution.shapes(equation))
+  assert getattr(getattr(found, 'func', None), '__name__', None) == form
