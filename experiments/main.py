@@ -160,49 +160,58 @@ def _of_run(
 def main(argv: list[str]) -> None:
   """Runs the mode in the flags, together with the other processes."""
   del argv
-  from experiments.config import build
   from experiments.parallel import processes
   from experiments.util import xla
   from experiments.util.errors import UserError
 
-  fields = build.flatten(_CONFIG.value)
-  if 'bfloat16' in map(
-      fields.get, ('model.dtype', 'evaluation.attack_dtype')):
-    xla.use_onednn()
   try:
+    config, workdir = _setting()
+    if 'bfloat16' in (config.model.dtype, config.evaluation.attack_dtype):
+      xla.use_onednn()
     processes.start(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value,
         automatic=_DISTRIBUTED.value, catches_sigterm=_MODE.value == 'train')
-  except UserError as error:
+  except (UserError, OSError) as error:
     _fail(error)
   with processes.together():
-    _run_mode()
+    _run_mode(config, workdir)
 
 
-def _run_mode() -> None:
-  """Runs the mode in the flags."""
+def _setting() -> 'tuple[ml_collections.ConfigDict, paths.Path]':
+  """The config and the workdir; to read a run, its stored config."""
   from experiments.config import build
   from experiments.configs import base
-  from experiments.modes import landscape
-  from experiments.runs import run as run_lib
-  from experiments.util import paths, xla
+  from experiments.util import paths
   from experiments.util.errors import UserError
 
   config = _CONFIG.value
+  build.check_fields(config, base.get_config())
+  workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
+  if _COMPARE_TO.value and _MODE.value != 'landscape':
+    raise UserError('--compare_to requires --mode=landscape.')
+  if _MODE.value in ('evaluate', 'landscape') and not _TARGET.value:
+    config = _of_run(config, workdir)
+  return config, workdir
+
+
+def _run_mode(
+    config: ml_collections.ConfigDict, workdir: 'paths.Path') -> None:
+  """Runs the mode in the flags."""
+  from experiments.modes import landscape
+  from experiments.runs import run as run_lib
+  from experiments.util import xla
+  from experiments.util.errors import UserError
+
   try:
     xla.use_cache(_CACHE.value)
-    build.check_fields(config, base.get_config())
-    workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
-    if _COMPARE_TO.value and _MODE.value != 'landscape':
-      raise UserError('--compare_to requires --mode=landscape.')
     if _MODE.value == 'compile' or _TARGET.value:
       _compile(config)
       return
     if _MODE.value == 'landscape':
-      landscape.run_all(_of_run(config, workdir), workdir, _COMPARE_TO.value)
+      landscape.run_all(config, workdir, _COMPARE_TO.value)
       return
     if _MODE.value == 'evaluate':
-      _evaluate(_of_run(config, workdir), workdir)
+      _evaluate(config, workdir)
       return
     run = run_lib.prepare(config, workdir)
   except (UserError, OSError) as error:

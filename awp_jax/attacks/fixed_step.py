@@ -56,7 +56,7 @@ def _advance(
   step = step_size * threat.linear_maximizer(seen.gradient)
   last = state.time >= num_steps
   flat = jnp.all(seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
-  # The margin under the source of a transfer means nothing either.
+  # Nor does the margin under the source of a transfer.
   margin = None if seen.margin is None or transfer else jnp.where(
       last, seen.margin, -jnp.inf)
   report = Report(

@@ -2,7 +2,8 @@
 
 `rewritten` returns one of `awp_jax.core.convolution_forms` for the parameters
 of a `conv_general_dilated` equation, or None where XLA's kernels are as fast.
-Results differ from `lax.conv_general_dilated` by rounding only.
+Results differ from `lax.conv_general_dilated` by rounding only. In `as_dense`
+an input that is not finite makes more outputs NaN.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,17 +21,15 @@ from awp_jax.types import Array
 
 Form = Callable[[Array, Array], Array]
 
-#: Largest matrix of `as_dense`, in kernels.
+#: Largest matrix of `as_dense`: in kernels, and in pairs of pixels, each of
+#: which is a piece of the program.
 _MOST_KERNELS = 4
+_MOST_PAIRS = 1024
 
 
 def parameters(params: dict[str, Any]) -> Convolution | None:
-  """The parameters of an equation, or None if it is grouped or sharded."""
+  """The parameters of an equation, or None for grouped convolutions."""
   if params['feature_group_count'] != 1 or params['batch_group_count'] != 1:
-    return None
-  # Under `pmap`, gradients get a sharding over no axis.
-  sharding = params.get('out_sharding')
-  if sharding is not None and any(sharding.spec):
     return None
   numbers = params['dimension_numbers']
   return Convolution(
@@ -60,7 +59,7 @@ def rewritten(
   if all(size == 1 for size in conv.spatial(conv.out_spec, out.shape)) and (
       _reads_inside(conv, lhs.shape, rhs.shape)):
     return functools.partial(forms.as_product, conv)
-  is_small = _is_small(conv, lhs.shape, rhs.shape)
+  is_small = _has_more_taps_than_pixels(conv, lhs.shape, rhs.shape)
   if is_small and _fits(conv, lhs.shape, rhs.shape, out.shape):
     return functools.partial(forms.as_dense, conv)
   if not conv.is_channels_last or set(conv.rhs_dilation) != {1}:
@@ -85,9 +84,12 @@ def _reads_inside(
       for size, taps, step, (low, _) in sizes)
 
 
-def _is_small(
+def _has_more_taps_than_pixels(
     conv: Convolution, lhs: Sequence[int], rhs: Sequence[int]) -> bool:
-  """Whether the input has fewer pixels than taps of the kernel meet it."""
+  """Whether a window covers more taps than the input has pixels.
+
+  Of the taps of a dilated input only those are counted that meet no zero.
+  """
   taps = [-(-size // step) for size, step in zip(
       conv.spatial(conv.rhs_spec, rhs), conv.lhs_dilation, strict=True)]
   return math.prod(conv.spatial(conv.lhs_spec, lhs)) < math.prod(taps)
@@ -96,11 +98,11 @@ def _is_small(
 def _fits(
     conv: Convolution, lhs: Sequence[int], rhs: Sequence[int],
     out: Sequence[int]) -> bool:
-  """Whether the matrix of `as_dense` is at most `_MOST_KERNELS` kernels."""
+  """Whether the matrix of `as_dense` is small enough."""
   pixels, taps, outputs = (
       math.prod(conv.spatial(spec, shape)) for spec, shape in (
           (conv.lhs_spec, lhs), (conv.rhs_spec, rhs), (conv.out_spec, out)))
-  return pixels * outputs <= _MOST_KERNELS * taps
+  return pixels * outputs <= min(_MOST_KERNELS * taps, _MOST_PAIRS)
 
 
 def as_equation(conv: Convolution, equation: Any) -> Any:
@@ -124,6 +126,19 @@ def as_equation(conv: Convolution, equation: Any) -> Any:
             equation.primitive.bind, **equation.params))
 
   return jax.make_jaxpr(jax.jit(call))(lhs, rhs).eqns[0]
+
+
+def is_sharded(equation: Any) -> bool:
+  """Whether an input or the output has axes of an explicit mesh in its type.
+
+  Under `pmap` on jax 0.12 the types have a sharding over no axis.
+  """
+  return any(
+      any(sharding.spec) or getattr(sharding.spec, 'unreduced', None)
+      for sharding in (
+          getattr(var.aval, 'sharding', None)
+          for var in (*equation.invars, *equation.outvars))
+      if sharding is not None)
 
 
 def shapes(equation: Any) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -136,9 +136,12 @@ class _Rewriter:
 
   def _convolution(self, equation: Any) -> Any:
     conv = convolution.parameters(equation.params)
-    if conv is None:
+    if conv is None or convolution.is_sharded(equation):
       return equation
-    key = conv, convolution.shapes(equation)
+    # Other platforms bind the parameters of the first equation of a key.
+    key = (conv, convolution.shapes(equation),
+           equation.params['preferred_element_type'],
+           equation.params.get('out_sharding'))
     if key not in self._forms:
       self._forms[key] = convolution.as_equation(conv, equation)
     form = self._forms[key]

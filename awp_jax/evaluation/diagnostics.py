@@ -22,8 +22,9 @@ from awp_jax.types import Array
 _ROUNDING = 1e-3
 
 #: Largest fraction of classes that may differ between the models of the attacks
-#: and of the verdicts.
+#: and of the verdicts, and largest median difference of their logits.
 _SAME_CLASSES = 0.1
+_SAME_LOGITS = 0.25
 
 _IN_FLOAT32 = (
     'Robust accuracy is comparable in float32 only: build the model with '
@@ -108,19 +109,27 @@ def check_batch_dependence(
 
 def check_attack_model(
     attacked: np.ndarray, judged: np.ndarray) -> list[AttackWarning]:
-  """Warns if the model of the attacks predicts other classes.
+  """Warns if the model of the attacks is another network.
+
+  Two networks of the same data agree on most classes, so logits are compared
+  too: the largest difference over the spread of the logits, max - min.
 
   Args:
     attacked: logits of `EvalOptions.attack_fn` for natural images, [n, C].
     judged: logits of the model under attack, [n, C].
   """
   differ = int(np.sum(attacked.argmax(axis=-1) != judged.argmax(axis=-1)))
-  if differ <= max(1, _SAME_CLASSES * len(judged)):
+  spread = np.maximum(np.ptp(judged, axis=-1), np.finfo(np.float32).tiny)
+  distance = float(np.median(
+      np.max(np.abs(attacked - judged), axis=-1) / spread))
+  if (differ <= max(1, _SAME_CLASSES * len(judged))
+      and not distance > _SAME_LOGITS):
     return []
   return [warn(
       'attack-model', f'attack_fn predicts another class than logits_fn for '
-      f'{differ} of {len(judged)} natural images. Are these two networks the '
-      'same? Attacks on another network are weaker.', num_examples=differ)]
+      f'{differ} of {len(judged)} natural images, and their logits differ by '
+      f'{distance:.0%} of their range. Are these two networks the same? '
+      'Attacks on another network are weaker.', num_examples=differ)]
 
 
 def check_logits(logits: np.ndarray) -> tuple[int, bool]:

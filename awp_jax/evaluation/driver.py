@@ -16,10 +16,11 @@ first. If the check rejects a candidate, the example is still robust: the run
 continues unless it is over, and the example's other runs stay in the queue.
 
 An attack may use another model than the verdicts, such as the same network in
-bfloat16. Then many candidates can be rejected. After a rejection at margin m
-the next candidate is checked at a margin above 2 m, so a run has few checks. At
-the end of a run its candidate of the largest margin is checked, whether or not
-the attack's model misclassifies it.
+bfloat16. Then many candidates can be rejected. On a deterministic model, if the
+attack reports margins, the candidate after a rejection at margin m is checked
+at a margin above 2 m, so a run has few checks; and at the end of a run its
+candidate of the largest margin is checked, whether or not the attack's model
+misclassifies it.
 
 Randomness depends on (attack, example, run), never on the place in the batch.
 The batch size can change which of several runs gets credit for an example.
@@ -53,7 +54,8 @@ class Outcome(NamedTuple):
     nonfinite_gradient: with gradient entries that are not finite, [n].
     nonfinite_logits: broken by logits that are not finite, [n].
     outside: with a candidate that has NaN or is outside ball or box, [n].
-    refused: with a candidate inside that the check classified correctly, [n].
+    refused: with a candidate inside that the attack's model misclassified and
+      the check did not, [n].
   """
 
   broken: np.ndarray

@@ -51,9 +51,9 @@ class Anomalies(NamedTuple):
     nonfinite_logits: logits that are not finite at an adversarial example,
       which count as misclassified.
     outside: a candidate with NaN, or outside ball or box, which was rejected.
-    refused: a candidate that the forward pass of the verdicts classifies
-      correctly, which was rejected. Causes: rounding, another draw of a
-      randomized model, or `EvalOptions.attack_fn`.
+    refused: a candidate that the attack's model misclassifies and the forward
+      pass of the verdicts does not, which was rejected. Causes: rounding,
+      another draw of a randomized model, or `EvalOptions.attack_fn`.
   """
 
   zero_gradient: int = 0

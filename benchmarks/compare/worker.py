@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 import json
 import os
 import pathlib
-import re
 import sys
 import tempfile
 import time
@@ -29,13 +28,12 @@ def flags(
 ) -> dict[str, str]:
   """Environment variables of a measurement.
 
-  XLA runs bfloat16 convolutions on the CPU by oneDNN from jax 0.12 on, if its
-  flags ask for it; `experiments/main.py` sets them too.
+  XLA of jax 0.12 runs bfloat16 convolutions on the CPU by oneDNN, if its flags
+  ask for it; `experiments/main.py` sets them too.
   """
   if case.precision != 'bfloat16' or not implementation.startswith('awp_jax'):
     return {}
-  jax = tuple(map(int, re.findall(r'\d+', versions.get('jax', ''))[:2]))
-  if jax < (0, 12):
+  if not versions.get('jaxlib', '').startswith(xla.RELEASES):
     return {}
   given = os.environ.get('XLA_FLAGS', '')
   return {'XLA_FLAGS': ' '.join([given, *xla.ONEDNN]).strip()}

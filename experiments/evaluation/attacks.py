@@ -132,8 +132,11 @@ def evaluate_model(
   entry: dict[str, Any] = {
       'origin': model.origin, 'weights': model.facts['weights'],
       'evaluations': {}}
-  for name in run.config.evaluation.attacks:
-    result, judged_by = _evaluate_one(run, model, name, test_set, correct)
+  dtype = run.config.evaluation.attack_dtype
+  for attack in run.config.evaluation.attacks:
+    result, judged_by = _evaluate_one(run, model, attack, test_set, correct)
+    # A weaker evaluation must not replace that of the same attack in float32.
+    name = attack if dtype == precision.PRECISION else f'{attack}-{dtype}'
     entry['natural'] = _accuracy(result.natural) | {
         'judged_by': [precision.judged_by()]}
     entry['evaluations'][name] = _summarize(result) | {'judged_by': judged_by}

@@ -81,8 +81,7 @@ def evaluate(run: run_lib.Run) -> dict[str, Any]:
   processes.on_main(lambda: _write(values, run.workdir / 'evaluation.json'))
   print(f'\n{run.dataset.name}, {config.threat.norm}, epsilon '
         f'{config.threat.epsilon:.4f}, {num_examples} test images, evaluated '
-        f'in {precision.PRECISION}, attacks in '
-        f'{config.evaluation.attack_dtype}\n')
+        f'in {precision.PRECISION}\n')
   print(_table(subjects))
   return values
 

@@ -3,8 +3,8 @@
 Training starts from the last checkpoint if there is one. It writes
 `metrics.jsonl`, TensorBoard events, `curves.png`, checkpoints, `summary.json`
 and the report. The host only dispatches compiled steps and fetches metrics once
-per `log_every_steps`. The state at the end of an epoch is saved before it is
-evaluated, so a run stopped during the evaluation repeats only that.
+per `log_every_steps`. The state at the end of an epoch is written while it is
+evaluated, so a run stopped late in the evaluation repeats only that.
 
 A run that collapses, or whose numbers become non-finite, is stopped, or returns
 to the last good state with a smaller gamma (`config.guard`). No checkpoint is

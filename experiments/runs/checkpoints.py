@@ -64,15 +64,18 @@ class Checkpoints:
       notes: plain values stored with it.
 
     Raises:
-      CheckpointError: if this checkpoint or the previous one cannot be written.
+      CheckpointError: if the previous checkpoint could not be written, or this
+        one cannot be started.
     """
     self.finish()
-    latest = self._checkpointer.latest
-    if latest is not None and latest.step == step:
+    if self._latest() == step:
       return
     with self._writing(step):
-      self._pending = step, self._checkpointer.save_async(
+      response = self._checkpointer.save_async(
           step, tree, custom_metadata=notes)
+      if response is None:
+        raise ValueError(f'orbax skipped it, after step {self._latest()}')
+      self._pending = step, response
     if self._mirror:  # uploads only what is complete
       self.finish()
 
@@ -106,6 +109,9 @@ class Checkpoints:
   def step(self) -> int | None:
     """The step of the checkpoint on disk, or None."""
     self.finish()
+    return self._latest()
+
+  def _latest(self) -> int | None:
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
 

@@ -118,9 +118,14 @@ def read_autoattack(folder: paths.Path) -> tuple[float | None, str]:
     return None, ''
   evaluation = json.loads(path.read_text())
   subject = evaluation['subjects'].get('best', {})
-  entry = subject.get('evaluations', {}).get('aa-standard')
-  if entry is None or subject['origin'].get('checkpoint') != 'best':
+  evaluations = subject.get('evaluations', {})
+  entry = evaluations.get('aa-standard')
+  if subject.get('origin', {}).get('checkpoint') != 'best':
     return None, ''
+  if entry is None:
+    return None, (
+        'AutoAttack attacked in bfloat16 only'
+        if 'aa-standard-bfloat16' in evaluations else '')
   step = checkpoints.Reader(folder, 'best').step()
   if step is not None and subject['origin']['step'] != step:
     return None, (

@@ -119,7 +119,7 @@ class Loop:
     return self._guard.check(self.step, self.state, self.sums)
 
   def save(self) -> None:
-    """Writes the last checkpoint, unless a collapse is suspected.
+    """Starts to write the last checkpoint, unless a collapse is suspected.
 
     The state at the end of a run is always saved.
     """

@@ -111,13 +111,18 @@ class Saving:
       sums: metrics of the epoch.
       line: the epoch's line of `metrics.jsonl`.
     """
+    # First, so that a resumed run does not repeat the steps before this one.
+    self.last.finish()
     self.best.save(step, step_lib.to_tree(state, sums), line)
     # An epoch whose line is written is not evaluated again.
     self.best.finish()
 
   def describe_last(self) -> str:
     """A sentence on the last checkpoint, for an error."""
-    step = self.last.step()
+    try:
+      step = self.last.step()
+    except checkpoints.CheckpointError as error:
+      return str(error)
     return ('No state was saved before.' if step is None else
             f'The state of step {step} is in {self.last.folder}.')
 

@@ -29,10 +29,14 @@ def caches() -> pathlib.Path | None:
   """The folder of caches, `$AWP_CACHE_DIR`, by default `~/.cache/awp_jax`.
 
   Returns:
-    The folder, which need not exist; None if the variable is empty: no caches.
+    The folder, which need not exist; None if the variable is empty or the user
+    has no home: no caches.
   """
   root = os.environ.get('AWP_CACHE_DIR', '~/.cache/awp_jax')
-  return pathlib.Path(root).expanduser() if root else None
+  try:
+    return pathlib.Path(root).expanduser() if root else None
+  except RuntimeError:
+    return None
 
 
 def parse(text: str | os.PathLike[str]) -> Path:

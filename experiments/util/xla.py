@@ -1,11 +1,17 @@
 """The compiler's flags, and its cache of programs."""
 
+import contextlib
 from importlib import metadata
 import os
+import pathlib
+import sys
 
 #: The flags of XLA's oneDNN convolutions on CPUs.
 ONEDNN = ('--xla_cpu_use_onednn=true',
           '--xla_cpu_experimental_onednn_custom_call=true')
+
+#: Largest size of the cache in bytes; the oldest programs make room.
+CACHE_BYTES = 4 * 10**9
 
 #: Releases of jaxlib with these flags. XLA ends the process at a flag that it
 #: does not know, and experimental flags come and go.
@@ -15,20 +21,28 @@ RELEASES = ('0.12.',)
 def use_onednn() -> None:
   """Adds `ONEDNN` to XLA_FLAGS, unless they are there or jaxlib lacks them.
 
-  They concern programs for the CPU: convolutions in bfloat16 become two to
-  ten times as fast. XLA reads the flags when JAX first uses a device, so call
-  this before.
+  They concern programs for the CPU, whose plain convolutions in bfloat16 become
+  1.7 to ten times as fast. XLA reads the flags when JAX first uses a device, so
+  call this before.
   """
   if not metadata.version('jaxlib').startswith(RELEASES):
     return
-  given = os.environ.get('XLA_FLAGS', '')
-  added = [flag for flag in ONEDNN if flag.split('=')[0] not in given]
+  given = _given()
+  added = [flag for flag in ONEDNN if flag.partition('=')[0] not in given]
   if added:
-    os.environ['XLA_FLAGS'] = ' '.join([given, *added]).strip()
+    before = os.environ.get('XLA_FLAGS', '')
+    os.environ['XLA_FLAGS'] = ' '.join([before, *added]).strip()
 
 
-#: Largest size of the cache in bytes; the oldest programs make room.
-CACHE_BYTES = 4 * 10**9
+def _given() -> dict[str, str]:
+  """The flags in XLA_FLAGS, with their values."""
+  flags = os.environ.get('XLA_FLAGS', '').split()
+  return {name: value for name, _, value in (f.partition('=') for f in flags)}
+
+
+def _calls_onednn() -> bool:
+  name = ONEDNN[1].partition('=')[0]
+  return _given().get(name, 'false').lower() not in ('false', '0')
 
 
 def use_cache(folder: str | None) -> None:
@@ -37,9 +51,9 @@ def use_cache(folder: str | None) -> None:
   Args:
     folder: the folder; '' keeps none. None means that of
       JAX_COMPILATION_CACHE_DIR, which JAX reads itself, or else `programs` in
-      AWP_CACHE_DIR (by default ~/.cache/awp_jax, and '' keeps none). With
-      oneDNN there is no cache unless it is asked for: XLA 0.12 cannot store a
-      program that calls oneDNN, and JAX warns of each.
+      AWP_CACHE_DIR (by default ~/.cache/awp_jax, and '' keeps none). On CPUs
+      with oneDNN there is no cache unless it is asked for: XLA 0.12 cannot
+      store a program that calls oneDNN, and JAX warns of each.
 
   Raises:
     UserError: if `folder` is local and cannot be made. If the default cannot,
@@ -54,11 +68,13 @@ def use_cache(folder: str | None) -> None:
   is_default = folder is None
   if folder is None:
     if 'JAX_COMPILATION_CACHE_DIR' in os.environ or (
-        'onednn_custom_call' in os.environ.get('XLA_FLAGS', '')):
+        _calls_onednn() and jax.default_backend() == 'cpu'):
       return
     caches = paths.caches()
     folder = str(caches / 'programs') if caches else ''
-    jax.config.update('jax_compilation_cache_max_size', CACHE_BYTES)
+    if 'JAX_COMPILATION_CACHE_MAX_SIZE' not in os.environ:
+      jax.config.update('jax_compilation_cache_max_size', CACHE_BYTES)
+  folder = os.path.expanduser(folder)
   try:
     if folder and '://' not in folder:
       os.makedirs(folder, exist_ok=True)
@@ -66,6 +82,23 @@ def use_cache(folder: str | None) -> None:
     if not is_default:
       raise UserError(f'--compilation_cache={folder}: {error}') from error
     print(f'compiled programs are not kept ({error}): set AWP_CACHE_DIR to a '
-          'folder that can be written, or to nothing.', flush=True)
+          'folder that can be written, or to nothing.', file=sys.stderr)
     folder = ''
+  if is_default and folder:
+    _remove_parts(pathlib.Path(folder))
   jax.config.update('jax_compilation_cache_dir', folder or None)
+
+
+def _remove_parts(folder: pathlib.Path) -> None:
+  """Removes programs that a killed process wrote in part.
+
+  JAX writes the time of use after the program. A program without one stops all
+  later writes to a cache of limited size.
+  """
+  import filelock
+
+  with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(
+      folder / '.lockfile', timeout=1):
+    for program in folder.glob('*-cache'):
+      if not program.with_name(f'{program.name[:-5]}atime').exists():
+        program.unlink()

@@ -107,12 +107,13 @@ LINES = [
     line(5, 0.375), line(6, 0.25), line(7, 0.25), line(8, 0.125, 0.25)]
 
 
-def write_evaluation(folder, *, step=8, count=60, **origin):
+def write_evaluation(
+    folder, *, step=8, count=60, name='aa-standard', **origin):
   origin = origin or {'checkpoint': 'best', 'step': step}
   (folder / 'evaluation.json').write_text(json.dumps({
       'num_examples': count, 'dataset': {'num_test': 60}, 'subjects': {
           'best': {'origin': origin, 'evaluations': {
-              'aa-standard': {'robust': {'accuracy': 0.4375}}}}}}))
+              name: {'robust': {'accuracy': 0.4375}}}}}}))
 
 
 def test_autoattack_of_another_model_or_of_few_images_is_left_out(tmp_path):
@@ -129,6 +130,9 @@ def test_autoattack_of_another_model_or_of_few_images_is_left_out(tmp_path):
       None, 'AutoAttack evaluated only 7 of 60 test images')
   write_evaluation(tmp_path, torch_checkpoint='best.pth')
   assert records.read_autoattack(tmp_path) == (None, '')
+  write_evaluation(tmp_path, name='aa-standard-bfloat16')
+  assert records.read_autoattack(tmp_path) == (
+      None, 'AutoAttack attacked in bfloat16 only')
   run = run_of(LINES)._replace(left_out='AutoAttack evaluated step 4')
   assert any('AutoAttack evaluated step 4.' in note
              for note in table.notes(records.group([run])))

@@ -235,9 +235,44 @@ def test_under_a_mapped_axis(mapping):
   if mapping == 'tracked':
     step = jax.tree_util.Partial(lambda x, kernel: lax.psum(
         conv(x, kernel, 2).sum((0, 1, 2)), 'batch'))
-  np.testing.assert_array_equal(
-      mapped(step)(x, kernel),
-      mapped(awp_jax.cpu_convolutions(step))(x, kernel))
+  faster = mapped(awp_jax.cpu_convolutions(step))
+  np.testing.assert_array_equal(mapped(step)(x, kernel), faster(x, kernel))
+
+
+def test_inside_shard_map():
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('batch',))
+  spec = jax.sharding.PartitionSpec
+  x, kernel = ones_and_zeros(0, (4, 4, 4, 2)), ones_and_zeros(1, (3, 3, 2, 2))
+  mapped = jax.shard_map(
+      lambda x: jax.grad(lambda x: jnp.sum(conv(x, kernel, 2) ** 2))(x),
+      mesh=mesh, in_specs=spec('batch'), out_specs=spec('batch'))
+  assert dilated(mapped, x) == 1
+  assert not dilated(awp_jax.cpu_convolutions(mapped), x)
+
+
+def test_explicit_sharding_stays():
+  """Types with mesh axes keep their convolutions, and so their sharding."""
+  mesh = jax.make_mesh(
+      (2,), ('batch',), axis_types=(jax.sharding.AxisType.Explicit,))
+  spec = jax.sharding.PartitionSpec
+  with jax.set_mesh(mesh):
+    x = jax.device_put(
+        ones_and_zeros(0, (4, 2, 2, 2)),
+        jax.sharding.NamedSharding(mesh, spec('batch')))
+    kernel = jax.device_put(
+        ones_and_zeros(1, (3, 3, 2, 2)),
+        jax.sharding.NamedSharding(mesh, spec()))
+
+    def run(x, kernel):
+      y = jax.nn.relu(conv(x, kernel))
+      return y, jax.grad(
+          lambda kernel: jnp.sum(jax.nn.relu(conv(x, kernel)) ** 2))(kernel)
+
+    want = jax.jit(run)(x, kernel)
+    got = jax.jit(awp_jax.cpu_convolutions(run))(x, kernel)
+  for a, b in zip(want, got, strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert jax.typeof(a) == jax.typeof(b) and a.sharding == b.sharding
 
 
 def test_what_is_not_faster_stays(x64):
@@ -247,6 +282,17 @@ def test_what_is_not_faster_stays(x64):
     return jnp.sum(lax.conv_general_dilated(
         x, kernel.astype(x.dtype), (2, 2), 'SAME', feature_group_count=2,
         dimension_numbers=NHWC) ** 2)
+
+  def grouped_kernel(kernel):
+    return jnp.sum(lax.conv_general_dilated(
+        ones_and_zeros(0, (2, 4, 4, 2)), kernel, (1, 1), 'SAME',
+        feature_group_count=2, dimension_numbers=NHWC) ** 2)
+
+  def empty(x):
+    return jnp.sum(conv(x, kernel, padding=-1))
+
+  def as_large(x):
+    return jnp.sum(conv(x, kernel))
 
   def wide(x):
     return jnp.sum(conv(x, kernel.astype(x.dtype), 2) ** 2)
@@ -259,8 +305,13 @@ def test_what_is_not_faster_stays(x64):
   for fn, x in (
       (grouped, ones_and_zeros(0, (2, 4, 4, 2))),
       (wide, ones_and_zeros(0, (2, 4, 4, 1), np.float64)),
+      (grouped_kernel, ones_and_zeros(1, (1, 1, 1, 4))),
+      (empty, ones_and_zeros(0, (2, 4, 4, 1))),
+      (empty, ones_and_zeros(0, (0, 8, 8, 1))),
+      (as_large, ones_and_zeros(0, (2, 3, 3, 1))),
       (upsampled, ones_and_zeros(0, (2, 4, 4, 1)))):
-    closed = jax.make_jaxpr(jax.grad(fn) if fn is not upsampled else fn)(x)
+    closed = jax.make_jaxpr(
+        fn if fn in (upsampled, empty, as_large) else jax.grad(fn))(x)
     assert rewriting.with_cpu_convolutions(closed) is closed
 
 
@@ -273,6 +324,33 @@ def test_programs_for_accelerators_do_not_change():
   with loops.platform('gpu'):  # a new function: traces are kept
     new = awp_jax.cpu_convolutions(grad)
     assert str(jax.make_jaxpr(new)(x)) == str(jax.make_jaxpr(grad)(x))
+    closed = jax.make_jaxpr(grad)(x)
+    assert rewriting.with_cpu_convolutions(closed) is closed
+
+
+def test_precision_of_the_products():
+  x, kernel = ones_and_zeros(0, (2, 2, 2, 2)), ones_and_zeros(1, (3, 3, 2, 2))
+  tap = ones_and_zeros(2, (1, 1, 2, 2))
+
+  def run(x, kernel, tap):
+    return jnp.sum(conv(conv(conv(x, kernel), tap, 2, 0), kernel) ** 2)
+
+  with jax.default_matmul_precision('float32'):
+    text = str(jax.make_jaxpr(awp_jax.cpu_convolutions(
+        jax.grad(run, (0, 1, 2))))(x, kernel, tap))
+  products = re.findall(r'(?:dot_general|conv_general_dilated)\[', text)
+  assert len(products) > 8
+  assert text.count('precision=(Precision.HIGHEST') == len(products)
+
+
+def test_equal_convolutions_are_rewritten_once(monkeypatch):
+  made, make = [], convolution.as_equation
+  monkeypatch.setattr(
+      convolution, 'as_equation', lambda *args: made.append(1) or make(*args))
+  x, kernel = ones_and_zeros(0, (2, 2, 2, 2)), ones_and_zeros(1, (3, 3, 2, 2))
+  jax.make_jaxpr(awp_jax.cpu_convolutions(
+      lambda x: conv(conv(x, kernel), kernel)))(x)
+  assert len(made) == 1
 
 
 def test_arguments_results_and_repeated_functions():
@@ -350,3 +428,16 @@ def test_large_matrices_are_not_made(size, taps, form):
   found = convolution.rewritten(
       convolution.parameters(equation.params), *convolution.shapes(equation))
   assert getattr(getattr(found, 'func', None), '__name__', None) == form
+
+
+def test_long_kernels_of_few_points():
+  """The program of a matrix has a piece for each pair of points."""
+  x = jax.ShapeDtypeStruct((1, 2, 4), np.float32)
+  kernel = jax.ShapeDtypeStruct((1200, 4, 4), np.float32)
+  for padding, form in ((300, None), (650, 'as_dense'), (1199, 'plain')):
+    closed = jax.make_jaxpr(functools.partial(
+        conv, padding=padding, numbers=('NHC', 'HIO', 'NHC')))(x, kernel)
+    equation, = closed.eqns
+    found = convolution.rewritten(
+        convolution.parameters(equation.params), *convolution.shapes(equation))
+    assert getattr(getattr(found, 'func', None), '__name__', None) == form

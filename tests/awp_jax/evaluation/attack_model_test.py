@@ -9,8 +9,14 @@ import pytest
 
 import awp_jax
 from awp_jax.core import loops
-from awp_jax.evaluation import driver, protocol, slots, verdicts
-from awp_jax.evaluation.evaluate import evaluate
+from awp_jax.evaluation import (
+  diagnostics,
+  driver,
+  protocol,
+  slots,
+  verdicts,
+)
+from awp_jax.evaluation.evaluate import EvalOptions, evaluate
 from awp_jax.threat import ThreatModel
 from tests.helpers import attack_oracles
 from tests.helpers.attack_oracles import RADII, SMALL, short_spec
@@ -281,6 +287,39 @@ def test_warns_of_a_model_with_other_predictions():
         KEY, logits_fn, images, labels, THREAT, (short_spec('pgd'),),
         options=dataclasses.replace(options, attack_fn=attack_fn))
     assert (('attack-model', '') in kinds(result)) == warned
+
+
+def test_predictions_are_compared_on_distinct_images():
+  """A batch is filled with its last image, here the only one that differs."""
+  images = np.full((20, 1), 0.2, np.float32)
+  images[-1] = 0.48
+  found = evaluate(
+      KEY, threshold, images, np.zeros(20, int), ThreatModel('Linf', 0.01),
+      (short_spec('pgd'),), options=EvalOptions(
+          batch_size=64, attack_fn=lambda x: threshold(x + 0.05)))
+  assert ('attack-model', '') not in kinds(found)
+
+
+@pytest.mark.parametrize('differ, count, warned', [
+    (10, 100, False), (11, 100, True), (1, 5, False), (2, 5, True)])
+def test_share_of_other_predictions(differ, count, warned):
+  judged = np.tile([0.0, 1.0, 5.0, 5.1], (count, 1))
+  attacked = judged.copy()
+  attacked[:differ, 2] = 5.2
+  assert bool(diagnostics.check_attack_model(attacked, judged)) == warned
+
+
+def test_other_logits_with_the_same_predictions():
+  """Two networks of the same data agree on most classes."""
+  draw = np.random.default_rng(0)
+  judged = draw.normal(size=(50, 4))
+  judged[:, 2] += 10
+  rounded = judged * (1 + draw.normal(size=judged.shape) * 2 ** -7)
+  other = draw.normal(size=(50, 4)) * 6
+  other[:, 2] += 30
+  assert not diagnostics.check_attack_model(rounded, judged)
+  warning, = diagnostics.check_attack_model(other, judged)
+  assert warning.num_examples == 0 and '% of their range' in warning.message
 
 
 def test_randomized_models():

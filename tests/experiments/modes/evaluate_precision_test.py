@@ -178,15 +178,23 @@ def test_every_evaluation_in_training_has_its_own_noise(evaluated):
   assert used == wanted and len(set(used)) == 10
 
 
-def test_attacks_in_bfloat16_are_judged_in_float32(evaluated, tmp_path):
+def test_attacks_in_bfloat16_are_judged_in_float32(
+    evaluated, tmp_path, capsys):
   run, values = evaluated
   config = run.config.copy_and_resolve_references()
   config.evaluation.attacks = ('pgd-2',)
   config.evaluation.attack_dtype = 'bfloat16'
   folder = shutil.copytree(run.workdir, tmp_path / 'run')
   run = run._replace(config=config, workdir=folder)
+  capsys.readouterr()
   entry = evaluate.evaluate(run)['subjects']['last']
-  found = entry['evaluations']['pgd-2']
+  found = entry['evaluations']['pgd-2-bfloat16']
+  # The same attack in float32 stays; each row of the table says which it is.
+  assert entry['evaluations']['pgd-2'] == values['subjects']['last'][
+      'evaluations']['pgd-2']
+  shown = capsys.readouterr().out
+  assert 'evaluated in float32\n' in shown
+  assert ' pgd-2 ' in shown and ' pgd-2-bfloat16 ' in shown
   before = values['subjects']['last']['evaluations']['pgd-2']
   for part, dtype in ((found, 'bfloat16'), (before, 'float32')):
     (environment,) = part['judged_by']

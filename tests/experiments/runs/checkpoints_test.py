@@ -1,6 +1,7 @@
 """Tests of checkpoints: exact, atomic, and checked against the model."""
 
 import asyncio
+from concurrent import futures
 import shutil
 import threading
 
@@ -92,22 +93,47 @@ def test_arrays_may_be_donated_while_they_are_written(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found[f'w{i}'], i)
 
 
-def test_failure_in_the_background_is_one_error(tmp_path, monkeypatch):
+def test_the_step_and_the_arrays_are_those_on_the_disk(tmp_path, monkeypatch):
+  release = threading.Event()
+  write = serialization.async_serialize_from_host
+
+  async def late(*args, **kwargs):
+    assert await asyncio.to_thread(release.wait, 60)
+    return await write(*args, **kwargs)
+
+  monkeypatch.setattr(serialization, 'async_serialize_from_host', late)
+  for read in (lambda store: store.step(),
+               lambda store: int(store.load(make_tree())[0]['step'])):
+    release.clear()
+    store = checkpoints.Checkpoints(tmp_path / f'{id(read)}', 'last')
+    store.save(7, make_tree(), {})
+    with futures.ThreadPoolExecutor(1) as pool:
+      found = pool.submit(read, store)
+      with pytest.raises(futures.TimeoutError):
+        found.result(timeout=0.2)
+      release.set()
+      assert found.result(timeout=60) == 7
+    store.close()
+
+
+@pytest.mark.parametrize('error', [
+    OSError(28, 'No space left on device'), ValueError('RESOURCE_EXHAUSTED')])
+def test_failure_in_the_background_is_one_error(tmp_path, monkeypatch, error):
   write, refused = serialization.async_serialize_from_host, []
 
   async def full(*args, **kwargs):
     if refused:
-      raise OSError(28, 'No space left on device')
+      raise refused.pop()
     return await write(*args, **kwargs)
 
   monkeypatch.setattr(serialization, 'async_serialize_from_host', full)
   store = checkpoints.Checkpoints(tmp_path, 'last')
   store.save(3, make_tree(), {})
   store.finish()
-  refused.append(True)
+  refused.append(error)
   store.save(5, make_tree(), {})
-  with pytest.raises(
-      checkpoints.CheckpointError, match=r'of step 5 could not .* No space'):
+  with pytest.raises(checkpoints.CheckpointError, match=(
+      r'of step 5 could not .*' + error.args[-1])):
     store.save(7, make_tree(), {})
   store.close()
   assert checkpoints.Reader(tmp_path, 'last').step() == 3

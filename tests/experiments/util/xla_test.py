@@ -2,6 +2,7 @@
 
 from importlib import metadata
 import os
+import pathlib
 
 import jax
 import pytest
@@ -73,6 +74,58 @@ def test_no_cache_of_programs_that_call_onednn(updates, monkeypatch):
   assert updates == {'jax_compilation_cache_dir': 'named'}
 
 
+@pytest.mark.parametrize('flag, backend, kept', [
+    ('=true', 'cpu', False), ('', 'cpu', False), ('=false', 'cpu', True),
+    ('=0', 'cpu', True), ('=true', 'gpu', True)])
+def test_only_cpus_lack_a_cache_with_onednn(
+    updates, monkeypatch, flag, backend, kept):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  name = xla.ONEDNN[1].partition('=')[0]
+  # A flag without a value means true.
+  monkeypatch.setenv('XLA_FLAGS', f'--a {name}{flag}')
+  monkeypatch.setenv('AWP_CACHE_DIR', 'folder')
+  xla.use_cache(None)
+  assert ('jax_compilation_cache_dir' in updates) == kept
+
+
+def test_folders_in_the_home_and_in_buckets(updates, monkeypatch, tmp_path):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  xla.use_cache('~/kept')
+  assert updates['jax_compilation_cache_dir'] == str(tmp_path / 'home/kept')
+  assert (tmp_path / 'home/kept').is_dir()
+  xla.use_cache('gs://bucket/kept')
+  assert updates['jax_compilation_cache_dir'] == 'gs://bucket/kept'
+  assert [path.name for path in tmp_path.iterdir()] == ['home']
+
+
+def test_the_size_that_the_user_sets_stays(updates, monkeypatch):
+  monkeypatch.setenv('AWP_CACHE_DIR', 'folder')
+  monkeypatch.setenv('JAX_COMPILATION_CACHE_MAX_SIZE', '7')
+  xla.use_cache(None)
+  assert 'jax_compilation_cache_max_size' not in updates
+
+
+def test_no_home(updates, monkeypatch):
+  def none(path):
+    raise RuntimeError('Could not determine home directory.')
+
+  monkeypatch.setattr(pathlib.Path, 'expanduser', none)
+  xla.use_cache(None)
+  assert updates['jax_compilation_cache_dir'] is None
+
+
+def test_programs_that_were_written_in_part_are_removed(
+    updates, monkeypatch, tmp_path):
+  folder = tmp_path / 'programs'
+  folder.mkdir()
+  for name in ('whole-1-cache', 'whole-1-atime', 'part-2-cache'):
+    (folder / name).touch()
+  monkeypatch.setenv('AWP_CACHE_DIR', str(tmp_path))
+  xla.use_cache(None)
+  assert sorted(path.name for path in folder.glob('*-*')) == [
+      'whole-1-atime', 'whole-1-cache']
+
+
 def test_a_folder_that_cannot_be_made(updates, monkeypatch, tmp_path, capsys):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match=r'--compilation_cache=file: .*exists'):
@@ -81,6 +134,6 @@ def test_a_folder_that_cannot_be_made(updates, monkeypatch, tmp_path, capsys):
   monkeypatch.setenv('AWP_CACHE_DIR', str(tmp_path / 'file'))
   xla.use_cache(None)
   assert updates['jax_compilation_cache_dir'] is None
-  out = capsys.readouterr().out
+  out = capsys.readouterr().err
   assert out.startswith('compiled programs are not kept (')
   assert f"{tmp_path / 'file' / 'programs'}" in out
