@@ -16,7 +16,7 @@ from experiments.config import build, optimizers
 from experiments.data import arrays, batches, datasets, extra_images
 from experiments.parallel import processes
 from experiments.runs import checkpoints, warm_start, workdirs
-from experiments.util import atomic, paths, xla
+from experiments.util import atomic, paths
 from experiments.util.errors import UserError
 
 
@@ -263,10 +263,8 @@ def keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def initial_state(run: Run) -> awp_jax.TrainState:
   """Parameters, statistics and optimizer state before the first step."""
   images = jnp.zeros((1, *run.dataset.x_train.shape[1:]), jnp.float32)
-  variables = jax.jit(
-      functools.partial(run.model.init, train=False),
-      compiler_options=xla.options_of_one_call())(
-          keys(run.config)['init'], images)
+  variables = jax.jit(functools.partial(run.model.init, train=False))(
+      keys(run.config)['init'], images)
   params, batch_stats = variables['params'], variables.get('batch_stats', {})
   average = None
   if run.config.ema_decay:

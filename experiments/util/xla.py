@@ -5,7 +5,6 @@ from importlib import metadata
 import os
 import pathlib
 import sys
-from typing import Any
 
 #: The flags of XLA's oneDNN convolutions on CPUs.
 ONEDNN = ('--xla_cpu_use_onednn=true',
@@ -44,19 +43,6 @@ def _given() -> dict[str, str]:
 def _calls_onednn() -> bool:
   name = ONEDNN[1].partition('=')[0]
   return _given().get(name, 'false').lower() not in ('false', '0')
-
-
-def options_of_one_call() -> dict[str, Any] | None:
-  """Options of `jax.jit` for a program that runs once.
-
-  Without LLVM's late passes the initial weights of a network compile three to
-  four times as fast on CPUs, and are the same.
-  """
-  import jax
-
-  if jax.default_backend() != 'cpu':
-    return None
-  return {'xla_backend_optimization_level': 1}
 
 
 def use_cache(folder: str | None) -> None:

@@ -5,7 +5,6 @@ import os
 import pathlib
 
 import jax
-import numpy as np
 import pytest
 
 from experiments.util import xla
@@ -138,16 +137,3 @@ def test_a_folder_that_cannot_be_made(updates, monkeypatch, tmp_path, capsys):
   out = capsys.readouterr().err
   assert out.startswith('compiled programs are not kept (')
   assert f"{tmp_path / 'file' / 'programs'}" in out
-
-
-def test_a_program_that_runs_once_has_the_same_results(monkeypatch):
-  def draw(key):
-    return jax.random.truncated_normal(key, -2, 2, (3, 3, 4, 5)) / 7
-
-  options = xla.options_of_one_call()
-  assert options
-  np.testing.assert_array_equal(
-      jax.jit(draw, compiler_options=options)(jax.random.key(0)),
-      jax.jit(draw)(jax.random.key(0)))
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-  assert xla.options_of_one_call() is None
