@@ -70,6 +70,9 @@ class Stores:
           stores.saved.append((kind, step))
         stores.kept[kind] = step, jax.tree.map(np.array, tree), notes
 
+      def finish(self):
+        pass
+
       def load(self, like):
         del like
         return stores.kept[kind][1:]
