@@ -13,6 +13,10 @@ ONEDNN = ('--xla_cpu_use_onednn=true',
 #: Largest size of the cache in bytes; the oldest programs make room.
 CACHE_BYTES = 4 * 10**9
 
+#: Programs that compile faster are not kept. JAX's own limit of one second leaves
+#: out most of the dozens of small programs of a run.
+CACHE_SECONDS = 0.1
+
 #: Releases of jaxlib with these flags. XLA ends the process at a flag that it
 #: does not know, and experimental flags come and go.
 RELEASES = ('0.12.',)
@@ -72,8 +76,11 @@ def use_cache(folder: str | None) -> None:
       return
     caches = paths.caches()
     folder = str(caches / 'programs') if caches else ''
-    if 'JAX_COMPILATION_CACHE_MAX_SIZE' not in os.environ:
-      jax.config.update('jax_compilation_cache_max_size', CACHE_BYTES)
+    for name, value in (
+        ('jax_compilation_cache_max_size', CACHE_BYTES),
+        ('jax_persistent_cache_min_compile_time_secs', CACHE_SECONDS)):
+      if name.upper() not in os.environ:
+        jax.config.update(name, value)
   folder = os.path.expanduser(folder)
   try:
     if folder and '://' not in folder:

@@ -44,7 +44,8 @@ def test_cache_is_in_the_home_by_default(updates, monkeypatch, tmp_path):
   assert updates == {
       'jax_compilation_cache_dir': str(
           tmp_path / '.cache' / 'awp_jax' / 'programs'),
-      'jax_compilation_cache_max_size': 4_000_000_000}
+      'jax_compilation_cache_max_size': 4_000_000_000,
+      'jax_persistent_cache_min_compile_time_secs': 0.1}
   monkeypatch.setenv('AWP_CACHE_DIR', str(tmp_path / 'other'))
   xla.use_cache(None)
   assert updates['jax_compilation_cache_dir'] == str(
@@ -103,6 +104,7 @@ def test_the_size_that_the_user_sets_stays(updates, monkeypatch):
   monkeypatch.setenv('JAX_COMPILATION_CACHE_MAX_SIZE', '7')
   xla.use_cache(None)
   assert 'jax_compilation_cache_max_size' not in updates
+  assert updates['jax_persistent_cache_min_compile_time_secs'] == 0.1
 
 
 def test_no_home(updates, monkeypatch):
