@@ -16,7 +16,9 @@ def updates(monkeypatch, tmp_path):
   seen = {}
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(jax.config, 'update', seen.__setitem__)
-  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR', raising=False)
+  for name in ('JAX_COMPILATION_CACHE_DIR', 'JAX_COMPILATION_CACHE_MAX_SIZE',
+               'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'):
+    monkeypatch.delenv(name, raising=False)
   monkeypatch.delenv('AWP_CACHE_DIR', raising=False)
   monkeypatch.setenv('XLA_FLAGS', '')
   return seen
