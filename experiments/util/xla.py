@@ -13,8 +13,8 @@ ONEDNN = ('--xla_cpu_use_onednn=true',
 #: Largest size of the cache in bytes; the oldest programs make room.
 CACHE_BYTES = 4 * 10**9
 
-#: Programs that compile faster are not kept. JAX's own limit of one second leaves
-#: out most of the dozens of small programs of a run.
+#: Programs that compile faster are not kept. JAX's own limit of one second
+#: leaves out most of the dozens of small programs of a run.
 CACHE_SECONDS = 0.1
 
 #: Releases of jaxlib with these flags. XLA ends the process at a flag that it
