@@ -76,7 +76,9 @@ class EvalOptions:
     attack_fn: a classifier of the same images and classes that the attacks use
       instead of `logits_fn`, typically the same network in bfloat16. Its logits
       are cast to float32. Verdicts always use `logits_fn`: the candidates that
-      it classifies correctly are rejected, and their runs go on.
+      it classifies correctly are rejected, and their runs go on. Examples that
+      stay robust with a rejected candidate, or with one that `logits_fn` nearly
+      misclassifies, are attacked again on `logits_fn`.
     attack_precision: of matrix products and convolutions inside the attacks, as
       in `jax.default_matmul_precision`; None keeps the caller's setting.
       Verdicts always use 'float32'. On accelerators a lower precision makes

@@ -20,7 +20,9 @@ bfloat16. Then many candidates can be rejected. On a deterministic model, if the
 attack reports margins, the candidate after a rejection at margin m is checked
 at a margin above 2 m, so a run has few checks; and at the end of a run its
 candidate of the largest margin is checked, whether or not the attack's model
-misclassifies it.
+misclassifies it. Examples that stay robust with a rejected candidate, or one
+that the verdicts nearly misclassify, are attacked again with the model of the
+verdicts (`evaluate`).
 
 Randomness depends on (attack, example, run), never on the place in the batch.
 The batch size can change which of several runs gets credit for an example.
@@ -56,6 +58,7 @@ class Outcome(NamedTuple):
     outside: with a candidate that has NaN or is outside ball or box, [n].
     refused: with a candidate inside that the attack's model misclassified and
       the check did not, [n].
+    close: with a candidate that is `Verdicts.close`, [n].
   """
 
   broken: np.ndarray
@@ -66,6 +69,7 @@ class Outcome(NamedTuple):
   nonfinite_logits: np.ndarray
   outside: np.ndarray
   refused: np.ndarray
+  close: np.ndarray
 
 
 def no_outcome(group: Group) -> Outcome:
@@ -73,7 +77,7 @@ def no_outcome(group: Group) -> Outcome:
   count = group.labels.size
   return Outcome(
       np.zeros(count, bool), group.images.copy(), np.zeros(count, np.float32),
-      *(np.zeros(count, bool) for _ in range(5)))
+      *(np.zeros(count, bool) for _ in range(6)))
 
 
 class Carry(NamedTuple):
@@ -222,6 +226,7 @@ def _collect(
   part = Group(*(leaf[examples] for leaf in group))
   verdicts = job.check(part, places.run[rows], candidates)
   outcome.outside[examples[verdicts.outside]] = True
+  outcome.close[examples[verdicts.close]] = True
   claimed = np.asarray(found.broken)[rows]
   outcome.refused[
       examples[claimed & ~verdicts.broken & ~verdicts.outside]] = True

@@ -134,13 +134,16 @@ def _make_job(setting: _Setting, spec: AttackSpec, eot_samples: int) -> Job:
 
 
 def _attack_group(
-    setting: _Setting, name: str, job: Job, indices: np.ndarray,
-    targets: np.ndarray) -> BatchResult:
+    setting: _Setting, name: str, job: Job, again: Job | None,
+    indices: np.ndarray, targets: np.ndarray) -> BatchResult:
   begin = time.perf_counter()
   group = verdicts.Group(
       indices, np.asarray(setting.images[indices]), setting.labels[indices],
       targets[indices])
   outcome = threads.attack_group(job, group, streams=setting.num_streams)
+  if again is not None:
+    outcome = threads.attack_again(
+        again, group, outcome, streams=setting.num_streams)
   broken = outcome.broken
   anomalies = results.Anomalies(*(
       int(np.sum(getattr(outcome, field)))
@@ -168,7 +171,11 @@ def _attack_share(
   Returns:
     The records of this attack, by all processes.
   """
-  job = _make_job(setting, spec, options.eot_samples or spec.eot_samples or 1)
+  draws = options.eot_samples or spec.eot_samples or 1
+  job, again = _make_job(setting, spec, draws), None
+  if setting.own_model:
+    again = _make_job(setting._replace(
+        model=setting.verdicts.model, own_model=False), spec, draws)
   missing = results.without_record(remaining, known)
   share = options.share
   if share is not None:
@@ -176,8 +183,8 @@ def _attack_share(
   own: list[BatchResult] = []
   for begin in range(0, missing.size, setting.group_size):
     record = _attack_group(
-        setting, spec.name, job, missing[begin:begin + setting.group_size],
-        targets)
+        setting, spec.name, job, again,
+        missing[begin:begin + setting.group_size], targets)
     if options.progress is not None:
       options.progress(record)
     own.append(record)
@@ -271,6 +278,7 @@ def _make_setting(
         'attack_precision': options.attack_precision}
     if options.attack_fn is not None:
       settings['attack_fn'] = fingerprint.hash_program(attack_traced.program)
+      settings['close'] = verdicts.CLOSE
     identity = fingerprint.identify(
         key, traced, images, labels, threat, specs, settings)
   verdict_settings = VerdictSettings(
@@ -325,6 +333,8 @@ def evaluate(
   natural = verdicts.classify_natural(
       setting.verdicts, images, setting.labels,
       max(spec.num_targets for spec in specs))
+  setting = setting._replace(
+      verdicts=setting.verdicts._replace(spread=natural.spread))
   found = diagnostics.about_logits(
       natural.nonfinite, natural.probable and options.check_model, traced)
   if options.check_model:

@@ -117,3 +117,30 @@ def attack_group(job: Job, group: Group, *, streams: int) -> Outcome:
     for leaf, values in zip(whole, outcome, strict=True):
       leaf[rows] = values
   return whole
+
+
+def attack_again(
+    job: Job, group: Group, first: Outcome, *, streams: int) -> Outcome:
+  """Attacks examples again that another model left undecided.
+
+  Args:
+    job: the attack on the model of the verdicts.
+    group: the examples.
+    first: the outcome of the attack on another model; updated in place. Robust
+      examples with a rejected or close candidate are undecided.
+    streams: most batches at a time.
+
+  Returns:
+    The outcome of both.
+  """
+  rows = np.flatnonzero(~first.broken & (first.refused | first.close))
+  if not rows.size:
+    return first
+  second = attack_group(
+      job, Group(*(leaf[rows] for leaf in group)), streams=streams)
+  for name, leaf, new in zip(Outcome._fields, first, second, strict=True):
+    if name in ('adversarial', 'distances'):
+      leaf[rows] = new  # none of them was broken before
+    elif name != 'refused':
+      leaf[rows] |= new
+  return first

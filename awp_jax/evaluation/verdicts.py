@@ -22,13 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.evaluation import diagnostics
-from awp_jax.evaluation.model import Model, misclassified
+from awp_jax.evaluation.model import Model, margins, misclassified
 from awp_jax.evaluation.protocol import run_keys
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
 #: Distance outside the ball allowed for rounding, relative to epsilon.
 _BALL_TOLERANCE = 1e-5
+
+#: Margin of the true class below which a candidate is close to misclassified,
+#: relative to `Natural.spread`.
+CLOSE = 0.05
 
 
 class Group(NamedTuple):
@@ -56,12 +60,15 @@ class Verdicts(NamedTuple):
     distances: from the natural images, [n].
     outside: whether it has a NaN or is outside ball or box, [n].
     nonfinite: whether its logits are not finite, [n].
+    close: whether it is inside, and misclassified or the logit of the true
+      class is ahead by less than `CLOSE` times `VerdictSettings.spread`, [n].
   """
 
   broken: np.ndarray
   distances: np.ndarray
   outside: np.ndarray
   nonfinite: np.ndarray
+  close: np.ndarray
 
 
 #: (examples, their runs [n], candidates [n, ...]) -> `Verdicts`.
@@ -75,6 +82,7 @@ class Natural(NamedTuple):
     correct: whether the logits are finite and the top class is right, [N].
     targets: the likeliest wrong classes, most likely first, [N, T].
     nonfinite: number of images with logits that are not finite.
+    spread: median over the images of the range of the logits, max - min.
     probable: whether all rows look like probabilities.
     devices: devices of the logits.
     dtype: of the images on the devices.
@@ -83,6 +91,7 @@ class Natural(NamedTuple):
   correct: np.ndarray
   targets: np.ndarray
   nonfinite: int
+  spread: float
   probable: bool
   devices: tuple[jax.Device, ...]
   dtype: str
@@ -98,6 +107,7 @@ class VerdictSettings(NamedTuple):
     size: examples per forward pass.
     few: examples per forward pass if there are no more.
     place: puts arrays with a leading batch axis onto the devices.
+    spread: of `Natural`, once it is known.
   """
 
   model: Model
@@ -106,6 +116,7 @@ class VerdictSettings(NamedTuple):
   size: int
   few: int
   place: Callable[[Any], Any]
+  spread: float = 0.0
 
 
 def blocks(count: int, size: int) -> Iterator[np.ndarray]:
@@ -141,7 +152,7 @@ def classify_natural(
   num_wrong = max(1, min(num_targets, settings.model.num_classes - 1))
   correct = np.zeros(labels.size, bool)
   targets = np.zeros((labels.size, num_wrong), np.int32)
-  nonfinite, probable = 0, True
+  nonfinite, probable, ranges = 0, True, np.zeros(labels.size)
   devices: set[jax.Device] = set()
   dtype = ''
   for rows in blocks(labels.size, settings.size):
@@ -153,13 +164,16 @@ def classify_natural(
         logits[:labels.size - rows[0]])
     nonfinite += bad_rows
     probable = probable and probabilities
+    ranges[rows] = np.ptp(logits, axis=-1)
     truth = labels[rows]
     correct[rows] = ~np.asarray(misclassified(raw, settings.place(truth)))
     others = logits.copy()
     others[np.arange(rows.size), truth] = -np.inf
     targets[rows] = np.argsort(-others, axis=-1, kind='stable')[:, :num_wrong]
+  ranges = ranges[np.isfinite(ranges)]
+  spread = float(np.median(ranges)) if ranges.size else 0.0
   return Natural(
-      correct, targets, nonfinite, probable,
+      correct, targets, nonfinite, spread, probable,
       tuple(sorted(devices, key=lambda device: device.id)), dtype)
 
 
@@ -173,7 +187,7 @@ def _rounding(threat: ThreatModel, images: Array) -> tuple[float, float]:
 
 @functools.partial(jax.jit, static_argnames=('threat',))
 def _verdicts(
-    logits: Array, x_adv: Array, labels: Array, images: Array,
+    logits: Array, x_adv: Array, labels: Array, images: Array, spread: float,
     threat: ThreatModel) -> tuple[Array, ...]:
   one, all_of_them = _rounding(threat, images)
   distances = threat.distance(x_adv, images)
@@ -184,7 +198,10 @@ def _verdicts(
           labels.size, -1), axis=-1)
   inside = near & boxed
   nonfinite = ~jnp.all(jnp.isfinite(logits), axis=-1)
-  return inside & misclassified(logits, labels), distances, ~inside, nonfinite
+  close = margins(logits, labels) > -CLOSE * spread
+  wrong = misclassified(logits, labels)
+  return (inside & wrong, distances, ~inside, nonfinite,
+          inside & (wrong | close))
 
 
 def make_check(settings: VerdictSettings, attack: str) -> CheckCandidates:
@@ -210,7 +227,7 @@ def make_check(settings: VerdictSettings, attack: str) -> CheckCandidates:
       logits = _logits(
           settings, f'judge {attack}', group.indices[rows], runs[rows], x_adv)
       parts.append([np.asarray(leaf) for leaf in _verdicts(
-          logits, x_adv, labels, images, settings.threat)])
+          logits, x_adv, labels, images, settings.spread, settings.threat)])
     return Verdicts(*(
         np.concatenate(leaves)[:runs.size] for leaves in zip(
             *parts, strict=True)))

@@ -14,9 +14,11 @@ from awp_jax.evaluation import (
   driver,
   protocol,
   slots,
+  threads,
   verdicts,
 )
 from awp_jax.evaluation.evaluate import EvalOptions, evaluate
+from awp_jax.evaluation.model import make_model
 from awp_jax.threat import ThreatModel
 from tests.helpers import attack_oracles
 from tests.helpers.attack_oracles import RADII, SMALL, short_spec
@@ -152,7 +154,7 @@ def checked_steps(margins, broken, own_model, accepted=()):
     seen.append(int(candidates[0, 0]))
     good = np.isin(candidates[:, 0], list(accepted))
     return verdicts.Verdicts(
-        good, np.zeros(1), np.zeros(1, bool), np.zeros(1, bool))
+        good, np.zeros(1), *(np.zeros(1, bool) for _ in range(3)))
 
   job = driver.Job(
       attack, driver.make_advance(attack, False, own_model), KEY, (1,),
@@ -209,6 +211,46 @@ def test_refused_examples_get_their_remaining_runs():
   assert not result.robust.any()
   assert result.attacks[0].anomalies.refused == 3
   np.testing.assert_allclose(result.adversarial, 0.6, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', ['apgd-ce', 'pgd', 'spsa'])
+def test_close_examples_are_attacked_again(name, monkeypatch):
+  """The attacks' model has the wrong sign of a small weight."""
+  sizes, attack_group = [], threads.attack_group
+
+  def watched(job, group, *, streams):
+    sizes.append(group.labels.size)
+    return attack_group(job, group, streams=streams)
+
+  def weighted(weight):
+    return lambda x: threshold(x[:, :1] + weight * (x[:, 1:] - 0.5))
+
+  monkeypatch.setattr(threads, 'attack_group', watched)
+  # Margins of the largest steps: 0.102 here, 0.098 for the attacks. The first
+  # example breaks at once, the second only in the second attack, the third not
+  # even there; the others are far from the boundary.
+  images = np.full((5, 2), 0.5, np.float32)
+  images[:, 0] = [0.45, 0.4, 0.3975, 0.1, 0.2]
+  result = evaluate(
+      KEY, weighted(0.02), images, np.zeros(5, int), ThreatModel('Linf', 0.1),
+      (short_spec(name),), options=dataclasses.replace(
+          QUIET, attack_fn=weighted(-0.02)))
+  np.testing.assert_array_equal(
+      result.robust, [False, False, True, True, True])
+  assert sizes == [5, 2]
+  (report,) = result.attacks
+  np.testing.assert_array_equal(report.broken, [0, 1])
+  assert weighted(0.02)(result.adversarial)[1].argmax() == 1
+
+
+def test_spread_of_natural_logits():
+  logits = jnp.array([[0.0, 4.0], [1.0, 2.0], [0.0, np.inf], [3.0, 0.0]])
+  model = make_model(lambda x: logits[x[:, 0].astype(int)], 2)
+  settings = verdicts.VerdictSettings(
+      model, ThreatModel('Linf', 0.1), KEY, 4, 4, jax.device_put)
+  natural = verdicts.classify_natural(
+      settings, np.arange(4.0, dtype=np.float32)[:, None], np.zeros(4, int), 1)
+  assert natural.spread == 3.0
 
 
 def test_note_keeps_the_best_margin():
