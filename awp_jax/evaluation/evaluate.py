@@ -278,7 +278,6 @@ def _make_setting(
         'attack_precision': options.attack_precision}
     if options.attack_fn is not None:
       settings['attack_fn'] = fingerprint.hash_program(attack_traced.program)
-      settings['close'] = verdicts.CLOSE
     identity = fingerprint.identify(
         key, traced, images, labels, threat, specs, settings)
   verdict_settings = VerdictSettings(
