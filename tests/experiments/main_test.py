@@ -226,7 +226,8 @@ def test_killed_and_stopped_run_ends_bit_identical(command, uninterrupted):
 
   # Stopped in the third.
   process = command.start(*arguments)
-  wait_for(lambda: 9 in saved_steps(folder, 'last'), process)
+  # Training goes on while a checkpoint is written.
+  wait_for(lambda: max(saved_steps(folder, 'last')) > 6, process)
   process.terminate()
   out, err = process.communicate(timeout=60)
   assert process.returncode == 0 and err == ''
@@ -234,7 +235,7 @@ def test_killed_and_stopped_run_ends_bit_identical(command, uninterrupted):
   saved = re.search(r'^SIGTERM: saved step (\d+) of 12 in (\S+);', out, re.M)
   assert saved and saved[2] == str(folder)
   (step,) = saved_steps(folder, 'last')
-  assert step == int(saved[1]) < 12
+  assert 6 < step == int(saved[1]) <= 12
   assert not (folder / 'summary.json').exists()
 
   code, out, err = command.finish(*arguments)

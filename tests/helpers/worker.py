@@ -43,10 +43,10 @@ def run_modes(modes):
   """Makes main.py run several modes in one process."""
   run_mode = main._run_mode
 
-  def run_all():
+  def run_all(*_):
     for mode in modes.split(','):
       flags.FLAGS.mode = mode
-      run_mode()
+      run_mode(*main._setting())
 
   main._run_mode = run_all
 
