@@ -168,7 +168,9 @@ class Stored(NamedTuple):
 class Reader:
   """Reads the newest complete checkpoint of one kind.
 
-  A trainer may save at the same time. Nothing is written, removed or locked.
+  The trainer may save at the same time, in another process. (orbax numbers its
+  operations per process; a read while a save starts leaves the save waiting.)
+  Nothing is written, removed or locked.
   """
 
   def __init__(self, workdir: paths.Path, kind: str) -> None:
@@ -177,9 +179,15 @@ class Reader:
 
   def step(self) -> int | None:
     """The step of the newest complete checkpoint, or None."""
-    return max((
-        int(step.name) for step in self.folder.glob('[0-9]*')
-        if step.name.isdecimal() and _is_complete(step)), default=None)
+    listed = None
+    while True:
+      before, listed = listed, sorted(
+          int(step.name) for step in self.folder.glob('[0-9]*')
+          if step.name.isdecimal())
+      complete = [n for n in listed if _is_complete(self.folder / str(n))]
+      # All that were listed may have been replaced since.
+      if complete or listed == before:
+        return max(complete, default=None)
 
   def notes(self) -> dict[str, Any]:
     """The notes of the newest checkpoint; {} if there is none."""

@@ -1,9 +1,9 @@
 """Tests of checkpoints: exact, atomic, and checked against the model."""
 
-import asyncio
 from concurrent import futures
+import multiprocessing
 import shutil
-import threading
+import time
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from orbax.checkpoint._src.serialization import serialization
 import pytest
 
 from experiments.runs import checkpoints
+from tests.helpers import checkpoint_writes
 
 
 def make_tree(width=3, seed=0):
@@ -66,15 +67,7 @@ def test_round_trip_is_exact_and_newest_replaces(tmp_path):
 
 def test_arrays_may_be_donated_while_they_are_written(tmp_path, monkeypatch):
   """The files hold the values at the time of the call, whatever comes next."""
-  release, written = threading.Event(), []
-  write = serialization.async_serialize_from_host
-
-  async def late(*args, **kwargs):
-    assert await asyncio.to_thread(release.wait, 60)
-    written.append(1)
-    return await write(*args, **kwargs)
-
-  monkeypatch.setattr(serialization, 'async_serialize_from_host', late)
+  release, written = checkpoint_writes.hold(monkeypatch)
   overwrite = jax.jit(
       lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
   tree = {f'w{i}': jnp.full(70_000, float(i)) for i in range(5)}
@@ -94,14 +87,7 @@ def test_arrays_may_be_donated_while_they_are_written(tmp_path, monkeypatch):
 
 
 def test_the_step_and_the_arrays_are_those_on_the_disk(tmp_path, monkeypatch):
-  release = threading.Event()
-  write = serialization.async_serialize_from_host
-
-  async def late(*args, **kwargs):
-    assert await asyncio.to_thread(release.wait, 60)
-    return await write(*args, **kwargs)
-
-  monkeypatch.setattr(serialization, 'async_serialize_from_host', late)
+  release, _ = checkpoint_writes.hold(monkeypatch)
   for read in (lambda store: store.step(),
                lambda store: int(store.load(make_tree())[0]['step'])):
     release.clear()
@@ -188,39 +174,50 @@ def test_damaged_checkpoint_is_named(tmp_path, third):
     checkpoints.Reader(tmp_path, 'last').read()
 
 
+def replace(folder, was_read):
+  """Saves twelve checkpoints, and waits for a read after every third."""
+  store = checkpoints.Checkpoints(folder, 'last')
+  for n in range(1, 13):
+    store.save(n, {'step': np.array(n), 'w': np.full(50, n)}, {'n': n})
+    if n % 3 == 0:  # else all of them may fall into one slow read
+      was_read.clear()
+      assert was_read.wait(timeout=60)
+  store.close()
+
+
 def test_reading_while_a_trainer_replaces(tmp_path):
   """Every read returns one complete checkpoint; no save fails."""
-  trees = [{'step': np.array(n), 'w': np.full(50, n)} for n in range(1, 13)]
-  store = checkpoints.Checkpoints(tmp_path, 'last')
-  store.save(1, trees[0], {'n': 1})
-  store.finish()
-  was_read, failed = threading.Event(), []
-
-  def train():
-    try:
-      for number, tree in enumerate(trees[1:], 2):
-        store.save(number, tree, {'n': number})
-        if number % 3 == 0:  # else all of them may fall into one slow read
-          was_read.clear()
-          assert was_read.wait(timeout=60)
-    except BaseException as error:
-      failed.append(error)
-
-  thread = threading.Thread(target=train)
-  thread.start()
-  steps = []
-  while thread.is_alive() or not steps or steps[-1] < 12:
-    found = checkpoints.Reader(tmp_path, 'last').read()
+  context = multiprocessing.get_context('spawn')
+  was_read = context.Event()
+  trainer = context.Process(
+      target=replace, args=(tmp_path, was_read), daemon=True)
+  trainer.start()
+  reader, steps = checkpoints.Reader(tmp_path, 'last'), []
+  while trainer.is_alive():
+    if reader.step() is None:
+      time.sleep(0.01)
+      continue
+    found = reader.read()
     assert found.notes == {'n': found.step} and found.tree['step'] == found.step
     np.testing.assert_array_equal(found.tree['w'], np.full(50, found.step))
     steps.append(found.step)
     was_read.set()
-    if failed:
-      break
-  thread.join()
-  store.close()
-  assert not failed
+  trainer.join()
+  assert trainer.exitcode == 0 and reader.read().step == 12
   assert steps == sorted(steps) and len(set(steps)) > 2
+
+
+def test_all_listed_steps_are_replaced_meanwhile(tmp_path, third, monkeypatch):
+  """A step removed between the listing and the check is no empty folder."""
+  is_complete = checkpoints._is_complete
+
+  def late(step):
+    if step.name == '3' and step.exists():
+      (third / '3').rename(third / '4')
+    return is_complete(step)
+
+  monkeypatch.setattr(checkpoints, '_is_complete', late)
+  assert checkpoints.Reader(tmp_path, 'last').step() == 4
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path, third):

@@ -1,6 +1,5 @@
 """The order in which the last and the best checkpoint are written."""
 
-import asyncio
 import threading
 import types
 
@@ -11,6 +10,7 @@ import pytest
 from experiments.runs import checkpoints
 from experiments.training import saving as saving_lib
 from experiments.training import step as step_lib
+from tests.helpers import checkpoint_writes
 
 
 @pytest.fixture
@@ -34,16 +34,13 @@ def steps(tmp_path):
 
 def test_best_follows_last_and_is_complete(saving, tmp_path, monkeypatch):
   """A kill at any time leaves no best checkpoint newer than the last one."""
-  release, write = threading.Event(), serialization.async_serialize_from_host
   seen = []
 
-  async def late(*args, **kwargs):
-    if not release.is_set():
+  def look(is_released):
+    if not is_released:
       seen.append(steps(tmp_path))
-    assert await asyncio.to_thread(release.wait, 60)
-    return await write(*args, **kwargs)
 
-  monkeypatch.setattr(serialization, 'async_serialize_from_host', late)
+  release, _ = checkpoint_writes.hold(monkeypatch, look)
   save_last(saving, 4)
   timer = threading.Timer(0.3, release.set)
   timer.start()
