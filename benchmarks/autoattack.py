@@ -16,6 +16,7 @@ convolutions (jax 0.12 or newer); verdicts stay in float32.
 import argparse
 from collections.abc import Callable
 import functools
+from importlib import metadata
 import json
 import os
 import pathlib
@@ -180,7 +181,8 @@ def spawn(side: str, job: dict[str, Any], python: str) -> dict[str, Any]:
   environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(
       [str(ROOT), str(here.parent)])}
   if job['attack_dtype'] != 'float32':
-    environment['XLA_FLAGS'] = ' '.join(xla.ONEDNN)
+    environment['XLA_FLAGS'] = xla.with_onednn(
+        os.environ.get('XLA_FLAGS', ''), metadata.version('jaxlib'))
   done = subprocess.run(
       [python, str(here), '--side', side, json.dumps(job)],
       capture_output=True, text=True, check=False, env=environment)

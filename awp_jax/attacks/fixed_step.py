@@ -56,7 +56,7 @@ def _advance(
   step = step_size * threat.linear_maximizer(seen.gradient)
   last = state.time >= num_steps
   flat = jnp.all(seen.gradient.reshape(x.shape[0], -1) == 0, axis=-1)
-  # Nor does the margin under the source of a transfer.
+  # The margin under the source of a transfer decides nothing either.
   margin = None if seen.margin is None or transfer else jnp.where(
       last, seen.margin, -jnp.inf)
   report = Report(

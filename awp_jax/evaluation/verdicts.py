@@ -60,8 +60,8 @@ class Verdicts(NamedTuple):
     distances: from the natural images, [n].
     outside: whether it has a NaN or is outside ball or box, [n].
     nonfinite: whether its logits are not finite, [n].
-    close: whether it is inside, and misclassified or the logit of the true
-      class is ahead by less than `CLOSE` times `VerdictSettings.spread`, [n].
+    close: whether it is inside and the logit of the true class is ahead by less
+      than `CLOSE` times `VerdictSettings.spread`, or not ahead, [n].
   """
 
   broken: np.ndarray
@@ -198,10 +198,9 @@ def _verdicts(
           labels.size, -1), axis=-1)
   inside = near & boxed
   nonfinite = ~jnp.all(jnp.isfinite(logits), axis=-1)
-  close = margins(logits, labels) > -CLOSE * spread
-  wrong = misclassified(logits, labels)
-  return (inside & wrong, distances, ~inside, nonfinite,
-          inside & (wrong | close))
+  close = inside & (margins(logits, labels) > -CLOSE * spread)
+  broken = inside & misclassified(logits, labels)
+  return broken, distances, ~inside, nonfinite, close
 
 
 def make_check(settings: VerdictSettings, attack: str) -> CheckCandidates:

@@ -33,10 +33,9 @@ def flags(
   """
   if case.precision != 'bfloat16' or not implementation.startswith('awp_jax'):
     return {}
-  if not versions.get('jaxlib', '').startswith(xla.RELEASES):
-    return {}
   given = os.environ.get('XLA_FLAGS', '')
-  return {'XLA_FLAGS': ' '.join([given, *xla.ONEDNN]).strip()}
+  wanted = xla.with_onednn(given, versions.get('jaxlib', ''))
+  return {} if wanted == given else {'XLA_FLAGS': wanted}
 
 
 def timed(

@@ -23,30 +23,44 @@ RELEASES = ('0.12.',)
 
 
 def use_onednn() -> None:
-  """Adds `ONEDNN` to XLA_FLAGS, unless they are there or jaxlib lacks them.
+  """Sets XLA_FLAGS as `with_onednn` says.
+
+  XLA reads the flags when JAX first uses a device, so call this before.
+  """
+  os.environ['XLA_FLAGS'] = with_onednn(
+      os.environ.get('XLA_FLAGS', ''), metadata.version('jaxlib'))
+
+
+def with_onednn(flags: str, jaxlib: str) -> str:
+  """Flags of XLA with those of `ONEDNN` that are not among them.
 
   They concern programs for the CPU, whose plain convolutions in bfloat16 become
-  1.7 to ten times as fast. XLA reads the flags when JAX first uses a device, so
-  call this before.
+  1.7 to ten times as fast.
+
+  Args:
+    flags: as in XLA_FLAGS.
+    jaxlib: the release that reads them; others than `RELEASES` get no more.
+
+  Returns:
+    The flags.
   """
-  if not metadata.version('jaxlib').startswith(RELEASES):
-    return
-  given = _given()
+  if not jaxlib.startswith(RELEASES):
+    return flags
+  given = _values(flags)
   added = [flag for flag in ONEDNN if flag.partition('=')[0] not in given]
-  if added:
-    before = os.environ.get('XLA_FLAGS', '')
-    os.environ['XLA_FLAGS'] = ' '.join([before, *added]).strip()
+  return ' '.join([flags, *added]).strip()
 
 
-def _given() -> dict[str, str]:
-  """The flags in XLA_FLAGS, with their values."""
-  flags = os.environ.get('XLA_FLAGS', '').split()
-  return {name: value for name, _, value in (f.partition('=') for f in flags)}
+def _values(flags: str) -> dict[str, str]:
+  """The value of each flag, '' without one."""
+  return {name: value for name, _, value in (
+      flag.partition('=') for flag in flags.split())}
 
 
 def _calls_onednn() -> bool:
-  name = ONEDNN[1].partition('=')[0]
-  return _given().get(name, 'false').lower() not in ('false', '0')
+  value = _values(os.environ.get('XLA_FLAGS', '')).get(
+      ONEDNN[1].partition('=')[0], 'false')
+  return value.lower() not in ('false', '0')
 
 
 def use_cache(folder: str | None) -> None:
