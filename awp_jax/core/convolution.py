@@ -62,13 +62,14 @@ def rewritten(
   is_small = _has_more_taps_than_pixels(conv, lhs.shape, rhs.shape)
   if is_small and _fits(conv, lhs.shape, rhs.shape, out.shape):
     return functools.partial(forms.as_dense, conv)
-  if not conv.is_channels_last or set(conv.rhs_dilation) != {1}:
-    return None
-  if set(conv.lhs_dilation) != {1}:
-    return None if set(conv.strides) != {1} else functools.partial(
-        forms.by_residues, conv)
-  if is_small or conv.rhs_spec != conv.plain_kernel:
-    return functools.partial(forms.plain, conv)
+  if conv.is_channels_last and set(conv.rhs_dilation) == {1}:
+    if set(conv.lhs_dilation) != {1}:
+      return None if set(conv.strides) != {1} else functools.partial(
+          forms.by_residues, conv)
+    if is_small or conv.rhs_spec != conv.plain_kernel:
+      return functools.partial(forms.plain, conv)
+  if forms.pieces(conv, lhs, rhs) > 1:
+    return functools.partial(forms.in_pieces, conv)
   return None
 
 

@@ -14,17 +14,33 @@ taps, such as 3x3 on 2x2 pixels. Such an input is padded first, or in `as_dense`
 the convolution is one matrix product:
 
   y[p] = sum_i x[i] W[p, i],   W[p, i] = k[i + low - s p], 0 outside the kernel
+
+And it reads the kernel again for each block of outputs. One that is larger than
+the processor's L2 cache is slow. So `in_pieces` sums convolutions of a part of
+the input features each. The gradient with respect to the kernel is one whose
+kernel is the cotangent and whose features are the batch.
 """
 
 from collections.abc import Sequence
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
 
+import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from awp_jax.types import Array
+
+#: Kernels of more bytes are cut. 1.2 MB are fast where a core has 2 MiB of L2.
+_MOST_BYTES = 5 << 18
+_MOST_PIECES = 32
+#: Fewer outputs of each feature read the kernel only once.
+_FEWEST_OUTPUTS = 24
+#: XLA of jax 0.10 is slow only with large windows, as in gradients of kernels.
+_FEWEST_TAPS = 1 if jax.__version_info__ >= (0, 11) else 225
 
 
 class Convolution(NamedTuple):
@@ -63,6 +79,18 @@ class Convolution(NamedTuple):
     """Sizes along the spatial axes of a spec."""
     return [shape[axis] for axis in spec[2:]]
 
+  def outputs(self, axis: int, size: int, taps: int) -> int:
+    """The number of outputs along a spatial axis.
+
+    Args:
+      axis: the index of the spatial axis.
+      size: inputs along it.
+      taps: of the kernel along it.
+    """
+    span = (size - 1) * self.lhs_dilation[axis] + sum(self.padding[axis])
+    room = span - (taps - 1) * self.rhs_dilation[axis]
+    return room // self.strides[axis] + 1
+
 
 def _plain_kernel(conv: Convolution, kernel: Array) -> Array:
   """The kernel transposed to [..., C, C']."""
@@ -79,10 +107,47 @@ def _convolve(
         (0, 0, 0), *((low, high, 0) for low, high in padding), (0, 0, 0)])
     # Else XLA would make the padding a parameter of the convolution again.
     x, padding = lax.optimization_barrier(x), [(0, 0)] * conv.rank
-  return lax.conv_general_dilated(
-      x, kernel, conv.strides, padding, precision=conv.precision,
-      dimension_numbers=lax.ConvDimensionNumbers(
-          conv.lhs_spec, conv.plain_kernel, conv.out_spec))
+  return in_pieces(conv._replace(
+      rhs_spec=conv.plain_kernel, padding=tuple(padding),
+      lhs_dilation=(1,) * conv.rank), x, kernel)
+
+
+def pieces(conv: Convolution, lhs: Any, rhs: Any) -> int:
+  """Into how many parts `in_pieces` cuts the input features.
+
+  Args:
+    conv: the convolution.
+    lhs: shape and dtype of the input.
+    rhs: of the kernel.
+
+  Returns:
+    1 where the convolution is as fast as it is.
+  """
+  if rhs.dtype != np.float32:  # bfloat16 has kernels of its own
+    return 1
+  taps = conv.spatial(conv.rhs_spec, rhs.shape)
+  outputs = lhs.shape[conv.lhs_spec[0]] * math.prod(
+      conv.outputs(axis, size, taps[axis]) for axis, size in enumerate(
+          conv.spatial(conv.lhs_spec, lhs.shape)))
+  if outputs < _FEWEST_OUTPUTS or math.prod(taps) < _FEWEST_TAPS:
+    return 1
+  size = math.prod(rhs.shape) * rhs.dtype.itemsize
+  features = rhs.shape[conv.rhs_spec[1]]
+  return min(-(-size // _MOST_BYTES), _MOST_PIECES, features)
+
+
+def in_pieces(conv: Convolution, x: Array, kernel: Array) -> Array:
+  """The same convolution, as a sum over parts of the input features."""
+  features, count = kernel.shape[conv.rhs_spec[1]], pieces(conv, x, kernel)
+  edges = [i * features // count for i in range(count + 1)]
+  parts = [lax.conv_general_dilated(
+      lax.slice_in_dim(x, *piece, axis=conv.lhs_spec[1]),
+      lax.slice_in_dim(kernel, *piece, axis=conv.rhs_spec[1]),
+      conv.strides, conv.padding, conv.lhs_dilation, conv.rhs_dilation,
+      precision=conv.precision, dimension_numbers=lax.ConvDimensionNumbers(
+          conv.lhs_spec, conv.rhs_spec, conv.out_spec))
+      for piece in itertools.pairwise(edges)]
+  return functools.reduce(jnp.add, parts)
 
 
 def plain(conv: Convolution, x: Array, kernel: Array) -> Array:
@@ -144,17 +209,15 @@ def _taps(
   Returns:
     One row per output, one entry per input.
   """
-  low, high = conv.padding[axis]
+  low, stride = conv.padding[axis][0], conv.strides[axis]
   step, inner = conv.lhs_dilation[axis], conv.rhs_dilation[axis]
-  stride = conv.strides[axis]
-  room = (size - 1) * step + low + high - (taps - 1) * inner
 
   def tap(output: int, place: int) -> int | None:
     found, rest = divmod(place * step + low - output * stride, inner)
     return found if rest == 0 and 0 <= found < taps else None
 
   return [[tap(output, place) for place in range(size)]
-          for output in range(room // stride + 1)]
+          for output in range(conv.outputs(axis, size, taps))]
 
 
 class _Residue(NamedTuple):
@@ -199,9 +262,7 @@ def by_residues(conv: Convolution, x: Array, kernel: Array) -> Array:
   kernel = _plain_kernel(conv, kernel)
   steps, axes = conv.lhs_dilation, range(conv.rank)
   sizes, taps = x.shape[1:-1], kernel.shape[:conv.rank]
-  # Of the dilated input: (n - 1) s + 1 + low + high - k + 1.
-  outs = [(n - 1) * s + sum(p) - k + 2 for n, s, p, k in zip(
-      sizes, steps, conv.padding, taps, strict=True)]
+  outs = [conv.outputs(i, sizes[i], taps[i]) for i in axes]
   whole = [-(-out // s) for out, s in zip(outs, steps, strict=True)]
   parts = []
   for residues in itertools.product(*(range(s) for s in steps)):

@@ -12,6 +12,7 @@ import pytest
 
 import awp_jax
 from awp_jax.core import convolution, loops, rewriting
+from awp_jax.core import convolution_forms as forms
 from awp_jax.models import PreActResNet
 
 NHWC = ('NHWC', 'HWIO', 'NHWC')
@@ -416,6 +417,62 @@ def test_forms_are_those_of_the_gradients():
   closed = jax.make_jaxpr(functools.partial(conv, stride=2))(x, jnp.ones(
       (3, 3, 2, 3)))
   assert rewriting.with_cpu_convolutions(closed) is closed
+
+
+def test_large_kernels_are_summed_in_pieces(monkeypatch):
+  """The convolution and both gradients, with 11 features in three pieces."""
+  monkeypatch.setattr(forms, '_FEWEST_TAPS', 1)
+  monkeypatch.setattr(forms, '_MOST_BYTES', 1000)
+  cases = [
+      functools.partial(conv, stride=stride, padding=padding, numbers=numbers)
+      for stride, padding, numbers in (
+          (1, 1, NHWC), ((2, 3), [(0, 2), (1, -1)], NHWC),
+          (2, 1, ('NCHW', 'OIHW', 'NCHW')))]
+  arguments = []
+  for form in cases:
+    nhwc = form.keywords['numbers'] == NHWC
+    x = ones_and_zeros(0, (5, 9, 8, 11) if nhwc else (5, 11, 9, 8))
+    kernel = ones_and_zeros(1, (3, 3, 11, 7) if nhwc else (7, 11, 3, 3))
+    arguments.append((x, kernel, ones_and_zeros(
+        2, jax.eval_shape(form, x, kernel).shape)))
+
+  def everything(arguments):
+    return [
+        (form(x, kernel), *gradients(form, x, kernel, y))
+        for form, (x, kernel, y) in zip(cases, arguments, strict=True)]
+
+  faster = awp_jax.cpu_convolutions(everything)
+  for form, (x, kernel, _) in zip(cases, arguments, strict=True):
+    text = jax.jit(awp_jax.cpu_convolutions(form)).lower(x, kernel).as_text()
+    assert text.count('stablehlo.convolution') == 3  # 2,772 bytes
+  want, got = jax.jit(everything)(arguments), jax.jit(faster)(arguments)
+  for case, (a, b) in enumerate(zip(want, got, strict=True)):
+    for name, plain, new in zip(('y', 'x', 'kernel'), a, b, strict=True):
+      np.testing.assert_array_equal(plain, new, err_msg=f'{case}, {name}')
+      assert np.any(plain)
+
+
+@pytest.mark.parametrize('x, kernel, count', [
+    ((32, 4, 4, 512), (3, 3, 512, 512), 8),  # 9.4 MB
+    ((32, 8, 8, 256), (3, 3, 256, 256), 2),
+    ((32, 16, 16, 128), (3, 3, 128, 128), 1),
+    ((1, 4, 4, 512), (3, 3, 512, 512), 1),  # 16 outputs
+    ((2, 8, 8, 20), (100, 100, 20, 900), 20),  # not more than features
+    ((64, 64, 64, 64), (64, 64, 64, 64), 32)])
+def test_number_of_pieces(x, kernel, count, monkeypatch):
+  equation, = jax.make_jaxpr(functools.partial(conv, padding='SAME'))(
+      jax.ShapeDtypeStruct(x, np.float32),
+      jax.ShapeDtypeStruct(kernel, np.float32)).eqns
+  parameters = convolution.parameters(equation.params)
+  lhs, rhs, out = convolution.shapes(equation)
+  monkeypatch.setattr(forms, '_FEWEST_TAPS', 1)
+  assert forms.pieces(parameters, lhs, rhs) == count
+  form = convolution.rewritten(parameters, lhs, rhs, out)
+  assert (form is not None) == (count > 1)
+  half = jax.ShapeDtypeStruct(kernel, jnp.bfloat16)
+  assert forms.pieces(parameters, lhs, half) == 1
+  monkeypatch.setattr(forms, '_FEWEST_TAPS', kernel[0] ** 2 + 1)
+  assert forms.pieces(parameters, lhs, rhs) == 1
 
 
 @pytest.mark.parametrize('size, taps, form', [
