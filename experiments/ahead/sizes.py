@@ -52,9 +52,14 @@ def dataset(config: ml_collections.ConfigDict) -> datasets.Dataset:
       raise DataError(
           f'{name} must be at most {most} for {config.dataset!r}, got '
           f'{number}.')
+  height, width, channels = found.x_train.shape[1:]
+  if config.image_size:
+    side = arrays.side_of_blocks(
+        found.x_train.shape, config.image_size, config.dataset)
+    height, width = height // side, width // side
   return _dataset(
       config.dataset, (config.num_train or num_train) - config.num_validation,
-      config.num_test or num_test, found.x_train.shape[1:],
+      config.num_test or num_test, (height, width, channels),
       found.x_train.dtype, found.num_classes)
 
 

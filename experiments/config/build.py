@@ -220,6 +220,7 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     checks.count(name, fields[name])
   for name in (
       'seed', 'data_seed', 'num_train', 'num_test', 'num_validation',
+      'image_size',
       'augmentation.pad', 'augmentation.cutout', 'awp.warmup_epochs',
       'awp.warmup_steps', 'checkpoint_every_steps', 'early_stopping_epochs',
       'guard.grace_steps', 'guard.most_shrinks'):

@@ -28,6 +28,8 @@ def _add_data(config: ml_collections.ConfigDict) -> None:
   config.npz_path = ''  # for npz: x_train, y_train, x_test, y_test
   config.num_train = 0  # class-balanced subset of the training images
   config.num_test = 0
+  # Side of the images after averaging squares of pixels, such as 16 for 32.
+  config.image_size = 0  # 0: as they are stored
   config.num_validation = 0  # held out from the training images
   # More training images, with the extra ones, stay on the host and are passed
   # to the devices step by step. 0: all stay there. Changes no number.

@@ -211,6 +211,53 @@ def stratified(
   return np.sort(np.concatenate(picked))
 
 
+def side_of_blocks(
+    shape: tuple[int, ...], image_size: int, source: str) -> int:
+  """The side of the squares of pixels that `averaged` averages.
+
+  Args:
+    shape: [..., H, W, C] of the images.
+    image_size: height and width after it.
+    source: description used in errors.
+
+  Returns:
+    H / image_size.
+
+  Raises:
+    DataError: unless the images are square and `image_size` divides H.
+  """
+  height, width = shape[-3:-1]
+  if height != width or height % image_size:
+    raise DataError(
+        'image_size must divide the side of square images, got '
+        f'{image_size} for images of {height} x {width} ({source}).')
+  return height // image_size
+
+
+def averaged(x: np.ndarray, side: int) -> np.ndarray:
+  """Images of means over squares of pixels.
+
+  Args:
+    x: images [N, H, W, C], uint8 or floating point.
+    side: of the squares; it divides H and W.
+
+  Returns:
+    [N, H / side, W / side, C] of the same type. Means of uint8 pixels are
+    rounded to the nearest whole number, halves to the even one.
+  """
+  num, height, width, channels = x.shape
+  small = np.empty((num, height // side, width // side, channels), x.dtype)
+  start = 0
+  for chunk in chunks(x):
+    means = chunk.reshape(
+        len(chunk), height // side, side, width // side, side, channels
+    ).mean(axis=(2, 4), dtype=np.float64)
+    small[start:start + len(chunk)] = (
+        np.rint(means) if x.dtype == np.uint8 else means)
+    start += len(chunk)
+  return small
+
+
 def channel_statistics(
     x: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
   """Mean and standard deviation per channel, in units of [0, 1].

@@ -81,7 +81,7 @@ _OFFICIAL = {
 def load(
     name: str, *, data_dir: str | None = None, npz_path: str | None = None,
     num_train: int | None = None, num_test: int | None = None, seed: int = 0,
-    progress: bool = True) -> Dataset:
+    image_size: int | None = None, progress: bool = True) -> Dataset:
   """Loads a data set, or a stratified subset of it.
 
   CIFAR and SVHN are searched in `data_dir`, `$TFDS_DATA_DIR` and
@@ -96,12 +96,14 @@ def load(
       all.
     num_test: the same for the test images.
     seed: selects the subsets.
+    image_size: height and width of images averaged over squares of pixels, as
+      in `arrays.averaged`; None keeps the stored pixels.
     progress: whether to show progress bars.
 
   Returns:
     The data set. For `digits` and `npz`, mean and std are computed from all
-    training images regardless of `num_train`, so models trained on different
-    subsets share the normalization.
+    stored training images regardless of `num_train` and `image_size`, so models
+    trained on different subsets share the normalization.
 
   Raises:
     UserError: for an unknown name, or numbers out of range.
@@ -124,9 +126,18 @@ def load(
     dataset = _digits()
   else:
     dataset = _official(name, data_dir, progress)
-  return dataset._replace(
+  dataset = dataset._replace(
       **_part(dataset, 'train', num_train, seed),
       **_part(dataset, 'test', num_test, seed))
+  if image_size is None:
+    return dataset
+  with user_errors():
+    checks.count('image_size', image_size)
+  side = arrays_lib.side_of_blocks(
+      dataset.x_train.shape, int(image_size), dataset.name)
+  return dataset._replace(
+      x_train=arrays_lib.averaged(dataset.x_train, side),
+      x_test=arrays_lib.averaged(dataset.x_test, side))
 
 
 def split_validation(

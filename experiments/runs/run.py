@@ -235,6 +235,7 @@ def _load_data(
       config.dataset, data_dir=config.data_dir or None,
       npz_path=config.npz_path or None, num_train=config.num_train or None,
       num_test=config.num_test or None, seed=config.data_seed,
+      image_size=config.image_size or None,
       progress=processes.shows_progress())
   if config.num_validation:
     dataset, *held_out = datasets.split_validation(

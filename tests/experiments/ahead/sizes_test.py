@@ -30,6 +30,7 @@ def test_official(name, train, test, classes):
 @pytest.mark.parametrize('fields', [
     {'dataset': 'digits'},
     {'dataset': 'digits', 'num_train': 100, 'num_test': 50},
+    {'dataset': 'digits', 'image_size': 4},
     {'dataset': 'npz', 'num_validation': 5}])
 def test_is_what_loading_finds(tmp_path, fields):
   path = ''
@@ -39,7 +40,7 @@ def test_is_what_loading_finds(tmp_path, fields):
   found = sizes.dataset(run)
   wanted = datasets.load(
       run.dataset, npz_path=path or None, num_train=run.num_train or None,
-      num_test=run.num_test or None)
+      num_test=run.num_test or None, image_size=run.image_size or None)
   held_out = [np.zeros(0)] * 2
   if run.num_validation:
     wanted, *held_out = datasets.split_validation(

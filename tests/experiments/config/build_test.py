@@ -157,8 +157,9 @@ EDGES = {
      'eval.batch_size', 'eval.num_steps', 'eval.num_train', 'model.width',
      'log_every_steps', 'guard.stretch_steps'): (1, 0),
     ('seed', 'data_seed', 'num_train', 'num_test', 'num_validation',
-     'augmentation.pad', 'augmentation.cutout', 'awp.warmup_epochs',
-     'awp.warmup_steps', 'checkpoint_every_steps', 'early_stopping_epochs',
+     'image_size', 'augmentation.pad', 'augmentation.cutout',
+     'awp.warmup_epochs', 'awp.warmup_steps', 'checkpoint_every_steps',
+     'early_stopping_epochs',
      'guard.grace_steps', 'guard.most_shrinks'): (0, -1),
     ('ema_decay', 'label_smoothing'): (0.0, -1e-9)}
 

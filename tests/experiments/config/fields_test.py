@@ -73,6 +73,7 @@ TABLE = {
     'npz_path': Row('a.npz', {'load.npz_path': 'a.npz'}),
     'num_train': Row(48, {'load.num_train': 48}),
     'num_test': Row(24, {'load.num_test': 24}),
+    'image_size': Row(4, {'load.image_size': 4}),
     'num_validation': Row(8, shorter(
         12, 3, validation=[(8, 0)], validation_n=8, sizes=[16],
         validation_key=eval_key(0, 5, 2), updates=updates(at=rates(3)))),

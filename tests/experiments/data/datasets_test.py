@@ -39,6 +39,26 @@ def test_describe_is_json():
   assert facts['num_classes'] == 10
 
 
+def test_images_of_averaged_squares():
+  """The same examples and normalization; each pixel is a mean, rounded."""
+  stored = datasets.load('digits', num_train=30, num_test=20)
+  small = datasets.load('digits', num_train=30, num_test=20, image_size=4)
+  assert small.x_train.shape == (30, 4, 4, 1)
+  assert (small.mean, small.std) == (stored.mean, stored.std)
+  for part in ('train', 'test'):
+    whole, images = (
+        getattr(found, f'x_{part}') for found in (stored, small))
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(
+        getattr(stored, f'y_{part}'), getattr(small, f'y_{part}'))
+    for n, i, j in np.ndindex(len(images), 4, 4):
+      four = whole[n, 2 * i:2 * i + 2, 2 * j:2 * j + 2, 0].tolist()
+      assert images[n, i, j, 0] == round(sum(map(sum, four)) / 4)
+  np.testing.assert_array_equal(
+      datasets.load('digits', num_train=30, image_size=8).x_train,
+      stored.x_train)
+
+
 @pytest.mark.parametrize(('name', 'near'), [
     ('cifar-10', 'cifar10'), ('cifar_100', 'cifar100'), ('digit', 'digits')])
 def test_unknown_name(name, near):
@@ -52,6 +72,9 @@ def test_unknown_name(name, near):
     ({'num_test': 798}, 'num_test must be at most 797.*798'),
     ({'num_test': 2.5}, r'num_test.*2\.5'),
     ({'seed': -1}, 'seed.*-1'),
+    ({'image_size': 0}, 'image_size.*>= 1, got 0'),
+    ({'image_size': 3}, r'divide.*got 3 for images of 8 x 8 \(digits\)'),
+    ({'image_size': 16}, 'divide.*got 16 for images of 8 x 8'),
     ({'npz_path': 'a.npz'}, r"requires data set 'npz', got 'a\.npz'"),
 ])
 def test_bad_numbers(options, message):

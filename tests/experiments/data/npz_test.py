@@ -143,3 +143,22 @@ def test_npz_not_an_archive(tmp_path):
     np.save(file, np.zeros(3))
   with pytest.raises(datasets.DataError, match=r'not a readable \.npz'):
     datasets.load('npz', npz_path=str(path))
+
+
+def test_averaged_squares_of_floats_in_any_number_of_chunks(
+    tmp_path, monkeypatch):
+  content = good_npz()
+  for part in ('x_train', 'x_test'):
+    content[part] = np.random.default_rng(1).random(
+        (40, 6, 6, 2), np.float32)[:len(content[part])]
+  monkeypatch.setattr(arrays, '_CHUNK', 7)
+  dataset = load_npz(tmp_path, content, image_size=2)
+  assert dataset.x_train.dtype == np.float32
+  np.testing.assert_allclose(
+      dataset.x_train[9, 1, 0], content['x_train'][9, 3:, :3].mean((0, 1)),
+      rtol=1e-6)
+  np.testing.assert_allclose(
+      dataset.x_test.mean((1, 2)), content['x_test'].mean((1, 2)), rtol=1e-6)
+  with pytest.raises(
+      arrays.DataError, match=r'square images, got 1 for images of 5 x 4'):
+    load_npz(tmp_path, good_npz(), image_size=1)
