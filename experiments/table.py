@@ -7,6 +7,8 @@ Every run is a separate process. Finished runs are not repeated, stopped runs
 resume from their last checkpoint, and failed runs are listed in the table with
 the reason. After Ctrl-C or SIGTERM, the current run saves a checkpoint first.
 `--config.NAME=VALUE` changes a field of every run. `--only_table` runs nothing.
+Below it are the differences between runs of the same seed, with 95 % confidence
+intervals, to the row of `--baseline` (default: the first).
 A seed sets the initial weights, the order of images and the noise. The choice
 of images depends only on `--config.data_seed`, 0 by default.
 The table covers all runs in the workdir, including those of other processes
@@ -27,13 +29,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.reports import comparison, curves
-from experiments.sweeps import jobs, published, records, runner
+from experiments.sweeps import jobs, pairs, published, records, runner
 from experiments.util import atomic, console, paths
 from experiments.util.errors import UserError
 
 #: Key of `records.measure` -> heading.
 COLUMNS = {
-    'best': 'best', 'last': 'last 6', 'natural': 'natural', 'gap': 'gap',
+    'best': 'best', 'final': 'final', 'last': 'last 6', 'natural': 'natural',
+    'gap': 'gap',
     'autoattack': 'AutoAttack', 'seconds_per_step': 's/step',
     'seconds_per_epoch': 's/epoch'}
 
@@ -42,11 +45,16 @@ PUBLISHED = ('best', 'last', 'natural', 'autoattack')
 
 LEGEND = (
     'Mean ± standard deviation over seeds. Accuracies are in percent on test '
-    'images. best: robust accuracy at the best evaluation; last 6: mean robust '
-    'accuracy of the last six evaluations; natural: natural accuracy at the '
-    'best evaluation; gap: robust accuracy on training images minus that on '
-    'test images at the last evaluation; s/step, s/epoch: seconds of training. '
-    'Unfinished runs have separate rows.')
+    'images. best, final: robust accuracy at the best and at the last '
+    'evaluation; last 6: its mean over the last six; natural: natural accuracy '
+    'at the best evaluation; gap: robust accuracy on training images minus '
+    'that on test images at the last evaluation; s/step, s/epoch: seconds of '
+    'training. Unfinished runs have separate rows.')
+
+PAIRS_LEGEND = (
+    "Differences to {baseline} in points, between runs of the same seed: mean "
+    "and Student's 95 % confidence interval. best is the largest of several "
+    'noisy values in both runs.')
 
 
 def rows(groups: dict[str, list[records.Record]]) -> list[list[str]]:
@@ -75,6 +83,28 @@ def _cell(key: str, values: Sequence[float | None]) -> str:
   if key.startswith('seconds'):
     return f'{statistics.mean(numbers):.3g}'
   return comparison.mean_and_spread(numbers)
+
+
+def pair_rows(found: pairs.Pairs) -> list[list[str]]:
+  """The cells of the table of differences."""
+  keys = [key for key in pairs.COMPARED if any(
+      key in values for values in found.differences.values())]
+  table = [['config', 'pairs', *(COLUMNS[key] for key in keys)]]
+  for name, values in found.differences.items():
+    count = max(value.size for value in values.values())
+    table.append([name, str(count), *(
+        _interval(values.get(key), count) for key in keys)])
+  return table
+
+
+def _interval(value: pairs.Interval | None, count: int) -> str:
+  if value is None:
+    return '-'
+  text = f'{value.mean:+.2f}'
+  if value.size > 1:
+    text += f' ({value.low:+.2f} to {value.high:+.2f})'
+  return text if value.size == count else (
+      f'{text}, {value.size} of {count} pairs')
 
 
 def _progress(run: records.Record) -> str:
@@ -106,7 +136,9 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
   return '\n'.join([lines[0], '|---' * len(cells[0]) + '|', *lines[1:]])
 
 
-def as_json(groups: dict[str, list[records.Record]]) -> dict[str, Any]:
+def as_json(
+    groups: dict[str, list[records.Record]],
+    found: pairs.Pairs) -> dict[str, Any]:
   """The contents of `table.json`."""
   return {
       name: {
@@ -115,36 +147,48 @@ def as_json(groups: dict[str, list[records.Record]]) -> dict[str, Any]:
           'published': published.find(runs[0].label),
           'runs': [
               {'name': run.name, 'seed': run.seed, **run.state._asdict(),
-               'measured': run.measured} for run in runs]}
+               'measured': run.measured} for run in runs],
+          **({'baseline': found.baseline, 'differences': {
+              key: value._asdict()
+              for key, value in found.differences[name].items()}}
+             if name in found.differences else {})}
       for name, runs in groups.items()}
 
 
-def write(workdir: paths.Path, listed: Sequence[str]) -> str:
+def write(
+    workdir: paths.Path, listed: Sequence[str], baseline: str = '') -> str:
   """Writes `table.md`, `table.json` and `table.png`.
 
   Args:
     workdir: with the runs.
     listed: names of the runs listed first, in this order, even if they never
       started. All others in the folder follow.
+    baseline: as in `pairs.against`.
 
   Returns:
     The table as text.
   """
   names = dict.fromkeys([*listed, *runner.find_runs(workdir)])
   groups = records.group([records.read(workdir, name) for name in names])
-  cells, remarks = rows(groups), notes(groups)
+  found = pairs.against(groups, baseline)
+  parts: list[list[list[str]] | str] = [rows(groups), LEGEND]
+  if found.differences:
+    parts += [
+        pair_rows(found), PAIRS_LEGEND.format(baseline=found.baseline)]
+  parts += notes(groups)
   atomic.write_text(workdir / 'table.md', '\n\n'.join(
-      [markdown(cells), LEGEND, *remarks]) + '\n')
-  atomic.write_text(
-      workdir / 'table.json', json.dumps(as_json(groups), indent=2) + '\n')
+      part if isinstance(part, str) else markdown(part)
+      for part in parts) + '\n')
+  atomic.write_text(workdir / 'table.json', json.dumps(
+      as_json(groups, found), indent=2) + '\n')
   shown = {
       name: lines for name, runs in groups.items()
       if (lines := records.mean_lines(runs))}
   if shown:
     curves.plot_comparison(shown, workdir / 'table.png')
-  return '\n'.join([
-      console.table(cells), '',
-      *(textwrap.fill(text, 80) for text in (LEGEND, *remarks))])
+  return '\n\n'.join(
+      textwrap.fill(part, 80) if isinstance(part, str) else console.table(part)
+      for part in parts)
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -155,6 +199,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument(
       '--seeds', default='0', help='separated by commas; default: 0')
   parser.add_argument('--workdir', required=True)
+  parser.add_argument(
+      '--baseline', default='',
+      help='row of the table that the others are compared with, seed by seed; '
+      'default: the first finished one')
   parser.add_argument(
       '--only_table', action='store_true',
       help='only write the table; run nothing')
@@ -169,6 +217,16 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   if not options.configs and not options.only_table:
     parser.error('--configs is missing; only --only_table works without it.')
   return options, rest
+
+
+def _check_baseline(baseline: str, names: Sequence[str]) -> None:
+  """Raises UserError unless a run of that row is listed or stored."""
+  labels = dict.fromkeys(
+      parsed[0] for parsed in map(jobs.parse_name, names) if parsed)
+  # Rows of one config with other fields are named with primes.
+  if baseline and baseline.rstrip("'") not in labels:
+    raise UserError(
+        f'--baseline must be one of {", ".join(labels)}, got {baseline!r}.')
 
 
 def main(
@@ -194,14 +252,15 @@ def main(
     if options.only_table and not listed and not runner.find_runs(workdir):
       raise UserError(f'{str(workdir)!r} holds no runs.')
     names = [job.name for job in listed]
+    _check_baseline(options.baseline, [*names, *runner.find_runs(workdir)])
     stopped = None
     if not options.only_table:
       # Keeps the table up to date during the sweep.
       stopped = runner.run_jobs(
           listed, workdir, overrides, script,
-          after_each=lambda: write(workdir, names))
+          after_each=lambda: write(workdir, names, options.baseline))
     workdir.mkdir(parents=True, exist_ok=True)
-    print(f'\n{write(workdir, names)}')
+    print(f'\n{write(workdir, names, options.baseline)}')
   except (UserError, OSError) as error:
     console.complain(error)
     return 2

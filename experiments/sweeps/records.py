@@ -80,8 +80,9 @@ def measure(
     folder: its folder, which may contain an `evaluation.json`.
 
   Returns:
-    'best', 'last' (the mean of the last six evaluations), 'natural' (at the
-    best epoch), 'gap' and, if evaluated, 'autoattack', in percent;
+    'best', 'final' (at the last evaluation), 'last' (the mean of the last six
+    evaluations), 'natural' (at the best epoch), 'gap' and, if evaluated,
+    'autoattack', in percent;
     'seconds_per_step' and 'seconds_per_epoch' of training. Empty before the
     first evaluation.
   """
@@ -94,6 +95,7 @@ def measure(
       math.ceil(line['images'] / config['batch_size']) for line in lines)
   measured = {
       'best': 100 * best['robust_accuracy'],
+      'final': 100 * last['robust_accuracy'],
       'last': 100 * last['mean_of_last_6'],
       'natural': 100 * best['natural_accuracy'],
       'gap': 100 * values['robust_generalisation_gap'],

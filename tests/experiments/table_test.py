@@ -63,6 +63,8 @@ def test_other_names(name):
     (['--workdir=w', '--configs=here.py', '--config.epochs', '1'],
      "'--config.epochs'"),
     (['--workdir=w', '--only_table'], "'w' holds no runs"),
+    (['--workdir=w', '--configs=here.py', '--baseline=there'],
+     "--baseline must be one of here, got 'there'"),
     (['--workdir=here.py', '--configs=here.py'], 'File exists'),
 ])
 def test_wrong_arguments(arguments, shown, tmp_path, monkeypatch, capsys):
@@ -142,7 +144,7 @@ def test_measured(tmp_path):
   config = {'select_on': 'test', 'batch_size': 16}
   measured = records.measure(LINES, config, tmp_path)
   assert measured == pytest.approx({
-      'best': 50.0, 'natural': 62.5, 'gap': 25.0,
+      'best': 50.0, 'natural': 62.5, 'gap': 25.0, 'final': 12.5,
       'last': 100 * (0.5 + 0.5 + 0.375 + 0.25 + 0.25 + 0.125) / 6,
       # 40 images are two batches of 16 and one of 8.
       'seconds_per_step': 2.0 / 3, 'seconds_per_epoch': 2.0}, rel=1e-12)
@@ -161,6 +163,7 @@ def test_rows_of_several_seeds():
   cells = dict(zip(head, mean, strict=True))
   deviation = statistics.stdev([50, 25])
   assert cells['best'] == f'37.50 ± {deviation:.2f}'
+  assert cells['final'] == f'18.75 ± {statistics.stdev([12.5, 25]):.2f}'
   assert cells['seeds'] == '0, 1' and cells['state'] == 'finished'
   assert cells['s/step'] == '0.667' and cells['s/epoch'] == '2'
   # Each published number is to the right of the measured one.
