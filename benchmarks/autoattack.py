@@ -34,14 +34,24 @@ sys.path.insert(0, str(ROOT))
 SIZES = {'ours': (16, 32, 64, 128), 'reference': (50, 100, 250, 500)}
 
 
-def load_images(data_dir: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-  """First `count` test images of CIFAR-10, [N, 32, 32, 3] in [0, 1]."""
+def load_images(
+    data_dir: str, count: int, image_size: int = 32
+) -> tuple[np.ndarray, np.ndarray]:
+  """First `count` test images of CIFAR-10, [N, H, W, 3] in [0, 1].
+
+  Smaller images than 32 x 32 are averaged as by the config field `image_size`.
+  """
   import tensorflow_datasets as tfds
+
+  from experiments.data import arrays
 
   source = tfds.data_source('cifar10', split='test', data_dir=data_dir)
   rows = [source[i] for i in range(count)]
-  images = np.stack([row['image'] for row in rows]).astype(np.float32) / 255
-  return images, np.asarray([row['label'] for row in rows], np.int32)
+  images = np.stack([row['image'] for row in rows])
+  images = arrays.averaged(
+      images, arrays.block_of(images.shape, image_size, 'CIFAR-10'))
+  return images.astype(np.float32) / 255, np.asarray(
+      [row['label'] for row in rows], np.int32)
 
 
 def run_ours(job: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +234,8 @@ def compare(arguments: argparse.Namespace) -> None:
       spawn('draw', job, sys.executable)
     files = []
     for name, count in (('all', arguments.count), ('few', arguments.trial)):
-      images, labels = load_images(arguments.data_dir, count)
+      images, labels = load_images(
+          arguments.data_dir, count, arguments.image_size)
       files.append(f'{folder}/{name}.npz')
       np.savez(files[-1], images=images, labels=labels)
     sizes = {}
@@ -273,6 +284,8 @@ def main() -> None:
   parser.add_argument('--epsilon', type=float, default=8 / 255)
   parser.add_argument('--version', default='standard')
   parser.add_argument('--count', type=int, default=1000)
+  parser.add_argument('--image_size', type=int, default=32,
+                      help='height and width; it divides 32')
   parser.add_argument('--trial', type=int, default=64,
                       help='examples used to choose the batch size')
   parser.add_argument('--sizes', type=int, nargs='*')

@@ -7,8 +7,8 @@ Every run is a separate process. Finished runs are not repeated, stopped runs
 resume from their last checkpoint, and failed runs are listed in the table with
 the reason. After Ctrl-C or SIGTERM, the current run saves a checkpoint first.
 `--config.NAME=VALUE` changes a field of every run. `--only_table` runs nothing.
-Below it are the differences between runs of the same seed, with 95 % confidence
-intervals, to the row of `--baseline` (default: the first).
+Below the table are the differences between runs of the same seed, with 95 %
+confidence intervals, to the row of `--baseline` (default: the first config).
 A seed sets the initial weights, the order of images and the noise. The choice
 of images depends only on `--config.data_seed`, 0 by default.
 The table covers all runs in the workdir, including those of other processes
@@ -18,6 +18,7 @@ with the same workdir: start one process per accelerator.
 import argparse
 from collections.abc import Sequence
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -53,8 +54,8 @@ LEGEND = (
 
 PAIRS_LEGEND = (
     "Differences to {baseline} in points, between runs of the same seed: mean "
-    "and Student's 95 % confidence interval. best is the largest of several "
-    'noisy values in both runs.')
+    "and Student's 95 % confidence interval. best is selected from several "
+    'noisy evaluations in both runs.')
 
 
 def rows(groups: dict[str, list[records.Record]]) -> list[list[str]]:
@@ -85,12 +86,12 @@ def _cell(key: str, values: Sequence[float | None]) -> str:
   return comparison.mean_and_spread(numbers)
 
 
-def pair_rows(found: pairs.Pairs) -> list[list[str]]:
+def pair_rows(found: pairs.Differences) -> list[list[str]]:
   """The cells of the table of differences."""
   keys = [key for key in pairs.COMPARED if any(
-      key in values for values in found.differences.values())]
+      key in values for values in found.intervals.values())]
   table = [['config', 'pairs', *(COLUMNS[key] for key in keys)]]
-  for name, values in found.differences.items():
+  for name, values in found.intervals.items():
     count = max(value.size for value in values.values())
     table.append([name, str(count), *(
         _interval(values.get(key), count) for key in keys)])
@@ -138,7 +139,7 @@ def markdown(cells: Sequence[Sequence[str]]) -> str:
 
 def as_json(
     groups: dict[str, list[records.Record]],
-    found: pairs.Pairs) -> dict[str, Any]:
+    found: pairs.Differences) -> dict[str, Any]:
   """The contents of `table.json`."""
   return {
       name: {
@@ -149,9 +150,10 @@ def as_json(
               {'name': run.name, 'seed': run.seed, **run.state._asdict(),
                'measured': run.measured} for run in runs],
           **({'baseline': found.baseline, 'differences': {
-              key: value._asdict()
-              for key, value in found.differences[name].items()}}
-             if name in found.differences else {})}
+              key: {name: number if math.isfinite(number) else None
+                    for name, number in value._asdict().items()}
+              for key, value in found.intervals[name].items()}}
+             if name in found.intervals else {})}
       for name, runs in groups.items()}
 
 
@@ -163,24 +165,34 @@ def write(
     workdir: with the runs.
     listed: names of the runs listed first, in this order, even if they never
       started. All others in the folder follow.
-    baseline: as in `pairs.against`.
+    baseline: as in `pairs.against`; '' selects the config that is listed first,
+      or else the first finished row.
 
   Returns:
     The table as text.
   """
   names = dict.fromkeys([*listed, *runner.find_runs(workdir)])
   groups = records.group([records.read(workdir, name) for name in names])
+  if not baseline and listed:
+    parsed = jobs.parse_name(listed[0])
+    baseline = parsed[0] if parsed else ''
   found = pairs.against(groups, baseline)
   parts: list[list[list[str]] | str] = [rows(groups), LEGEND]
-  if found.differences:
+  if found.intervals:
     parts += [
         pair_rows(found), PAIRS_LEGEND.format(baseline=found.baseline)]
+  elif len(groups) > 1 and not found.other_data:
+    parts.append(f'There are no differences to {found.baseline!r}: it has no '
+                 'finished run, or no other row has one of the same seed.')
+  if found.other_data:
+    parts.append(f'Not compared with {found.baseline}, because of other data: '
+                 f'{", ".join(found.other_data)}.')
   parts += notes(groups)
   atomic.write_text(workdir / 'table.md', '\n\n'.join(
       part if isinstance(part, str) else markdown(part)
       for part in parts) + '\n')
   atomic.write_text(workdir / 'table.json', json.dumps(
-      as_json(groups, found), indent=2) + '\n')
+      as_json(groups, found), indent=2, allow_nan=False) + '\n')
   shown = {
       name: lines for name, runs in groups.items()
       if (lines := records.mean_lines(runs))}
@@ -202,7 +214,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument(
       '--baseline', default='',
       help='row of the table that the others are compared with, seed by seed; '
-      'default: the first finished one')
+      'default: the first config')
   parser.add_argument(
       '--only_table', action='store_true',
       help='only write the table; run nothing')
@@ -226,7 +238,8 @@ def _check_baseline(baseline: str, names: Sequence[str]) -> None:
   # Rows of one config with other fields are named with primes.
   if baseline and baseline.rstrip("'") not in labels:
     raise UserError(
-        f'--baseline must be one of {", ".join(labels)}, got {baseline!r}.')
+        f'--baseline must be one of {", ".join(labels) or "the runs"}, got '
+        f'{baseline!r}.')
 
 
 def main(

@@ -130,15 +130,20 @@ def as_equation(conv: Convolution, equation: Any) -> Any:
 
 
 def is_sharded(equation: Any) -> bool:
-  """Whether an input or the output has axes of an explicit mesh in its type.
+  """Whether the types name axes of a mesh, which a rewritten equation drops.
 
-  Under `pmap` on jax 0.12 the types have a sharding over no axis.
+  That is the case with an explicit mesh, and in a `shard_map` that checks over
+  which axes values vary (`check_vma`). Under `pmap` on jax 0.12 types have a
+  sharding over no axis.
   """
+  variables = (*equation.invars, *equation.outvars)
+  if any(getattr(getattr(var.aval, 'manual_axis_type', None), 'varying', None)
+         for var in variables):
+    return True
   return any(
       any(sharding.spec) or getattr(sharding.spec, 'unreduced', None)
       for sharding in (
-          getattr(var.aval, 'sharding', None)
-          for var in (*equation.invars, *equation.outvars))
+          getattr(var.aval, 'sharding', None) for var in variables)
       if sharding is not None)
 
 

@@ -41,7 +41,8 @@ def cpu_convolutions(fn: Fn) -> Fn:
   Convolutions in float32 and bfloat16 take the forms of
   `awp_jax.core.convolution_forms`. Results change by rounding only. Apply it
   outside of differentiation, directly inside `jax.jit`, `jax.pmap` or
-  `jax.shard_map`:
+  `jax.shard_map`. With `check_vma=True`, the default of `jax.shard_map`,
+  nothing changes; pass False:
 
     step = jax.jit(awp_jax.cpu_convolutions(step))
 

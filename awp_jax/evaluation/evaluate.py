@@ -102,7 +102,7 @@ def _check_model(
 
   found = []
   if setting.own_model:
-    count = len(setting.labels)  # the rows after it repeat the last one
+    count = min(rows.size, len(setting.labels))  # further rows are repeated
     found += diagnostics.check_attack_model(*(
         np.asarray(model.logits(place(batch), keys))[:count]
         for model in (setting.model, setting.verdicts.model)))

@@ -60,8 +60,8 @@ class Verdicts(NamedTuple):
     distances: from the natural images, [n].
     outside: whether it has a NaN or is outside ball or box, [n].
     nonfinite: whether its logits are not finite, [n].
-    close: whether it is inside and the logit of the true class is ahead by less
-      than `CLOSE` times `VerdictSettings.spread`, or not ahead, [n].
+    close: whether it is inside and the logit of the true class is ahead by at
+      most `CLOSE` times `VerdictSettings.spread`, or not ahead, [n].
   """
 
   broken: np.ndarray
@@ -198,7 +198,7 @@ def _verdicts(
           labels.size, -1), axis=-1)
   inside = near & boxed
   nonfinite = ~jnp.all(jnp.isfinite(logits), axis=-1)
-  close = inside & (margins(logits, labels) > -CLOSE * spread)
+  close = inside & (margins(logits, labels) >= -CLOSE * spread)
   broken = inside & misclassified(logits, labels)
   return broken, distances, ~inside, nonfinite, close
 

@@ -54,9 +54,9 @@ def dataset(config: ml_collections.ConfigDict) -> datasets.Dataset:
           f'{number}.')
   height, width, channels = found.x_train.shape[1:]
   if config.image_size:
-    side = arrays.side_of_blocks(
+    block = arrays.block_of(
         found.x_train.shape, config.image_size, config.dataset)
-    height, width = height // side, width // side
+    height, width = height // block, width // block
   return _dataset(
       config.dataset, (config.num_train or num_train) - config.num_validation,
       config.num_test or num_test, (height, width, channels),

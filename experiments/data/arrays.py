@@ -211,9 +211,9 @@ def stratified(
   return np.sort(np.concatenate(picked))
 
 
-def side_of_blocks(
+def block_of(
     shape: tuple[int, ...], image_size: int, source: str) -> int:
-  """The side of the squares of pixels that `averaged` averages.
+  """The number of pixels along each side of a square that becomes one pixel.
 
   Args:
     shape: [..., H, W, C] of the images.
@@ -234,23 +234,23 @@ def side_of_blocks(
   return height // image_size
 
 
-def averaged(x: np.ndarray, side: int) -> np.ndarray:
+def averaged(x: np.ndarray, block: int) -> np.ndarray:
   """Images of means over squares of pixels.
 
   Args:
     x: images [N, H, W, C], uint8 or floating point.
-    side: of the squares; it divides H and W.
+    block: pixels along each side of a square; it divides H and W.
 
   Returns:
-    [N, H / side, W / side, C] of the same type. Means of uint8 pixels are
+    [N, H / block, W / block, C] of the same type. Means of uint8 pixels are
     rounded to the nearest whole number, halves to the even one.
   """
   num, height, width, channels = x.shape
-  small = np.empty((num, height // side, width // side, channels), x.dtype)
+  small = np.empty((num, height // block, width // block, channels), x.dtype)
   start = 0
   for chunk in chunks(x):
     means = chunk.reshape(
-        len(chunk), height // side, side, width // side, side, channels
+        len(chunk), height // block, block, width // block, block, channels
     ).mean(axis=(2, 4), dtype=np.float64)
     small[start:start + len(chunk)] = (
         np.rint(means) if x.dtype == np.uint8 else means)

@@ -133,11 +133,11 @@ def load(
     return dataset
   with user_errors():
     checks.count('image_size', image_size)
-  side = arrays_lib.side_of_blocks(
+  block = arrays_lib.block_of(
       dataset.x_train.shape, int(image_size), dataset.name)
   return dataset._replace(
-      x_train=arrays_lib.averaged(dataset.x_train, side),
-      x_test=arrays_lib.averaged(dataset.x_test, side))
+      x_train=arrays_lib.averaged(dataset.x_train, block),
+      x_test=arrays_lib.averaged(dataset.x_test, block))
 
 
 def split_validation(

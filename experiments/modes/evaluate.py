@@ -79,9 +79,10 @@ def evaluate(run: run_lib.Run) -> dict[str, Any]:
       'dataset': datasets.describe(run.dataset), 'seed': config.seed,
       'subjects': subjects}
   processes.on_main(lambda: _write(values, run.workdir / 'evaluation.json'))
-  print(f'\n{run.dataset.name}, {config.threat.norm}, epsilon '
-        f'{config.threat.epsilon:.4f}, {num_examples} test images, evaluated '
-        f'in {precision.PRECISION}\n')
+  height, width = run.dataset.x_test.shape[1:3]
+  print(f'\n{run.dataset.name}, {height} x {width} pixels, '
+        f'{config.threat.norm}, epsilon {config.threat.epsilon:.4f}, '
+        f'{num_examples} test images, evaluated in {precision.PRECISION}\n')
   print(_table(subjects))
   return values
 

@@ -132,10 +132,12 @@ def run_all(
     landscapes[name] = measure(run)
     processes.on_main(functools.partial(page.write_or_warn, run, 'landscape'))
   print(f'\n{console.table(tables.flatness(landscapes))}\n')
-  if len({json.dumps([values['threat'], values['attack']])
-          for values in landscapes.values()}) > 1:
-    print('The runs differ in threat model or attack, so their curves are not '
-          'comparable.\n')
+  if len({json.dumps([
+      values['threat'], values['attack'],
+      {key: value for key, value in values['dataset'].items()
+       if key != 'source'}]) for values in landscapes.values()}) > 1:
+    print('The runs differ in threat model, attack or data, so their curves '
+          'are not comparable.\n')
   if len(landscapes) > 1:
     together = folders[0] / 'figures' / 'landscapes'
     processes.on_main(lambda: panels.landscapes(together, landscapes))

@@ -168,9 +168,9 @@ class Stored(NamedTuple):
 class Reader:
   """Reads the newest complete checkpoint of one kind.
 
-  The trainer may save at the same time, in another process. (orbax numbers its
-  operations per process; a read while a save starts leaves the save waiting.)
-  Nothing is written, removed or locked.
+  The trainer may save at the same time, in another process. Do not read in the
+  process that is saving: orbax numbers its operations per process, so the save
+  could hang. Nothing is written, removed or locked.
   """
 
   def __init__(self, workdir: paths.Path, kind: str) -> None:

@@ -1,7 +1,8 @@
 """Paired differences between two groups of runs with the same seeds.
 
-Runs of one seed share the images, the initial weights and the order of batches.
-Their difference varies less than each of them, so the claim that a method helps
+Runs of one seed share the images, the initial weights and the order of batches,
+if their configs have the same data and network. Their difference usually varies
+less than that of two runs of different seeds, so the claim that a method helps
 is judged by the differences of pairs.
 
   >>> found = interval([1.0, 2.0, 3.0])
@@ -12,7 +13,7 @@ is judged by the differences of pairs.
 from collections.abc import Mapping, Sequence
 import math
 import statistics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -20,6 +21,10 @@ from experiments.sweeps.records import Record
 
 #: Keys of `records.measure` that are compared.
 COMPARED = ('best', 'final', 'last', 'natural', 'gap', 'autoattack')
+
+#: Fields of a config that select the images.
+_DATA = ('dataset', 'npz_path', 'data_seed', 'num_train', 'num_test',
+         'num_validation', 'image_size')
 
 
 class Interval(NamedTuple):
@@ -38,16 +43,19 @@ class Interval(NamedTuple):
   size: int
 
 
-class Pairs(NamedTuple):
+class Differences(NamedTuple):
   """Differences of several groups to one.
 
   Attributes:
-    baseline: its name.
-    differences: name of each other group -> key -> interval.
+    baseline: name of the group that is subtracted.
+    intervals: name of each other group -> key -> interval.
+    other_data: names of groups that are not compared, because their images are
+      not those of the baseline.
   """
 
   baseline: str
-  differences: dict[str, dict[str, Interval]]
+  intervals: dict[str, dict[str, Interval]]
+  other_data: tuple[str, ...] = ()
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -91,7 +99,7 @@ def differences(
 
 
 def against(
-    groups: Mapping[str, Sequence[Record]], baseline: str = '') -> Pairs:
+    groups: Mapping[str, Sequence[Record]], baseline: str = '') -> Differences:
   """`differences` of all finished groups to one of them.
 
   Args:
@@ -105,9 +113,16 @@ def against(
   finished = {name: runs for name, runs in groups.items()
               if runs[0].state.kind == 'finished'}
   baseline = baseline or next(iter(finished), '')
+  subtracted = finished.pop(baseline, [])
+  data = _data(subtracted)
   found = {
-      name: differences(runs, finished[baseline])
-      for name, runs in finished.items() if name != baseline
-  } if baseline in finished else {}
-  return Pairs(baseline, {
-      name: values for name, values in found.items() if values})
+      name: differences(runs, subtracted) for name, runs in finished.items()
+      if _data(runs) == data}
+  return Differences(
+      baseline, {name: values for name, values in found.items() if values},
+      tuple(name for name in finished if subtracted and name not in found))
+
+
+def _data(runs: Sequence[Record]) -> list[Any]:
+  """The values of the fields that select the images."""
+  return [runs[0].config.get(name) for name in _DATA] if runs else []

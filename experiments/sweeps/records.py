@@ -54,7 +54,8 @@ def read(workdir: paths.Path, name: str) -> Record:
     The record.
 
   Raises:
-    UserError: if the name is not that of a run.
+    UserError: if the name is not that of a run, or names another seed than the
+      run's config.
   """
   parsed = jobs.parse_name(name)
   if parsed is None:
@@ -62,6 +63,11 @@ def read(workdir: paths.Path, name: str) -> Record:
   config = runner.read_config(workdir / name)
   if config:
     config = workdirs.with_defaults(config)
+    if config['seed'] != parsed[1]:
+      raise UserError(
+          f'{workdir / name} must hold a run of seed {parsed[1]}, as its name '
+          f'says, got seed {config["seed"]!r}: rename it, or train with '
+          f'--config.seed={parsed[1]}.')
   lines = metrics.read_metrics(workdir / name)
   return Record(
       name, *parsed, runner.state_of(workdir, name), config, lines,

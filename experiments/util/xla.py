@@ -27,8 +27,10 @@ def use_onednn() -> None:
 
   XLA reads the flags when JAX first uses a device, so call this before.
   """
-  os.environ['XLA_FLAGS'] = with_onednn(
-      os.environ.get('XLA_FLAGS', ''), metadata.version('jaxlib'))
+  given = os.environ.get('XLA_FLAGS', '')
+  wanted = with_onednn(given, metadata.version('jaxlib'))
+  if wanted != given:
+    os.environ['XLA_FLAGS'] = wanted
 
 
 def with_onednn(flags: str, jaxlib: str) -> str:

@@ -5,7 +5,7 @@ import itertools
 import re
 
 import jax
-from jax import lax
+from jax import export, lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -246,9 +246,52 @@ def test_inside_shard_map():
   x, kernel = ones_and_zeros(0, (4, 4, 4, 2)), ones_and_zeros(1, (3, 3, 2, 2))
   mapped = jax.shard_map(
       lambda x: jax.grad(lambda x: jnp.sum(conv(x, kernel, 2) ** 2))(x),
-      mesh=mesh, in_specs=spec('batch'), out_specs=spec('batch'))
+      mesh=mesh, in_specs=spec('batch'), out_specs=spec('batch'),
+      check_vma=False)
   assert dilated(mapped, x) == 1
   assert not dilated(awp_jax.cpu_convolutions(mapped), x)
+
+
+@pytest.mark.parametrize('size, stride', [(2, 1), (4, 1), (8, 2)])
+def test_inside_and_around_a_checked_shard_map(size, stride, monkeypatch):
+  """Types name the axes over which values vary: no convolution changes."""
+  monkeypatch.setattr(forms, '_FEWEST_TAPS', 1)
+  monkeypatch.setattr(forms, '_MOST_BYTES', 200)
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ('batch',))
+  spec = jax.sharding.PartitionSpec
+  x = ones_and_zeros(0, (4, size, size, 4))
+  kernel = ones_and_zeros(1, (3, 3, 4, 4))
+
+  def grad(x, kernel):
+    return jax.grad(
+        lambda x, k: jnp.sum(conv(x, k, stride) ** 2), (0, 1))(x, kernel)
+
+  def mapped(fn):
+    return jax.shard_map(
+        fn, mesh=mesh, in_specs=(spec('batch'), spec()),
+        out_specs=(spec('batch'), spec()), check_vma=True)
+
+  want = jax.jit(mapped(grad))(x, kernel)
+  for fn in (awp_jax.cpu_convolutions(mapped(grad)),
+             mapped(awp_jax.cpu_convolutions(grad))):
+    jax.tree.map(np.testing.assert_array_equal, want, jax.jit(fn)(x, kernel))
+
+
+@pytest.mark.parametrize('size', [2, 4, 16])
+def test_a_symbolic_batch(size):
+  """As in exported programs, whose batch is not known."""
+  kernel = ones_and_zeros(1, (3, 3, 2, 2))
+
+  def grad(x):
+    return jax.grad(
+        lambda x, k: jnp.sum(conv(x, k) ** 2), (0, 1))(x, kernel)
+
+  batch, = export.symbolic_shape('b')
+  x = jax.ShapeDtypeStruct((batch, size, size, 2), np.float32)
+  exported = export.export(jax.jit(awp_jax.cpu_convolutions(grad)))(x)
+  images = ones_and_zeros(0, (3, size, size, 2))
+  jax.tree.map(
+      np.testing.assert_array_equal, exported.call(images), grad(images))
 
 
 def test_explicit_sharding_stays():
@@ -337,8 +380,9 @@ def test_precision_of_the_products():
     return jnp.sum(conv(conv(conv(x, kernel), tap, 2, 0), kernel) ** 2)
 
   with jax.default_matmul_precision('float32'):
-    text = str(jax.make_jaxpr(awp_jax.cpu_convolutions(
-        jax.grad(run, (0, 1, 2))))(x, kernel, tap))
+    closed = jax.make_jaxpr(jax.grad(run, (0, 1, 2)))(x, kernel, tap)
+  # Outside, where the default is another one.
+  text = str(rewriting.with_cpu_convolutions(closed))
   products = re.findall(r'(?:dot_general|conv_general_dilated)\[', text)
   assert len(products) > 8
   assert text.count('precision=(Precision.HIGHEST') == len(products)
@@ -445,6 +489,12 @@ def test_large_kernels_are_summed_in_pieces(monkeypatch):
   for form, (x, kernel, _) in zip(cases, arguments, strict=True):
     text = jax.jit(awp_jax.cpu_convolutions(form)).lower(x, kernel).as_text()
     assert text.count('stablehlo.convolution') == 3  # 2,772 bytes
+  # In parts of the output features, by residues, and of the batch.
+  for form, (x, kernel, y), count in zip(
+      cases, arguments, (8, 8, 8), strict=True):
+    backward = awp_jax.cpu_convolutions(jax.vjp(form, x, kernel)[1])
+    text = jax.jit(backward).lower(y).as_text()
+    assert text.count('stablehlo.convolution') == count
   want, got = jax.jit(everything)(arguments), jax.jit(faster)(arguments)
   for case, (a, b) in enumerate(zip(want, got, strict=True)):
     for name, plain, new in zip(('y', 'x', 'kernel'), a, b, strict=True):
@@ -454,9 +504,14 @@ def test_large_kernels_are_summed_in_pieces(monkeypatch):
 
 @pytest.mark.parametrize('x, kernel, count', [
     ((32, 4, 4, 512), (3, 3, 512, 512), 8),  # 9.4 MB
+    ((64, 34, 34, 32), (32, 32, 32, 64), 8),  # 8.4 MB; 7 do not divide 32
+    ((64, 34, 34, 31), (32, 32, 31, 64), 7),  # nor does any up to 13 divide 31
     ((32, 8, 8, 256), (3, 3, 256, 256), 2),
     ((32, 16, 16, 128), (3, 3, 128, 128), 1),
     ((1, 4, 4, 512), (3, 3, 512, 512), 1),  # 16 outputs
+    ((1, 4, 6, 512), (3, 3, 512, 512), 8),  # 24
+    ((9, 9, 9, 640), (1, 1, 640, 512), 1),  # 5 << 18 bytes
+    ((9, 9, 9, 641), (1, 1, 641, 512), 2),
     ((2, 8, 8, 20), (100, 100, 20, 900), 20),  # not more than features
     ((64, 64, 64, 64), (64, 64, 64, 64), 32)])
 def test_number_of_pieces(x, kernel, count, monkeypatch):
@@ -471,8 +526,20 @@ def test_number_of_pieces(x, kernel, count, monkeypatch):
   assert (form is not None) == (count > 1)
   half = jax.ShapeDtypeStruct(kernel, jnp.bfloat16)
   assert forms.pieces(parameters, lhs, half) == 1
+  monkeypatch.setattr(forms, '_FEWEST_TAPS', kernel[0] ** 2)
+  assert forms.pieces(parameters, lhs, rhs) == count
   monkeypatch.setattr(forms, '_FEWEST_TAPS', kernel[0] ** 2 + 1)
   assert forms.pieces(parameters, lhs, rhs) == 1
+
+
+@pytest.mark.parametrize('taps, old', [(14, 1), (15, 2)])
+def test_fewest_taps_of_each_release(taps, old):
+  parameters = convolution.parameters(jax.make_jaxpr(conv)(
+      jnp.ones((1, 32, 32, 2)), jnp.ones((3, 3, 2, 1))).eqns[0].params)
+  count = forms.pieces(
+      parameters, jax.ShapeDtypeStruct((1, 32, 32, 50), np.float32),
+      jax.ShapeDtypeStruct((taps, taps, 50, 40), np.float32))
+  assert count == (2 if jax.__version_info__ >= (0, 11) else old)
 
 
 @pytest.mark.parametrize('size, taps, form', [

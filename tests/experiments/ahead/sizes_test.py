@@ -71,6 +71,7 @@ def test_extra_images(tmp_path):
     ({'num_train': 60_000}, 'num_train must be at most 50000'),
     ({'num_test': 10_001}, 'num_test must be at most 10000'),
     ({'num_train': 50, 'num_validation': 50}, 'at most 49'),
+    ({'dataset': 'digits', 'image_size': 3}, 'divide.*got 3 for .*8 x 8'),
     ({'dataset': 'npz', 'npz_path': '/nowhere.npz'}, 'does not exist'),
     ({'dataset': 'npz', 'npz_path': __file__}, 'not a readable .npz')])
 def test_errors(fields, message):

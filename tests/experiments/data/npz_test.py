@@ -162,3 +162,16 @@ def test_averaged_squares_of_floats_in_any_number_of_chunks(
   with pytest.raises(
       arrays.DataError, match=r'square images, got 1 for images of 5 x 4'):
     load_npz(tmp_path, good_npz(), image_size=1)
+
+
+def test_means_of_whole_pixels_are_rounded_to_even():
+  pairs = np.array([[0, 1], [1, 2], [254, 255]], np.uint8)
+  small = arrays.averaged(np.stack([pairs] * 2, 1)[..., None], 2)
+  assert small.ravel().tolist() == [0, 2, 254]
+
+
+def test_means_are_those_in_double_precision():
+  x = np.random.default_rng(0).random((2, 96, 96, 1), np.float32)
+  np.testing.assert_array_equal(
+      arrays.averaged(x, 96).ravel(),
+      x.mean((1, 2, 3), dtype=np.float64).astype(np.float32))

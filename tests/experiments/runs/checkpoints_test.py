@@ -159,6 +159,15 @@ def test_reader_changes_nothing_beside_a_save_under_way(tmp_path):
   assert contents(tmp_path) == before
 
 
+def test_newest_of_two_and_none_of_a_half(tmp_path, third):
+  reader = checkpoints.Reader(tmp_path, 'last')
+  shutil.copytree(third / '3', third / '10')
+  assert reader.step() == 10
+  for step in ('3', '10'):  # half deleted
+    (third / step / checkpoints._COMPLETE).unlink()
+  assert reader.step() is None
+
+
 def test_reader_makes_no_folder(tmp_path):
   reader = checkpoints.Reader(tmp_path / 'run', 'best')
   assert reader.step() is None and reader.notes() == {}

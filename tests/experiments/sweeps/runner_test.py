@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import signal
 import statistics
 import subprocess
@@ -303,3 +304,65 @@ def test_a_bare_flag_is_true_and_the_last_flag_counts():
   found = runner._parse([
       '--config.model.normalize', '--config.epochs=1', '--config.epochs=2'])
   assert found == {'model.normalize': True, 'epochs': 2}
+
+
+def test_differences_to_any_row(folder, fake, tmp_path, capsys):
+  """In the printed and both stored tables, also between the runs."""
+  config = tmp_path / 'mine.py'
+  config.write_text('')
+  arguments = [f'--workdir={folder}', '--baseline=mine:b', '--seeds=0,1']
+  assert table.main(
+      [*arguments, f'--configs={config}:a,{config}:b'], fake) == 0
+  row = '| mine:a | 2 | +0.00 (+0.00 to +0.00) |'
+  assert row in (folder / 'table.md').read_text()
+  out = capsys.readouterr().out
+  assert 'mine:a' in out and 'Differences to mine:b in points' in out
+  stored = json.loads((folder / 'table.json').read_text())
+  assert stored['mine:a']['differences']['best']['size'] == 2
+  assert stored['mine:a']['baseline'] == 'mine:b'
+  assert 'baseline' not in stored['mine:b']
+  # Of stored runs, and of the row of a config with other fields.
+  for baseline in ('mine:a', "mine:a'"):
+    assert table.main([
+        f'--workdir={folder}', f'--baseline={baseline}', '--only_table'],
+        fake) == 0
+
+
+def test_the_table_between_runs_has_the_same_baseline(
+    folder, fake, tmp_path, monkeypatch):
+  config, seen = tmp_path / 'mine.py', []
+  config.write_text('')
+  monkeypatch.setattr(
+      table, 'write', lambda workdir, names, baseline='': seen.append(baseline))
+  assert table.main([
+      f'--workdir={folder}', '--baseline=mine:b',
+      f'--configs={config}:a,{config}:b'], fake) == 0
+  assert seen == ['mine:b'] * 3
+
+
+def test_a_folder_named_after_another_seed(folder, fake, tmp_path, capsys):
+  """Two names of one run would be two seeds, with no spread."""
+  config = tmp_path / 'mine.py'
+  config.write_text('')
+  assert table.main([f'--workdir={folder}', f'--configs={config}:a'], fake) == 0
+  (folder / 'mine+a-seed1').mkdir()
+  for file in (folder / 'mine+a-seed0').iterdir():
+    if file.is_file():
+      (folder / 'mine+a-seed1' / file.name).write_bytes(file.read_bytes())
+  capsys.readouterr()
+  assert table.main([f'--workdir={folder}', '--only_table'], fake) == 2
+  assert re.fullmatch(
+      r'error: \S+mine\+a-seed1 must hold a run of seed 1, as its name says, '
+      r'got seed 0: rename it, or train with --config\.seed=1\.\n',
+      capsys.readouterr().err)
+
+
+def test_a_baseline_without_a_finished_run(folder, fake, tmp_path, capsys):
+  config = tmp_path / 'mine.py'
+  config.write_text('')
+  assert table.main([
+      f'--workdir={folder}', f'--configs={config}:crash,{config}:a,{config}:b'],
+      fake) == 1
+  text = (folder / 'table.md').read_text()
+  assert "There are no differences to 'mine:crash': it has no finished" in text
+  assert 'Differences to' not in text

@@ -38,6 +38,10 @@ def test_flags_of_known_releases_only(monkeypatch, version, given, expected):
   monkeypatch.setenv('XLA_FLAGS', given)
   xla.use_onednn()
   assert os.environ['XLA_FLAGS'] == expected
+  if not given:
+    monkeypatch.delenv('XLA_FLAGS')
+    xla.use_onednn()
+    assert os.environ.get('XLA_FLAGS', '') == expected
 
 
 def test_cache_is_in_the_home_by_default(updates, monkeypatch, tmp_path):
@@ -79,7 +83,7 @@ def test_no_cache_of_programs_that_call_onednn(updates, monkeypatch):
 
 @pytest.mark.parametrize('flag, backend, kept', [
     ('=true', 'cpu', False), ('', 'cpu', False), ('=false', 'cpu', True),
-    ('=0', 'cpu', True), ('=true', 'gpu', True)])
+    ('=0', 'cpu', True), ('=False', 'cpu', True), ('=true', 'gpu', True)])
 def test_only_cpus_lack_a_cache_with_onednn(
     updates, monkeypatch, flag, backend, kept):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
