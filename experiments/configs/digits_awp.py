@@ -1,7 +1,7 @@
 """AT-AWP on scikit-learn's handwritten digits: no download, no accelerator.
 
-Trains in a minute on two cores. The setting shows robust overfitting: the
-network memorizes 200 training images.
+Trains in half a minute on two cores. The network memorizes its 200 training
+images, so the robust generalization gap is large.
 
   python experiments/main.py
 """
