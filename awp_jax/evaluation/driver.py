@@ -262,9 +262,7 @@ def attack_group(
   """
   count, outcome = group.labels.size, no_outcome(group)
   queue = slots.tasks(count, job.attack.num_runs, outcome.broken)
-  num_tasks = count * job.attack.num_runs
-  width = min(
-      (s for s in job.sizes if s >= num_tasks), default=job.sizes[0])
+  width = slots.first_size(job.sizes, count * job.attack.num_runs)
   places = Places(np.full(width, -1), np.zeros(width, int))
   carry: Carry | None = None
   steps = 0

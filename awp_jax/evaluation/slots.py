@@ -7,6 +7,7 @@ are compiled.
 
 from collections.abc import Iterator
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -56,6 +57,25 @@ def batch_sizes(batch_size: int, num_devices: int) -> tuple[int, ...]:
   return tuple(
       s for s in sizes
       if s == batch_size or (s >= 8 and s % num_devices == 0))
+
+
+def first_size(sizes: tuple[int, ...], num_tasks: int) -> int:
+  """The size of the first batch of a queue.
+
+  Args:
+    sizes: from `batch_sizes`.
+    num_tasks: length of the queue.
+
+  Returns:
+    The smallest of the sizes that holds all tasks, or the largest. On the CPU,
+    if more than a fifth of its places would be idle, as many places as tasks,
+    rounded up to the greatest common divisor of the sizes.
+  """
+  size = min((s for s in sizes if s >= num_tasks), default=sizes[0])
+  if not loops.unrolls() or 4 * size <= 5 * num_tasks:
+    return size
+  step = math.gcd(*sizes)
+  return -(-num_tasks // step) * step
 
 
 def tasks(

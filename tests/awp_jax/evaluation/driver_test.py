@@ -61,6 +61,18 @@ def test_batch_sizes(monkeypatch):
   assert slots.batch_sizes(512, 8) == (512, 128, 32)
 
 
+@pytest.mark.parametrize('tasks, size', [
+    (100, 64), (64, 64), (52, 64), (51, 52), (40, 48), (38, 40), (35, 36),
+    (33, 36), (1, 4)])
+def test_first_size_leaves_few_places_idle(tasks, size, monkeypatch):
+  sizes = slots.batch_sizes(64, 1)
+  assert slots.first_size(sizes, tasks) == size
+  assert slots.first_size((60, 45, 30, 20), 22) == 25  # of five devices
+  monkeypatch.setattr(loops, 'unrolls', lambda: False)
+  on_ladder = min((s for s in sizes if s >= tasks), default=64)
+  assert slots.first_size(sizes, tasks) == on_ladder
+
+
 def nothing(images):
   """What runs have found before their first step."""
   no = jnp.zeros(len(images), bool)
