@@ -285,7 +285,7 @@ def main() -> None:
   parser.add_argument('--version', default='standard')
   parser.add_argument('--count', type=int, default=1000)
   parser.add_argument('--image_size', type=int, default=32,
-                      help='height and width; it divides 32')
+                      choices=(4, 8, 16, 32), help='height and width')
   parser.add_argument('--trial', type=int, default=64,
                       help='examples used to choose the batch size')
   parser.add_argument('--sizes', type=int, nargs='*')

@@ -37,8 +37,7 @@ from experiments.util.errors import UserError
 #: Key of `records.measure` -> heading.
 COLUMNS = {
     'best': 'best', 'final': 'final', 'last': 'last 6', 'natural': 'natural',
-    'gap': 'gap',
-    'autoattack': 'AutoAttack', 'seconds_per_step': 's/step',
+    'gap': 'gap', 'autoattack': 'AutoAttack', 'seconds_per_step': 's/step',
     'seconds_per_epoch': 's/epoch'}
 
 #: Columns that have published values.
@@ -165,17 +164,13 @@ def write(
     workdir: with the runs.
     listed: names of the runs listed first, in this order, even if they never
       started. All others in the folder follow.
-    baseline: as in `pairs.against`; '' selects the config that is listed first,
-      or else the first finished row.
+    baseline: as in `pairs.against`.
 
   Returns:
     The table as text.
   """
   names = dict.fromkeys([*listed, *runner.find_runs(workdir)])
   groups = records.group([records.read(workdir, name) for name in names])
-  if not baseline and listed:
-    parsed = jobs.parse_name(listed[0])
-    baseline = parsed[0] if parsed else ''
   found = pairs.against(groups, baseline)
   parts: list[list[list[str]] | str] = [rows(groups), LEGEND]
   if found.intervals:
@@ -266,14 +261,16 @@ def main(
       raise UserError(f'{str(workdir)!r} holds no runs.')
     names = [job.name for job in listed]
     _check_baseline(options.baseline, [*names, *runner.find_runs(workdir)])
+    baseline = options.baseline or (
+        jobs.label_of(listed[0].config) if listed else '')
     stopped = None
     if not options.only_table:
       # Keeps the table up to date during the sweep.
       stopped = runner.run_jobs(
           listed, workdir, overrides, script,
-          after_each=lambda: write(workdir, names, options.baseline))
+          after_each=lambda: write(workdir, names, baseline))
     workdir.mkdir(parents=True, exist_ok=True)
-    print(f'\n{write(workdir, names, options.baseline)}')
+    print(f'\n{write(workdir, names, baseline)}')
   except (UserError, OSError) as error:
     console.complain(error)
     return 2

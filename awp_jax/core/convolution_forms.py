@@ -35,8 +35,8 @@ import numpy as np
 from awp_jax.types import Array
 
 #: Larger kernels are split: 1.25 MiB, chosen on an Intel Xeon with 2 MiB of L2
-#: cache per core. The other limits are from the same measurements; processors
-#: without this weakness lose up to a fifth of the time of such a convolution.
+#: cache per core. The other limits are from the same measurements. Without the
+#: weakness a split convolution takes up to 1.3 times as long.
 _MOST_BYTES = 5 * 2 ** 18
 _MOST_PIECES = 32
 #: With fewer outputs per feature the kernel is read about once.

@@ -41,10 +41,11 @@ def cpu_convolutions(fn: Fn) -> Fn:
   Convolutions in float32 and bfloat16 take the forms of
   `awp_jax.core.convolution_forms`. Results change by rounding only. Apply it
   outside of differentiation, directly inside `jax.jit`, `jax.pmap` or
-  `jax.shard_map`. With `check_vma=True`, the default of `jax.shard_map`,
-  nothing changes; pass False:
+  `jax.shard_map`:
 
     step = jax.jit(awp_jax.cpu_convolutions(step))
+
+  A `shard_map` with `check_vma=True`, its default, keeps its convolutions.
 
   On other platforms nothing changes: if the default device is an accelerator,
   `fn` is called as it is, and a program lowered for an accelerator contains the

@@ -220,10 +220,9 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
     checks.count(name, fields[name])
   for name in (
       'seed', 'data_seed', 'num_train', 'num_test', 'num_validation',
-      'image_size',
-      'augmentation.pad', 'augmentation.cutout', 'awp.warmup_epochs',
-      'awp.warmup_steps', 'checkpoint_every_steps', 'early_stopping_epochs',
-      'guard.grace_steps', 'guard.most_shrinks'):
+      'image_size', 'augmentation.pad', 'augmentation.cutout',
+      'awp.warmup_epochs', 'awp.warmup_steps', 'checkpoint_every_steps',
+      'early_stopping_epochs', 'guard.grace_steps', 'guard.most_shrinks'):
     checks.count(name, fields[name], minimum=0)
   for name in ('extra.fraction', 'ema_decay', 'label_smoothing'):
     if not 0 <= fields[name] < 1:

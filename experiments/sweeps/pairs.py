@@ -1,9 +1,9 @@
 """Paired differences between two groups of runs with the same seeds.
 
-Runs of one seed share the images, the initial weights and the order of batches,
-if their configs have the same data and network. Their difference usually varies
-less than that of two runs of different seeds, so the claim that a method helps
-is judged by the differences of pairs.
+Runs of one seed share the images, the initial weights and the order of batches
+if their configs have the same data and network. They usually differ less than
+runs of different seeds, so their differences show more clearly whether a method
+helps than two means do.
 
   >>> found = interval([1.0, 2.0, 3.0])
   >>> print(f'{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})')

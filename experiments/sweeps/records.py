@@ -88,9 +88,8 @@ def measure(
   Returns:
     'best', 'final' (at the last evaluation), 'last' (the mean of the last six
     evaluations), 'natural' (at the best epoch), 'gap' and, if evaluated,
-    'autoattack', in percent;
-    'seconds_per_step' and 'seconds_per_epoch' of training. Empty before the
-    first evaluation.
+    'autoattack', in percent; 'seconds_per_step' and 'seconds_per_epoch' of
+    training. Empty before the first evaluation.
   """
   if not metrics.evaluated(lines):
     return {}

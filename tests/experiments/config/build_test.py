@@ -159,8 +159,8 @@ EDGES = {
     ('seed', 'data_seed', 'num_train', 'num_test', 'num_validation',
      'image_size', 'augmentation.pad', 'augmentation.cutout',
      'awp.warmup_epochs', 'awp.warmup_steps', 'checkpoint_every_steps',
-     'early_stopping_epochs',
-     'guard.grace_steps', 'guard.most_shrinks'): (0, -1),
+     'early_stopping_epochs', 'guard.grace_steps',
+     'guard.most_shrinks'): (0, -1),
     ('ema_decay', 'label_smoothing'): (0.0, -1e-9)}
 
 
