@@ -104,6 +104,7 @@ def run_ours(job: dict[str, Any]) -> dict[str, Any]:
   return {'seconds': seconds, 'robust': robust,
           'attacks': {a.name: a.seconds for a in result.attacks},
           'refused': {a.name: a.anomalies.refused for a in result.attacks},
+          'warnings': [warning.message for warning in result.warnings],
           'verdicts': np.packbits(result.robust).tobytes().hex()}
 
 

@@ -1,25 +1,22 @@
 """Chooses the form in which a convolution is fast on CPUs.
 
-`rewritten` returns one of `awp_jax.core.convolution_forms` for the parameters
-of a `conv_general_dilated` equation, or None where XLA's kernels are as fast.
+`of_equation` returns one of `awp_jax.core.convolution_forms` for a
+`conv_general_dilated` equation, or None where XLA's kernels are as fast.
 Results differ from `lax.conv_general_dilated` by rounding only. In `as_dense`
 an input that is not finite makes more outputs NaN.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import functools
 import math
 from typing import Any
 
-import jax
-from jax import lax
 import jax.numpy as jnp
 
 from awp_jax.core import convolution_forms as forms
+from awp_jax.core import equations
 from awp_jax.core.convolution_forms import Convolution
-from awp_jax.types import Array
-
-Form = Callable[[Array, Array], Array]
+from awp_jax.core.equations import Form
 
 #: Largest matrix of `as_dense`: in kernels, and in pairs of pixels, each of
 #: which is a piece of the program.
@@ -38,6 +35,13 @@ def parameters(params: dict[str, Any]) -> Convolution | None:
       tuple((low, high) for low, high in params['padding']),
       tuple(params['lhs_dilation']), tuple(params['rhs_dilation']),
       params['precision'])
+
+
+def of_equation(equation: Any) -> Form | None:
+  """The form of a convolution that is faster on CPUs, or None to keep it."""
+  conv = parameters(equation.params)
+  return None if conv is None else rewritten(
+      conv, *equations.shapes(equation))
 
 
 def rewritten(
@@ -104,51 +108,3 @@ def _fits(
       math.prod(conv.spatial(spec, shape)) for spec, shape in (
           (conv.lhs_spec, lhs), (conv.rhs_spec, rhs), (conv.out_spec, out)))
   return pixels * outputs <= min(_MOST_KERNELS * taps, _MOST_PAIRS)
-
-
-def as_equation(conv: Convolution, equation: Any) -> Any:
-  """The equation that takes the faster form on CPUs, or None.
-
-  Args:
-    conv: parameters of the convolution.
-    equation: of the convolution.
-
-  Returns:
-    An equation of a jaxpr, or None to keep the convolution.
-  """
-  lhs, rhs, out = shapes(equation)
-  form = rewritten(conv, lhs, rhs, out)
-  if form is None:
-    return None
-
-  def call(x: Array, kernel: Array) -> Array:
-    return lax.platform_dependent(
-        x, kernel, cpu=form, default=functools.partial(
-            equation.primitive.bind, **equation.params))
-
-  return jax.make_jaxpr(jax.jit(call))(lhs, rhs).eqns[0]
-
-
-def is_sharded(equation: Any) -> bool:
-  """Whether the types name axes of a mesh, which a rewritten equation drops.
-
-  That is the case with an explicit mesh, and in a `shard_map` that checks over
-  which axes values vary (`check_vma`). Under `pmap` on jax 0.12 types have a
-  sharding over no axis.
-  """
-  variables = (*equation.invars, *equation.outvars)
-  if any(getattr(getattr(var.aval, 'manual_axis_type', None), 'varying', None)
-         for var in variables):
-    return True
-  return any(
-      any(sharding.spec) or getattr(sharding.spec, 'unreduced', None)
-      for sharding in (
-          getattr(var.aval, 'sharding', None) for var in variables)
-      if sharding is not None)
-
-
-def shapes(equation: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """Shapes and dtypes of the input, the kernel and the output."""
-  return tuple([
-      jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-      for var in (*equation.invars, *equation.outvars)])

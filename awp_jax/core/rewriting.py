@@ -23,9 +23,11 @@ from typing import Any, TypeVar
 import jax
 from jax.extend import core
 
-from awp_jax.core import convolution, loops
+from awp_jax.core import convolution, equations, loops
 
 Fn = TypeVar('Fn', bound=Callable[..., Any])
+
+_CONVOLUTION = 'conv_general_dilated'
 
 #: Primitives whose parameters hold jaxprs that run as they are. Others, such as
 #: kernels of Pallas, are not entered.
@@ -126,8 +128,8 @@ class _Rewriter:
 
   def _equation(self, equation: Any) -> Any:
     name = equation.primitive.name
-    if name == 'conv_general_dilated':
-      return self._convolution(equation)
+    if name in (_CONVOLUTION, 'dot_general'):
+      return self._product(equation)
     if name not in _ENTERED:
       return equation
     params = {key: self._value(value)
@@ -136,17 +138,26 @@ class _Rewriter:
       return equation
     return equation.replace(params=params)
 
-  def _convolution(self, equation: Any) -> Any:
-    conv = convolution.parameters(equation.params)
-    if conv is None or convolution.is_sharded(equation):
+  def _product(self, equation: Any) -> Any:
+    """A convolution or matrix product in the form for CPUs."""
+    if equations.is_sharded(equation):
       return equation
     # Other platforms bind the parameters of the first equation of a key.
-    key = (conv, convolution.shapes(equation),
-           equation.params['preferred_element_type'],
-           equation.params.get('out_sharding'))
+    key = (equation.primitive, tuple(sorted(equation.params.items())),
+           equations.shapes(equation))
     if key not in self._forms:
-      self._forms[key] = convolution.as_equation(conv, equation)
-    form = self._forms[key]
-    if form is None:
+      self._forms[key] = _on_cpus(equation)
+    new = self._forms[key]
+    if new is None:
       return equation
-    return equation.replace(primitive=form.primitive, params=form.params)
+    return equation.replace(primitive=new.primitive, params=new.params)
+
+
+def _on_cpus(equation: Any) -> Any:
+  """A convolution or product in another form, or None to keep it."""
+  form = None
+  if equation.primitive.name == _CONVOLUTION:
+    form = convolution.of_equation(equation)
+  if equations.is_miscompiled(equation):
+    form = equations.separated(form or equations.original(equation))
+  return None if form is None else equations.on_cpus(equation, form)

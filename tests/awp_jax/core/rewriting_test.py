@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import awp_jax
-from awp_jax.core import convolution, loops, rewriting
+from awp_jax.core import convolution, equations, loops, rewriting
 from awp_jax.core import convolution_forms as forms
 from awp_jax.models import PreActResNet
 
@@ -389,9 +389,9 @@ def test_precision_of_the_products():
 
 
 def test_equal_convolutions_are_rewritten_once(monkeypatch):
-  made, make = [], convolution.as_equation
+  made, make = [], equations.on_cpus
   monkeypatch.setattr(
-      convolution, 'as_equation', lambda *args: made.append(1) or make(*args))
+      equations, 'on_cpus', lambda *args: made.append(1) or make(*args))
   x, kernel = ones_and_zeros(0, (2, 2, 2, 2)), ones_and_zeros(1, (3, 3, 2, 2))
   jax.make_jaxpr(awp_jax.cpu_convolutions(
       lambda x: conv(conv(x, kernel), kernel)))(x)
@@ -519,7 +519,7 @@ def test_number_of_pieces(x, kernel, count, monkeypatch):
       jax.ShapeDtypeStruct(x, np.float32),
       jax.ShapeDtypeStruct(kernel, np.float32)).eqns
   parameters = convolution.parameters(equation.params)
-  lhs, rhs, out = convolution.shapes(equation)
+  lhs, rhs, out = equations.shapes(equation)
   monkeypatch.setattr(forms, '_FEWEST_TAPS', 1)
   assert forms.pieces(parameters, lhs, rhs) == count
   form = convolution.rewritten(parameters, lhs, rhs, out)
@@ -550,7 +550,7 @@ def test_large_matrices_are_not_made(size, taps, form):
   equation, = jax.make_jaxpr(functools.partial(
       conv, padding='SAME'))(x, kernel).eqns
   found = convolution.rewritten(
-      convolution.parameters(equation.params), *convolution.shapes(equation))
+      convolution.parameters(equation.params), *equations.shapes(equation))
   assert getattr(getattr(found, 'func', None), '__name__', None) == form
 
 
@@ -563,5 +563,5 @@ def test_long_kernels_of_few_points():
         conv, padding=padding, numbers=('NHC', 'HIO', 'NHC')))(x, kernel)
     equation, = closed.eqns
     found = convolution.rewritten(
-        convolution.parameters(equation.params), *convolution.shapes(equation))
+        convolution.parameters(equation.params), *equations.shapes(equation))
     assert getattr(getattr(found, 'func', None), '__name__', None) == form

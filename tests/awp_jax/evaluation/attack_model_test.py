@@ -375,3 +375,13 @@ def test_randomized_models():
       ThreatModel('Linf', 0.1), attacks=(short_spec('apgd-ce'),),
       options=options)
   np.testing.assert_array_equal(result.robust, [True, False])
+
+
+def test_logits_of_the_attack_model_that_are_not_finite():
+  judged = np.tile([0.0, 1.0, 5.0, 5.1], (50, 1))
+  attacked = judged.copy()
+  attacked[3, 1], attacked[5, 3], attacked[7, 0] = np.nan, np.inf, -np.inf
+  judged[7, 2] = np.nan  # where both fail the network is to blame
+  warning, = diagnostics.check_attack_model(attacked, judged)
+  assert warning.num_examples == 2 and 'not finite for 2 of 50' in (
+      warning.message)
