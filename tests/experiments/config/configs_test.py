@@ -29,7 +29,7 @@ def load(stem, *argument):
 
 
 def has_argument(stem):
-  return not stem.startswith('digits')
+  return not stem.startswith(('digits', 'cifar10_small'))
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +53,7 @@ def on_little_data(config, files):
   config.update_from_flattened_dict({
       'dataset': 'npz', 'npz_path': str(files / 'mine.npz'), 'num_train': 0,
       'num_test': 0, 'num_validation': 8 if config.num_validation else 0,
-      'init_from': '',
+      'init_from': '', 'image_size': 0,
       'attack.num_steps': 1, 'eval.num_steps': 1, 'eval.batch_size': 16,
       'eval.num_train': 16, 'eval.every_epochs': 1, 'epochs': 1,
       'awp.warmup_epochs': 0,
@@ -131,6 +131,18 @@ def test_the_main_config_is_the_paper_s():
   assert (optimizer.weight_decay, optimizer.decay_at) == (5e-4, (0.5, 0.75))
 
 
+def test_the_small_setting_changes_only_the_method():
+  """Comparisons between the rows of the small setting are fair."""
+  at = load('cifar10_small_at')
+  assert at.optimizer == base.get_config().optimizer
+  for stem in (s for s in STEMS if s.startswith('cifar10_small')):
+    config = load(stem)
+    for name in ('optimizer', 'epochs', 'batch_size', 'num_train', 'num_test',
+                 'image_size', 'data_seed', 'eval', 'augmentation'):
+      assert config[name] == at[name], (stem, name)
+    assert config.model.width == 16
+
+
 def test_the_paper_s_settings_of_other_data():
   svhn, l2 = load('svhn_awp'), load('svhn_awp', 'L2')
   assert (svhn.optimizer.learning_rate, svhn.attack.step_size) == (
@@ -178,7 +190,10 @@ def test_the_recipes_of_today_are_on_in_strong_configs_only(stem):
   differing = {
       name: fields[name] for name, off in OPTIONS.items()
       if fields[name] != off}
-  assert differing == (STRONG if 'strong' in stem else {})
+  if 'small' in stem:
+    assert differing == {'model.dtype': 'bfloat16'}
+  else:
+    assert differing == (STRONG if 'strong' in stem else {})
 
 
 @pytest.mark.parametrize('stem', STEMS)
