@@ -4,6 +4,7 @@
 
 The page, `comparison.html`, is self-contained and opens offline. It shows the
 curves of all runs, and their weight loss landscapes and attacks if measured.
+Over four or more runs with a landscape, flatness and robust gap are correlated.
 
 Runs whose configs differ only in the seed share a row, with mean and standard
 deviation.
@@ -13,11 +14,12 @@ import argparse
 from collections.abc import Sequence
 import pathlib
 import sys
+import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from experiments.reports import comparison, curves
+from experiments.reports import comparison, curves, flatness
 from experiments.util import console, paths
 
 
@@ -40,8 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         'training images minus\nrobust accuracy on test images at the last '
         'epoch.\n')
   print(console.table(comparison.rows(groups)))
+  correlated = flatness.sentence(flatness.points(groups))
+  if correlated:
+    print(f'\n{textwrap.fill(correlated, 80)}')
   curves.plot_comparison(
-      {name: runs[0]['lines'] for name, runs in groups.items()},
+      {name: [run['lines'] for run in runs] for name, runs in groups.items()},
       options.output)
   page = options.output.with_suffix('.html')
   comparison.write_page(groups, page)

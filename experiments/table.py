@@ -36,9 +36,9 @@ from experiments.util.errors import UserError
 
 #: Key of `records.measure` -> heading.
 COLUMNS = {
-    'best': 'best', 'final': 'final', 'last': 'last 6', 'natural': 'natural',
-    'gap': 'gap', 'autoattack': 'AutoAttack', 'seconds_per_step': 's/step',
-    'seconds_per_epoch': 's/epoch'}
+    'best': 'best', 'final': 'final', 'fall': 'fall', 'last': 'last 6',
+    'natural': 'natural', 'gap': 'gap', 'autoattack': 'AutoAttack',
+    'seconds_per_step': 's/step', 'seconds_per_epoch': 's/epoch'}
 
 #: Columns that have published values.
 PUBLISHED = ('best', 'last', 'natural', 'autoattack')
@@ -46,10 +46,12 @@ PUBLISHED = ('best', 'last', 'natural', 'autoattack')
 LEGEND = (
     'Mean ± standard deviation over seeds. Accuracies are in percent on test '
     'images. best, final: robust accuracy at the best and at the last '
-    'evaluation; last 6: its mean over the last six; natural: natural accuracy '
-    'at the best evaluation; gap: robust accuracy on training images minus '
-    'that on test images at the last evaluation; s/step, s/epoch: seconds of '
-    'training. Unfinished runs have separate rows.')
+    "evaluation; fall: best minus final, with Student's 95 % confidence "
+    'interval of the mean; last 6: robust accuracy, mean over the last six '
+    'evaluations; natural: natural accuracy at the best one; gap: robust '
+    'accuracy on training images minus that on test images at the last '
+    'evaluation; s/step, s/epoch: seconds of training. Unfinished runs have '
+    'separate rows.')
 
 PAIRS_LEGEND = (
     "Differences to {baseline} in points, between runs of the same seed: mean "
@@ -80,6 +82,8 @@ def _cell(key: str, values: Sequence[float | None]) -> str:
   numbers = [value for value in values if value is not None]
   if not numbers:
     return '-'
+  if key == 'fall':
+    return _interval(pairs.interval(numbers), len(numbers))
   if key.startswith('seconds'):
     return f'{statistics.mean(numbers):.3g}'
   return comparison.mean_and_spread(numbers)
@@ -189,8 +193,8 @@ def write(
   atomic.write_text(workdir / 'table.json', json.dumps(
       as_json(groups, found), indent=2, allow_nan=False) + '\n')
   shown = {
-      name: lines for name, runs in groups.items()
-      if (lines := records.mean_lines(runs))}
+      name: [run.lines for run in runs] for name, runs in groups.items()
+      if runs[0].measured}
   if shown:
     curves.plot_comparison(shown, workdir / 'table.png')
   return '\n\n'.join(

@@ -5,8 +5,8 @@ import json
 import statistics
 from typing import Any
 
+from experiments.reports import flatness, panels, tables
 from experiments.reports import page as page_lib
-from experiments.reports import panels, tables
 from experiments.runs import metrics, workdirs
 from experiments.util import paths
 
@@ -116,7 +116,8 @@ def write_page(
     groups: dict[str, list[dict[str, Any]]], path: paths.Path) -> None:
   """Writes the page, and its figures to a folder next to it.
 
-  Curves, landscapes and attacks are those of the first run of each group.
+  Curves, landscapes and attacks are those of the first run of each group;
+  flatness is compared over all runs.
 
   Args:
     groups: from `group_by_config`.
@@ -136,7 +137,9 @@ def write_page(
       'show the first run of each row' if several else '',
       'training': panels.training(
           folder, {name: run['lines'] for name, run in first.items()}),
-      'landscape': panels.landscapes(folder, landscape) if landscape else [],
+      'landscape': [
+          *(panels.landscapes(folder, landscape) if landscape else []),
+          *flatness.draw(folder, flatness.points(groups))],
       'landscape_note': page_lib.landscape_note(landscape),
       'landscape_table': tables.flatness(landscape),
       'attacks': [panels.attacks(folder, evaluation)] if evaluation else [],

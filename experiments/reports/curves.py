@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
+import numpy as np
 
 from experiments.runs.metrics import evaluated
 from experiments.util import atomic, paths
@@ -18,6 +19,9 @@ TEST_STYLE = {'color': '#0072B2', 'linestyle': '-'}
 RUN_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 #: One more than there are colors, so that 42 runs look different.
 RUN_MARKERS = ('o', '^', 's', 'v', 'D', 'P', 'X')
+
+
+Lines = Sequence[dict[str, Any]]
 
 
 def _save(figure: Any, path: paths.Path) -> None:
@@ -59,24 +63,53 @@ def plot_curves(
   _save(figure, path)
 
 
+def over_epochs(
+    runs: Sequence[Lines], metric: str
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+  """Mean and standard deviation of a metric over runs.
+
+  Args:
+    runs: lines of `metrics.jsonl` of each.
+    metric: a key of evaluated lines.
+
+  Returns:
+    The epochs that all runs evaluated, the means and the standard deviations;
+    those of a single run are 0.
+  """
+  by_epoch = [
+      {line['epoch']: line[metric] for line in evaluated(lines)}
+      for lines in runs]
+  epochs = sorted(set.intersection(*map(set, by_epoch)))
+  values = np.array(
+      [[one[epoch] for epoch in epochs] for one in by_epoch], float)
+  return epochs, values.mean(0), (
+      values.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(epochs)))
+
+
 def plot_comparison(
-    runs: Mapping[str, Sequence[dict[str, Any]]], path: paths.Path) -> None:
+    groups: Mapping[str, Sequence[Lines]], path: paths.Path) -> None:
   """Plots robust and natural accuracy of several runs over the epochs.
 
   Args:
-    runs: lines of `metrics.jsonl` by the run's name.
+    groups: by name, lines of `metrics.jsonl` of one or more runs, of which one
+      has an evaluation. Of several the mean is drawn, with a band of one
+      standard deviation.
     path: of the PNG to write.
   """
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
-  for number, (name, lines) in enumerate(runs.items()):
-    shown = evaluated(lines)
-    epochs = [line['epoch'] for line in shown]
+  for number, (name, runs) in enumerate(groups.items()):
     color = RUN_COLORS[number % len(RUN_COLORS)]
     for axis, metric in zip(axes, ('robust', 'natural'), strict=True):
       for split, style in (('test', '-'), ('train', '--')):
+        epochs, means, spreads = over_epochs(
+            runs, f'{split}_{metric}_accuracy')
+        if len(runs) > 1:
+          axis.fill_between(
+              epochs, means - spreads, means + spreads, color=color, alpha=0.15,
+              linewidth=0)
         axis.plot(
-            epochs, [line[f'{split}_{metric}_accuracy'] for line in shown],
-            color=color, linestyle=style, label=f'{name}, {split}',
+            epochs, means, color=color, linestyle=style,
+            label=f'{name}, {split}',
             linewidth=2 if split == 'test' else 1.2,
             marker=RUN_MARKERS[number % len(RUN_MARKERS)], markersize=5,
             markevery=(number % 8 / 80, 0.1))
@@ -84,7 +117,7 @@ def plot_comparison(
     axis.set(xlabel='epoch', ylabel=f'{metric} accuracy', ylim=(0, 1.01))
     axis.grid(alpha=0.3)
     axis.spines[['top', 'right']].set_visible(False)
-  if len(runs) > 3:  # inside, the legend would cover the curves
+  if len(groups) > 3:  # inside, the legend would cover the curves
     figure.legend(
         *axes[0].get_legend_handles_labels(), frameon=False,
         loc='outside right upper')

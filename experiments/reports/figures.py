@@ -190,8 +190,8 @@ def lines(
     folder: paths.Path, name: str, curves: Sequence[Curve], *, title: str,
     caption: str, xlabel: str, ylabel: str,
     ylim: tuple[float, float] | None = None, zero: bool = False,
-    legend: bool = True) -> Drawn:
-  """Draws curves.
+    legend: bool = True, joined: bool = True) -> Drawn:
+  """Draws curves, or separate points.
 
   Args:
     folder: of its files.
@@ -205,6 +205,7 @@ def lines(
     ylim: limits of the y axis, or None.
     zero: whether to mark y = 0.
     legend: whether to add a legend.
+    joined: whether lines join the points. Otherwise every point has a marker.
 
   Returns:
     The figure.
@@ -215,8 +216,10 @@ def lines(
     for curve in curves:
       x, y, shade = _numbers(curve.x), _numbers(curve.y), color(curve.color)
       axis.plot(
-          x, y, color=shade, linestyle=DASHES[curve.dash % 4],
-          marker=MARKERS[curve.color % 6], markevery=max(1, len(x) // 10),
+          x, y, color=shade,
+          linestyle=DASHES[curve.dash % 4] if joined else 'none',
+          marker=MARKERS[curve.color % 6],
+          markevery=max(1, len(x) // 10) if joined else 1,
           markerfacecolor=shade if curve.dash == 0 else 'none',
           linewidth=1.8, label=curve.label)
       if curve.spread is not None:

@@ -20,7 +20,7 @@ from scipy import stats
 from experiments.sweeps.records import Record
 
 #: Keys of `records.measure` that are compared.
-COMPARED = ('best', 'final', 'last', 'natural', 'gap', 'autoattack')
+COMPARED = ('best', 'final', 'fall', 'last', 'natural', 'gap', 'autoattack')
 
 #: Fields of a config that select the images.
 _DATA = ('dataset', 'npz_path', 'data_seed', 'num_train', 'num_test',

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 import importlib
 import json
 import math
-import numbers
 import pathlib
-import statistics
 from typing import Any, NamedTuple
 
 from experiments.config import build
@@ -86,10 +84,11 @@ def measure(
     folder: its folder, which may contain an `evaluation.json`.
 
   Returns:
-    'best', 'final' (at the last evaluation), 'last' (the mean of the last six
-    evaluations), 'natural' (at the best epoch), 'gap' and, if evaluated,
-    'autoattack', in percent; 'seconds_per_step' and 'seconds_per_epoch' of
-    training. Empty before the first evaluation.
+    'best', 'final' (at the last evaluation), 'fall' (from best to final),
+    'last' (the mean of the last six evaluations), 'natural' (at the best
+    epoch), 'gap' and, if evaluated, 'autoattack', in percent;
+    'seconds_per_step' and 'seconds_per_epoch' of training. Empty before the
+    first evaluation.
   """
   if not metrics.evaluated(lines):
     return {}
@@ -101,6 +100,7 @@ def measure(
   measured = {
       'best': 100 * best['robust_accuracy'],
       'final': 100 * last['robust_accuracy'],
+      'fall': 100 * (best['robust_accuracy'] - last['robust_accuracy']),
       'last': 100 * last['mean_of_last_6'],
       'natural': 100 * best['natural_accuracy'],
       'gap': 100 * values['robust_generalisation_gap'],
@@ -192,19 +192,3 @@ def group(records: Sequence[Record]) -> dict[str, list[Record]]:
   return merged | {
       f'{record.label}, seed {record.seed}': [record]
       for record in records if record not in finished}
-
-
-def mean_lines(runs: Sequence[Record]) -> list[dict[str, Any]]:
-  """Averages the metrics over runs, for epochs evaluated in all of them."""
-  by_epoch = [
-      {line['epoch']: line for line in metrics.evaluated(run.lines)}
-      for run in runs]
-  means = []
-  for epoch in sorted(set.intersection(*map(set, by_epoch))):
-    lines = [lines[epoch] for lines in by_epoch]
-    shared = set.intersection(*map(set, lines))
-    means.append({
-        key: statistics.mean(line[key] for line in lines)
-        for key in lines[0] if key in shared
-        and isinstance(lines[0][key], numbers.Real)})
-  return means

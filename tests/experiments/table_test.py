@@ -144,7 +144,7 @@ def test_measured(tmp_path):
   config = {'select_on': 'test', 'batch_size': 16}
   measured = records.measure(LINES, config, tmp_path)
   assert measured == pytest.approx({
-      'best': 50.0, 'natural': 62.5, 'gap': 25.0, 'final': 12.5,
+      'best': 50.0, 'natural': 62.5, 'gap': 25.0, 'final': 12.5, 'fall': 37.5,
       'last': 100 * (0.5 + 0.5 + 0.375 + 0.25 + 0.25 + 0.125) / 6,
       # 40 images are two batches of 16 and one of 8.
       'seconds_per_step': 2.0 / 3, 'seconds_per_epoch': 2.0}, rel=1e-12)
@@ -164,6 +164,10 @@ def test_rows_of_several_seeds():
   deviation = statistics.stdev([50, 25])
   assert cells['best'] == f'37.50 ± {deviation:.2f}'
   assert cells['final'] == f'18.75 ± {statistics.stdev([12.5, 25]):.2f}'
+  # Falls of 37.5 and 0; t_1(0.975) = 12.7062.
+  half = 12.7062 * 37.5 / 2
+  assert cells['fall'] == f'+18.75 ({18.75 - half:+.2f} to {18.75 + half:+.2f})'
+  assert single[head.index('fall')] == '+37.50'
   assert cells['seeds'] == '0, 1' and cells['state'] == 'finished'
   assert cells['s/step'] == '0.667' and cells['s/epoch'] == '2'
   # Each published number is to the right of the measured one.
@@ -200,15 +204,14 @@ def test_changed_fields_are_listed():
   assert 'awp.gamma=0.5, ' in note and 'do not apply' in note
 
 
-def test_mean_lines():
-  # One line has a field that the other one lacks.
-  runs = [run_of(LINES), run_of(
-      [line(2, 0.25, 0.125, suspicious=1), line(3, 0.5)], seed=1)]
-  (only,) = records.mean_lines(runs)  # epoch 3 was evaluated in one run only
-  assert only['epoch'] == 2
-  assert only['test_robust_accuracy'] == 0.375
-  assert only['train_natural_accuracy'] == 0.375 + 0.25
-  assert 'suspicious' not in only
+def test_curves_of_several_seeds():
+  runs = [LINES, [line(2, 0.25, 0.125), line(3, 0.5), line(4, 0.5)]]
+  epochs, means, spreads = curves.over_epochs(runs, 'test_robust_accuracy')
+  assert epochs == [2, 4]  # epoch 3 was evaluated in one run only
+  assert means[0] == (0.5 + 0.25) / 2
+  assert spreads[0] == pytest.approx(
+      statistics.stdev([0.5, 0.25]), rel=1e-12)
+  assert not curves.over_epochs(runs[:1], 'test_robust_accuracy')[2].any()
 
 
 def test_styles_of_runs_differ():

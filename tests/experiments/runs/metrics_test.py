@@ -253,7 +253,7 @@ def test_curves(tmp_path, lines):
 
 def test_comparison(tmp_path):
   curves.plot_comparison(
-      {'AT': LINES, 'AT-AWP': LINES[::-1]}, tmp_path / 'both.png')
+      {'AT': [LINES], 'AT-AWP': [LINES[::-1]]}, tmp_path / 'both.png')
   assert_is_picture(tmp_path / 'both.png')
 
 
@@ -306,7 +306,7 @@ def test_curves_show_each_metric_by_split(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('count', [2, 3, 4, 8])
 def test_comparisons_tell_runs_apart(count, tmp_path, monkeypatch):
-  runs = {f'run {k}': [line(1, k / 16), line(2), line(3, k / 32)]
+  runs = {f'run {k}': [[line(1, k / 16), line(2), line(3, k / 32)]]
           for k in range(count)}
   figure = drawn(
       monkeypatch, curves.plot_comparison, runs, tmp_path / 'a.png')
@@ -318,7 +318,7 @@ def test_comparisons_tell_runs_apart(count, tmp_path, monkeypatch):
     for k, curve in enumerate(axis.lines):
       name, split = curve.get_label().split(', ')
       assert name == f'run {k // 2}' and split == ('test', 'train')[k % 2]
-      lines = [one for one in runs[name] if f'test_{metric}_accuracy' in one]
+      lines = [one for one in runs[name][0] if f'test_{metric}_accuracy' in one]
       np.testing.assert_array_equal(curve.get_xdata(), [1, 3])
       np.testing.assert_array_equal(
           curve.get_ydata(),
