@@ -37,6 +37,30 @@ def parameters(params: dict[str, Any]) -> Convolution | None:
       params['precision'])
 
 
+def suits_loops(equation: Any) -> bool:
+  """Whether it and its gradient by the input are fast inside loops on CPUs.
+
+  Inside a loop XLA runs dilated convolutions 2 to 20 times and those with
+  channels first 50 to 170 times as slowly
+  (`docs/results/autoattack_speed.md`).
+
+  Args:
+    equation: a convolution.
+
+  Returns:
+    True for a convolution in float32 or bfloat16 with channels last, a kernel
+    [..., C, C'], no groups and no dilation.
+  """
+  conv = parameters(equation.params)
+  lhs, rhs, out = equations.shapes(equation)
+  return (
+      conv is not None and conv.is_channels_last
+      and conv.rhs_spec == conv.plain_kernel
+      and set(conv.lhs_dilation) == set(conv.rhs_dilation) == {1}
+      and lhs.dtype == rhs.dtype == out.dtype
+      and lhs.dtype in (jnp.float32, jnp.bfloat16))
+
+
 def of_equation(equation: Any) -> Form | None:
   """The form of a convolution that is faster on CPUs, or None to keep it."""
   conv = parameters(equation.params)

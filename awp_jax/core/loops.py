@@ -37,6 +37,26 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     'platform', default=None)
 
 
+_ROLLED: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    'rolled', default=False)
+
+
+@contextlib.contextmanager
+def rolled() -> Iterator[None]:
+  """Context in which `repeat` and `repeat_pieces` stay loops on the CPU too.
+
+  It is for tracing a program that suits loops (`convolution.suits_loops`).
+
+  Yields:
+    Nothing.
+  """
+  token = _ROLLED.set(True)
+  try:
+    yield
+  finally:
+    _ROLLED.reset(token)
+
+
 @contextlib.contextmanager
 def platform(name: str) -> Iterator[None]:
   """Context that sets the platform loops are compiled for.
@@ -112,6 +132,8 @@ def repeat(
   def looped(carry: Carry) -> Carry:
     return jax.lax.fori_loop(0, num_steps, lambda _, c: step(c), carry)
 
+  if _ROLLED.get():
+    return looped(init)
   return _by_platform(unrolled, looped, init)
 
 
@@ -169,7 +191,8 @@ def repeat_pieces(
     num_steps: int, body: Callable[[Carry], Carry], init: Carry) -> Carry:
   """`repeat` for a body that calls separately compiled functions.
 
-  On the CPU the host runs the loop and nothing is compiled here.
+  On the CPU, and not under `rolled`, the host runs the loop and nothing is
+  compiled here.
 
   Args:
     num_steps: the number of iterations.
@@ -179,7 +202,7 @@ def repeat_pieces(
   Returns:
     As `repeat`.
   """
-  if not unrolls():
+  if _ROLLED.get() or not unrolls():
     return repeat(num_steps, body, init)
   carry = init
   for _ in range(num_steps):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax.core import checks
+from awp_jax.core import checks, convolution
 from awp_jax.evaluation import compilation
 from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.evaluation.results import BatchResult, Share
@@ -109,12 +110,18 @@ class Traced(NamedTuple):
     product: the narrowest floating type of an operand of its matrix products
       and convolutions, or a lower precision that one of them requests;
       'float32' or wider if there is neither.
+    suits_loops: whether the model is deterministic and all its convolutions
+      are fast inside loops on CPUs, with their gradients.
+    operations: floating-point operations of its matrix products and
+      convolutions per image; bodies of loops count once.
   """
 
   program: jax.extend.core.ClosedJaxpr
   num_classes: int
   dtype: np.dtype
   product: str
+  suits_loops: bool
+  operations: float
 
 
 def _products(program: Any) -> Iterator[Any]:
@@ -127,6 +134,18 @@ def _products(program: Any) -> Iterator[Any]:
         is_leaf=lambda value: hasattr(value, 'eqns')):
       if hasattr(inner, 'eqns'):
         yield from _products(inner)
+
+
+def _operations(equation: Any) -> int:
+  """Two for each multiplication of a product or convolution."""
+  lhs, rhs = (var.aval.shape for var in equation.invars)
+  numbers = equation.params['dimension_numbers']
+  if equation.primitive.name == 'dot_general':
+    (axes, _), _ = numbers
+    summed = math.prod(lhs[axis] for axis in axes)
+  else:
+    summed = math.prod(rhs) // max(1, rhs[numbers.rhs_spec[0]])
+  return 2 * summed * math.prod(equation.outvars[0].aval.shape)
 
 
 def _narrowest_product(program: jax.extend.core.ClosedJaxpr) -> str:
@@ -178,7 +197,12 @@ def trace_model(
         f'{name} must return logits of at least 2 classes, got {shape[1]}.')
   return Traced(
       program, int(shape[1]), np.dtype(logits.dtype),
-      _narrowest_product(program))
+      _narrowest_product(program),
+      # The draws of a randomized model may be batched over its kernels.
+      not takes_key and all(
+          convolution.suits_loops(equation) for equation in _products(program)
+          if equation.primitive.name == 'conv_general_dilated'),
+      sum(map(_operations, _products(program))) / 2)
 
 
 def trace_attack_model(
@@ -203,7 +227,7 @@ def trace_attack_model(
     raise ValueError(
         'attack_fn and logits_fn must return logits of the same classes, got '
         f'{found.num_classes} and {traced.num_classes}.')
-  return found
+  return found._replace(suits_loops=found.suits_loops and traced.suits_loops)
 
 
 def check_specs(

@@ -31,6 +31,8 @@ It does not change whether one of them succeeds, up to rounding.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+import math
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -88,10 +90,10 @@ class Carry(NamedTuple):
   found: Found
 
 
-#: (carry, busy places [B], free places to wait for) -> (carry, finished runs
-#: [B], number of iterations made).
+#: (carry, busy places [B], free places to wait for, most iterations) -> (carry,
+#: finished runs [B], number of iterations made).
 Advance = Callable[
-    [Carry, np.ndarray, int], tuple[Carry, np.ndarray, int]]
+    [Carry, np.ndarray, int, int], tuple[Carry, np.ndarray, int]]
 
 
 class Job(NamedTuple):
@@ -107,6 +109,7 @@ class Job(NamedTuple):
     own_model: whether the attack uses another model than the verdicts. Then
       candidates are checked without delay, so that runs do not depend on the
       rest of their batch.
+    operations: floating-point operations of an iteration per example.
   """
 
   attack: BoundAttack
@@ -116,13 +119,20 @@ class Job(NamedTuple):
   place: Callable[[Any], Any]
   check: CheckCandidates
   own_model: bool = False
+  operations: float = 0.0
 
 
-#: Iterations at one batch size before compiling a smaller one.
-_SHRINK_AFTER = 64
+#: A smaller batch is compiled after this many floating-point operations on idle
+#: places, about those made in the time of compiling: on CPUs (0.3 TFLOP/s and
+#: 1.2 s were measured on two cores), and elsewhere. A count, unlike a time,
+#: gives the same batches in every evaluation.
+_COMPILING = 4e11
+_COMPILING_ELSEWHERE = 1e15
 
-#: Most iterations of the compiled loop before it returns to the host.
+#: Most iterations of the compiled loop before it returns to the host, and about
+#: the most seconds: Python handles no signal before. Results depend on neither.
 _LONGEST_CALL = 100
+_LONGEST_SECONDS = 1.0
 
 
 @jax.jit
@@ -136,17 +146,21 @@ def _take(carry: Carry, rows: Array) -> Carry:
 
 
 def make_advance(
-    attack: BoundAttack, to_end: bool, own_model: bool = False) -> Advance:
+    attack: BoundAttack, to_end: bool, own_model: bool = False, *,
+    compiled: bool = False) -> Advance:
   """Builds the loop of an attack, once for all of its groups.
 
-  On the CPU each call makes one iteration, of functions that are already
-  compiled. Elsewhere a compiled loop runs until the given number of places is
-  free, because a transfer to the host costs more than an iteration.
+  A compiled loop runs until the given number of places is free. Otherwise each
+  call makes one iteration, of functions that are already compiled.
 
   Args:
     attack: the attack.
     to_end: whether runs continue after a misclassified iterate.
     own_model: as in `Job`.
+    compiled: whether to compile the loop on CPUs; elsewhere it always is,
+      because a transfer to the host costs more than an iteration. On CPUs this
+      saves 15 to 20 % of the time, but some convolutions are much slower inside
+      a loop (`Traced.suits_loops`).
 
   Returns:
     The loop.
@@ -157,30 +171,50 @@ def make_advance(
     found, over = slots.note(carry.found, report, to_end, own_model)
     return Carry(carry.examples, state, found), over
 
-  if loops.unrolls():
+  if loops.unrolls() and not compiled:
     def once(
-        carry: Carry, busy: np.ndarray, patience: int
+        carry: Carry, busy: np.ndarray, patience: int, limit: int
     ) -> tuple[Carry, np.ndarray, int]:
-      del busy, patience
+      del busy, patience, limit
       carry, over = iterate(carry)
       return carry, np.asarray(over), 1
     return once
 
-  def loop(carry: Carry, busy: Array, patience: Array) -> Any:
-    return jax.lax.while_loop(
-        lambda c: (c[2] < _LONGEST_CALL) & (jnp.sum(c[1] & busy) < patience),
-        lambda c: (*iterate(c[0]), c[2] + 1),
-        (carry, jnp.zeros_like(busy), jnp.int32(0)))
+  def loop(carry: Carry, busy: Array, patience: Array, limit: Array) -> Any:
+    with loops.rolled():
+      return jax.lax.while_loop(
+          lambda c: (c[2] < limit) & (jnp.sum(c[1] & busy) < patience),
+          lambda c: (*iterate(c[0]), c[2] + 1),
+          (carry, jnp.zeros_like(busy), jnp.int32(0)))
 
   program = compilation.constants_as_arguments(loop)
 
   def many(
-      carry: Carry, busy: np.ndarray, patience: int
+      carry: Carry, busy: np.ndarray, patience: int, limit: int
   ) -> tuple[Carry, np.ndarray, int]:
-    carry, over, made = program(carry, busy, np.int32(patience))
+    carry, over, made = program(
+        carry, busy, np.int32(patience), np.int32(limit))
     return carry, np.asarray(over), int(made)
 
   return many
+
+
+def next_limit(limit: int, made: int, seconds: float) -> int:
+  """The most iterations of the next call.
+
+  Args:
+    limit: of this call.
+    made: iterations of this call.
+    seconds: that it took, with compiling.
+
+  Returns:
+    Twice as many after a short call, half as many after a long one.
+  """
+  if seconds > _LONGEST_SECONDS:
+    return max(1, limit // 2)
+  if made == limit and 2 * seconds < _LONGEST_SECONDS:
+    return min(2 * limit, _LONGEST_CALL)
+  return limit
 
 
 def _load(job: Job, group: Group, places: Places) -> Carry:
@@ -265,22 +299,28 @@ def attack_group(
   width = slots.first_size(job.sizes, count * job.attack.num_runs)
   places = Places(np.full(width, -1), np.zeros(width, int))
   carry: Carry | None = None
-  steps = 0
+  worth = _COMPILING if loops.unrolls() else _COMPILING_ELSEWHERE
+  wasted, limit = 0.0, 1
   while True:
-    filled = slots.fill(places, queue, job.sizes, steps >= _SHRINK_AFTER)
-    steps = steps if filled.rows.size == places.run.size else 0
+    filled = slots.fill(places, queue, job.sizes, wasted >= worth)
+    wasted = wasted if filled.rows.size == places.run.size else 0.0
     places = filled.places
     busy = places.example >= 0
     if not busy.any():
       return outcome
     carry = _refill(job, group, carry, filled)
     over = np.zeros_like(busy)
-    patience = 1 if job.own_model else min(
+    # On CPUs a return to the host is cheap.
+    patience = 1 if job.own_model or loops.unrolls() else min(
         int(busy.sum()), max(1, busy.size // 8))
-    while np.sum(over & busy) < patience:
+    waste = job.operations * slots.spare(busy, job.sizes)
+    while np.sum(over & busy) < patience and not (waste and wasted >= worth):
+      begin = time.perf_counter()
+      most = min(limit, math.ceil((worth - wasted) / waste)) if waste else limit
       with around(busy.size):
-        carry, over, made = job.advance(carry, busy, patience)
-      steps += made
+        carry, over, made = job.advance(carry, busy, patience, most)
+      limit = next_limit(limit, made, time.perf_counter() - begin)
+      wasted += made * waste
     found = carry.found
     finished = np.asarray(found.finished)
     for seen, field in ((found.zero_gradient, outcome.zero_gradient),

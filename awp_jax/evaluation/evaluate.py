@@ -4,8 +4,7 @@ The examples stay on the host and stream through the device in batches of one
 fixed size. `EvalOptions.progress` gets a record after each group of examples.
 Passed as `EvalOptions.done`, these records resume an interrupted evaluation
 with the same result. Verdicts are computed in float32 at matrix precision
-'float32' (see `verdicts`), at whatever precision the attacks ran and with
-whatever model (`EvalOptions.attack_fn`).
+'float32' (see `verdicts`), whatever the attacks' precision and model.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ import numpy as np
 from awp_jax.core import checks, loops, sharding
 from awp_jax.evaluation import (
   arguments,
-  compilation,
   diagnostics,
   driver,
   fingerprint,
@@ -32,7 +30,12 @@ from awp_jax.evaluation import (
 )
 from awp_jax.evaluation.arguments import EvalOptions, Traced
 from awp_jax.evaluation.driver import Job
-from awp_jax.evaluation.model import Model, average_gradients, make_model
+from awp_jax.evaluation.model import (
+  Model,
+  average_gradients,
+  in_float32,
+  make_model,
+)
 from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.evaluation.results import (
   AttackResult,
@@ -59,7 +62,7 @@ VERDICT_PRECISION = 'float32'
 
 
 class _Setting(NamedTuple):
-  """Everything that stays the same through an evaluation.
+  """What stays the same through an evaluation.
 
   Attributes:
     key: a PRNG key.
@@ -72,6 +75,7 @@ class _Setting(NamedTuple):
     group_size: examples per record.
     num_streams: batches that run in parallel.
     own_model: whether the attacks use another function than the verdicts.
+    traced: the attacks' model.
     identity: hash of the evaluation; '' if no record is written or read.
   """
 
@@ -85,6 +89,7 @@ class _Setting(NamedTuple):
   group_size: int
   num_streams: int
   own_model: bool
+  traced: Traced
   identity: str
 
 
@@ -114,23 +119,21 @@ def _check_model(
   return found
 
 
-def _in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
-  """The classifier with float32 logits."""
-  inner = compilation.unwrap(function)
-  return lambda *args: inner(*args).astype(jnp.float32)
-
-
 def _make_job(setting: _Setting, spec: AttackSpec, eot_samples: int) -> Job:
   model = average_gradients(setting.model, eot_samples)
   attack = spec.build(model, setting.verdicts.threat)
   checks.count(f'num_runs of attack {spec.name!r}', attack.num_runs)
   return Job(
       attack,
-      driver.make_advance(attack, model.takes_key, setting.own_model),
+      driver.make_advance(
+          attack, model.takes_key, setting.own_model,
+          compiled=setting.traced.suits_loops),
       jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode())),
       setting.sizes if spec.white_box else setting.forward_sizes,
       setting.verdicts.place, verdicts.make_check(setting.verdicts, spec.name),
-      setting.own_model)
+      setting.own_model,
+      # A gradient takes three times a forward pass.
+      setting.traced.operations * eot_samples * (3 if spec.white_box else 1))
 
 
 def _attack_group(
@@ -237,11 +240,11 @@ def _make_setting(
     threat: ThreatModel, specs: Sequence[AttackSpec], options: EvalOptions
 ) -> _Setting:
   """Checks the batching options and makes the setting of an evaluation."""
-  batch_size = options.batch_size
-  if batch_size is None:
-    batch_size = 64 if loops.unrolls() else 512
+  batch_size = 64 if loops.unrolls() else 512
+  if options.batch_size is not None:
+    batch_size = options.batch_size
   checks.count('batch_size', batch_size)
-  num_devices = len(options.devices) if options.devices else 1
+  num_devices = len(options.devices or [None])
   if batch_size % num_devices:
     raise ValueError(
         f'batch_size must be a multiple of the {num_devices} devices, got '
@@ -259,7 +262,7 @@ def _make_setting(
 
   model = verdict_model = make(logits_fn, VERDICT_PRECISION)
   if options.attack_fn is not None:
-    model = make(_in_float32(options.attack_fn), options.attack_precision)
+    model = make(in_float32(options.attack_fn), options.attack_precision)
   elif options.attack_precision != VERDICT_PRECISION:
     model = make(logits_fn, options.attack_precision)
   # Always Threefry: other generators draw for a whole batch at once, and an
@@ -267,10 +270,9 @@ def _make_setting(
   seed = jax.random.bits(key, (2,), jnp.uint32)
   key = jax.random.wrap_key_data(seed, impl='threefry2x32')
   num_streams = 1 if options.devices else threads.num_streams(batch_size)
-  forward = 1 if loops.unrolls() else _FORWARD_BATCH
   sizes, forward_sizes = (
-      slots.batch_sizes(size // num_streams, num_devices)
-      for size in (batch_size, forward * batch_size))
+      slots.batch_sizes(factor * batch_size // num_streams, num_devices)
+      for factor in (1, 1 if loops.unrolls() else _FORWARD_BATCH))
   identity = ''
   if options.progress is not None or options.done or options.share:
     settings = {
@@ -286,7 +288,8 @@ def _make_setting(
       functools.partial(sharding.shard, devices=options.devices))
   return _Setting(
       key, model, verdict_settings, images, labels, sizes, forward_sizes,
-      group_size, num_streams, options.attack_fn is not None, identity)
+      group_size, num_streams, options.attack_fn is not None,
+      attack_traced, identity)
 
 
 def evaluate(
@@ -313,7 +316,7 @@ def evaluate(
   Raises:
     ValueError: for arguments that are not as above, before anything compiles.
   """
-  options = EvalOptions() if options is None else options
+  options = options or EvalOptions()
   # `asanyarray` keeps memory maps unloaded.
   images = np.asanyarray(images)
   labels = np.asarray(labels)

@@ -122,6 +122,12 @@ def _differentiate(
   return make_gradients(gradient, values, logits, labels)
 
 
+def in_float32(function: Callable[..., Array]) -> Callable[..., Array]:
+  """The classifier with float32 logits."""
+  inner = compilation.unwrap(function)
+  return lambda *args: inner(*args).astype(jnp.float32)
+
+
 def make_model(
     logits_fn: Callable[..., Array], num_classes: int, *,
     takes_key: bool = False, precision: str | None = None,

@@ -78,6 +78,17 @@ def first_size(sizes: tuple[int, ...], num_tasks: int) -> int:
   return -(-num_tasks // step) * step
 
 
+def spare(busy: np.ndarray, sizes: tuple[int, ...]) -> int:
+  """By how many places a batch of one of the sizes could be smaller.
+
+  Args:
+    busy: the busy places, [B].
+    sizes: from `batch_sizes`.
+  """
+  smallest = min((s for s in sizes if s >= busy.sum()), default=busy.size)
+  return max(0, busy.size - smallest)
+
+
 def tasks(
     count: int, num_runs: int, broken: np.ndarray
 ) -> Iterator[tuple[int, int]]:

@@ -173,15 +173,23 @@ def test_a_loop_off_the_cpu_ends_when_enough_places_are_free(monkeypatch):
   advance = driver.make_advance(attack, False)
   busy = np.ones(4, bool)
   for patience, made in ((1, 3), (2, 6), (4, 12)):
-    carry, over, steps = advance(begin, busy, patience)
+    carry, over, steps = advance(begin, busy, patience, 100)
     assert steps == made and over.sum() == patience
     np.testing.assert_array_equal(carry.state, made)
   # Idle places are not waited for.
-  _, over, steps = advance(begin, np.array([False, False, True, True]), 1)
+  _, over, steps = advance(begin, np.array([False, False, True, True]), 1, 100)
   assert steps == 9
   # The host looks now and then, whatever the patience.
-  _, _, steps = advance(begin, busy, 5)
-  assert steps == driver._LONGEST_CALL
+  for limit in (1, 7, 100):
+    assert advance(begin, busy, 5, limit)[2] == limit
+
+
+@pytest.mark.parametrize('limit, made, seconds, following', [
+    (1, 1, 0.1, 2), (64, 64, 0.1, 100), (100, 100, 0.1, 100),
+    (8, 3, 0.1, 8),     # it ended early, so it says little
+    (8, 8, 0.6, 8), (8, 8, 1.1, 4), (1, 1, 60.0, 1)])
+def test_calls_last_about_a_second(limit, made, seconds, following):
+  assert driver.next_limit(limit, made, seconds) == following
 
 
 def test_groups_are_smaller_off_the_cpu(monkeypatch):
