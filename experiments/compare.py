@@ -4,7 +4,8 @@
 
 The page, `comparison.html`, is self-contained and opens offline. It shows the
 curves of all runs, and their weight loss landscapes and attacks if measured.
-Over four or more runs with a landscape, flatness and robust gap are correlated.
+Over five or more runs with a landscape, the rank correlation of its mean rise
+and the robust gap is printed.
 
 Runs whose configs differ only in the seed share a row, with mean and standard
 deviation.
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     groups = comparison.group_by_config(
         [comparison.read_run(paths.parse(text))
          for text in options.workdirs])
+    comparison.check_seeds(groups)
   except (ValueError, OSError) as error:
     sys.exit(f'error: {error}')
   print('Accuracies on test images in percent. The gap is robust accuracy on '

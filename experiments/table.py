@@ -47,7 +47,8 @@ LEGEND = (
     'Mean ± standard deviation over seeds. Accuracies are in percent on test '
     'images. best, final: robust accuracy at the best and at the last '
     "evaluation; fall: best minus final, with Student's 95 % confidence "
-    'interval of the mean; last 6: robust accuracy, mean over the last six '
+    'interval of the mean, above 0 by selection alone if best is selected on '
+    'test images; last 6: robust accuracy, mean over the last six '
     'evaluations; natural: natural accuracy at the best one; gap: robust '
     'accuracy on training images minus that on test images at the last '
     'evaluation; s/step, s/epoch: seconds of training. Unfinished runs have '
@@ -55,8 +56,8 @@ LEGEND = (
 
 PAIRS_LEGEND = (
     "Differences to {baseline} in points, between runs of the same seed: mean "
-    "and Student's 95 % confidence interval. best is selected from several "
-    'noisy evaluations in both runs.')
+    "and Student's 95 % confidence interval. best and fall are selected from "
+    'several noisy evaluations in both runs.')
 
 
 def rows(groups: dict[str, list[records.Record]]) -> list[list[str]]:

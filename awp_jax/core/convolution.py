@@ -49,7 +49,8 @@ def suits_loops(equation: Any) -> bool:
 
   Returns:
     True for a convolution in float32 or bfloat16 with channels last, a kernel
-    [..., C, C'], no groups and no dilation.
+    [..., C, C'], no groups and no dilation. Groups were measured twice as fast
+    (depthwise) and 1.2 times as slow (four); their gradients are not rewritten.
   """
   conv = parameters(equation.params)
   lhs, rhs, out = equations.shapes(equation)

@@ -1,7 +1,4 @@
-"""Equations of a jaxpr that run in another form on CPUs.
-
-Programs for other platforms keep the original equation.
-"""
+"""Equations of a jaxpr that need another form on CPUs."""
 
 from collections.abc import Callable
 import functools
@@ -9,6 +6,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend import core
 import jax.numpy as jnp
 
 from awp_jax.types import Array
@@ -16,7 +14,8 @@ from awp_jax.types import Array
 #: A function of the equation's inputs.
 Form = Callable[..., Array]
 
-#: Whether XLA may fuse several products in bfloat16, see `is_miscompiled`.
+#: Whether XLA has the fault that `is_miscompiled` describes. Later releases
+#: count as faulty until they are tested (docs/results/bfloat16_on_cpus.md).
 _FUSES_PRODUCTS = jax.__version_info__ >= (0, 11)
 
 
@@ -46,34 +45,49 @@ def is_sharded(equation: Any) -> bool:
 
 
 def is_miscompiled(equation: Any) -> bool:
-  """Whether XLA may compile this product to wrong results on CPUs.
+  """Whether XLA may compile what surrounds it to wrong results on CPUs.
 
-  XLA of jaxlib 0.11 and 0.12 fuses products in bfloat16 that a sum follows.
-  With a maximum between two of them the sum has arbitrary values, often NaN:
+  XLA of jaxlib 0.11 and 0.12 fuses matrix products and convolutions that a
+  reduction follows. With a `max` or `min` in bfloat16 between two of them the
+  result is arbitrary, often NaN:
 
     sum(relu(relu(x @ a) @ b), dtype=float32)
 
-  Products in float32 are right, and so are those in bfloat16 whose results pass
-  an `optimization_barrier` (`separated`).
+  A `max` in float32 between two casts is no better. It is right if the result
+  of the `max` or `min` passes a barrier.
 
   Args:
-    equation: of a matrix product or a convolution.
+    equation: of a program with values in bfloat16.
   """
-  return _FUSES_PRODUCTS and equation.outvars[0].aval.dtype == jnp.bfloat16
+  return (
+      _FUSES_PRODUCTS and equation.primitive.name in ('max', 'min')
+      and equation.outvars[0].aval.dtype in (jnp.bfloat16, jnp.float32))
 
 
-def original(equation: Any) -> Form:
-  """The function that an equation of one output computes."""
-  return functools.partial(equation.primitive.bind, **equation.params)
+def has_bfloat16(jaxpr: Any) -> bool:
+  """Whether a jaxpr has a value in bfloat16, nested jaxprs included."""
+  return any(
+      any(getattr(var.aval, 'dtype', None) == jnp.bfloat16
+          for var in (*equation.invars, *equation.outvars))
+      for equation in jaxpr.eqns) or any(
+          has_bfloat16(inner) for inner in core.subjaxprs(jaxpr))
 
 
-def separated(form: Form) -> Form:
-  """The same function; XLA fuses nothing that follows into it."""
-  return lambda *inputs: lax.optimization_barrier(form(*inputs))
+def separated(equation: Any) -> list[Any]:
+  """An equation of one output, and a barrier that XLA fuses nothing across."""
+  output, = equation.outvars
+  inner = core.Var(output.aval)
+  barrier, = jax.make_jaxpr(lax.optimization_barrier)(
+      jax.ShapeDtypeStruct(output.aval.shape, output.aval.dtype)).eqns
+  return [
+      equation.replace(outvars=[inner]),
+      barrier.replace(invars=[inner], outvars=[output])]
 
 
 def on_cpus(equation: Any, form: Form) -> Any:
   """The equation of a function that takes another form on CPUs.
+
+  Programs for other platforms keep the original.
 
   Args:
     equation: the original, of one output.
@@ -83,9 +97,9 @@ def on_cpus(equation: Any, form: Form) -> Any:
     An equation, whose inputs and outputs are not those of the original.
   """
   *inputs, _ = shapes(equation)
+  original = functools.partial(equation.primitive.bind, **equation.params)
 
   def call(*arguments: Array) -> Array:
-    return lax.platform_dependent(
-        *arguments, cpu=form, default=original(equation))
+    return lax.platform_dependent(*arguments, cpu=form, default=original)
 
   return jax.make_jaxpr(jax.jit(call))(*inputs).eqns[0]

@@ -27,23 +27,23 @@ from awp_jax.core import convolution, equations, loops
 
 Fn = TypeVar('Fn', bound=Callable[..., Any])
 
-_CONVOLUTION = 'conv_general_dilated'
-
 #: Primitives whose parameters hold jaxprs that run as they are. Others, such as
 #: kernels of Pallas, are not entered.
 _ENTERED = frozenset((
     'jit', 'pjit', 'closed_call', 'core_call', 'remat', 'remat2', 'checkpoint',
     'while', 'scan', 'cond', 'custom_jvp_call', 'custom_vjp_call',
-    'shard_map'))
+    'composite', 'shard_map'))
 
 
 def cpu_convolutions(fn: Fn) -> Fn:
   """A function with the same results, whose convolutions are faster on CPUs.
 
   Convolutions in float32 and bfloat16 take the forms of
-  `awp_jax.core.convolution_forms`. Results change by rounding only. Apply it
-  outside of differentiation, directly inside `jax.jit`, `jax.pmap` or
-  `jax.shard_map`:
+  `awp_jax.core.convolution_forms`. In functions with values in bfloat16 a
+  barrier follows every maximum and minimum, near which XLA of jax 0.11 and 0.12
+  miscompiles products (`awp_jax.core.equations`). Otherwise results change by
+  rounding only. Apply it outside of differentiation, directly inside `jax.jit`,
+  `jax.pmap` or `jax.shard_map`:
 
     step = jax.jit(awp_jax.cpu_convolutions(step))
 
@@ -88,14 +88,15 @@ def with_cpu_convolutions(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
   if not loops.unrolls():
     return closed
   jaxpr = closed.jaxpr
-  new = _Rewriter().jaxpr(jaxpr)
+  new = _Rewriter(equations.has_bfloat16(jaxpr)).jaxpr(jaxpr)
   return closed if new is jaxpr else closed.replace(jaxpr=new)
 
 
 class _Rewriter:
   """Rewrites jaxprs. A jaxpr that is called twice is rewritten once."""
 
-  def __init__(self) -> None:
+  def __init__(self, has_bfloat16: bool) -> None:
+    self._has_bfloat16 = has_bfloat16
     # The originals are kept, so that no other object gets their id.
     self._known: dict[int, tuple[Any, Any]] = {}
     self._forms: dict[Any, Any] = {}
@@ -103,11 +104,16 @@ class _Rewriter:
   def jaxpr(self, jaxpr: Any) -> Any:
     """A jaxpr with faster convolutions, or the same object."""
     if id(jaxpr) not in self._known:
-      equations = [self._equation(equation) for equation in jaxpr.eqns]
-      same = all(new is old for new, old in zip(
-          equations, jaxpr.eqns, strict=True))
+      new: list[Any] = []
+      for equation in jaxpr.eqns:
+        new += (
+            equations.separated(equation)
+            if self._has_bfloat16 and equations.is_miscompiled(equation)
+            else [self._equation(equation)])
+      same = len(new) == len(jaxpr.eqns) and all(
+          one is other for one, other in zip(new, jaxpr.eqns, strict=True))
       self._known[id(jaxpr)] = jaxpr, (
-          jaxpr if same else jaxpr.replace(eqns=equations))
+          jaxpr if same else jaxpr.replace(eqns=new))
     return self._known[id(jaxpr)][1]
 
   def _value(self, value: Any) -> Any:
@@ -128,8 +134,8 @@ class _Rewriter:
 
   def _equation(self, equation: Any) -> Any:
     name = equation.primitive.name
-    if name in (_CONVOLUTION, 'dot_general'):
-      return self._product(equation)
+    if name == 'conv_general_dilated':
+      return self._convolution(equation)
     if name not in _ENTERED:
       return equation
     params = {key: self._value(value)
@@ -138,26 +144,15 @@ class _Rewriter:
       return equation
     return equation.replace(params=params)
 
-  def _product(self, equation: Any) -> Any:
-    """A convolution or matrix product in the form for CPUs."""
+  def _convolution(self, equation: Any) -> Any:
     if equations.is_sharded(equation):
       return equation
     # Other platforms bind the parameters of the first equation of a key.
-    key = (equation.primitive, tuple(sorted(equation.params.items())),
-           equations.shapes(equation))
+    key = tuple(sorted(equation.params.items())), equations.shapes(equation)
     if key not in self._forms:
-      self._forms[key] = _on_cpus(equation)
+      form = convolution.of_equation(equation)
+      self._forms[key] = form and equations.on_cpus(equation, form)
     new = self._forms[key]
     if new is None:
       return equation
     return equation.replace(primitive=new.primitive, params=new.params)
-
-
-def _on_cpus(equation: Any) -> Any:
-  """A convolution or product in another form, or None to keep it."""
-  form = None
-  if equation.primitive.name == _CONVOLUTION:
-    form = convolution.of_equation(equation)
-  if equations.is_miscompiled(equation):
-    form = equations.separated(form or equations.original(equation))
-  return None if form is None else equations.on_cpus(equation, form)

@@ -113,7 +113,8 @@ class Traced(NamedTuple):
     suits_loops: whether the model is deterministic and all its convolutions
       are fast inside loops on CPUs, with their gradients.
     operations: floating-point operations of its matrix products and
-      convolutions per image; bodies of loops count once.
+      convolutions per image; bodies of loops count once, all branches of a
+      `cond` count.
   """
 
   program: jax.extend.core.ClosedJaxpr
@@ -215,7 +216,8 @@ def trace_attack_model(
     traced: `logits_fn`.
 
   Returns:
-    The trace; `traced` if the attacks use `logits_fn`.
+    The trace; `traced` if the attacks use `logits_fn`. Its `suits_loops` is
+    that of both models, because the second attack uses `logits_fn`.
 
   Raises:
     ValueError: unless it returns logits of the same classes.

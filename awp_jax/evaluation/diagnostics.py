@@ -113,20 +113,24 @@ def check_attack_model(
 
   Two networks of the same data agree on most classes, so logits are compared
   too: the largest difference over the spread of the logits, max - min. Logits
-  that are not finite where the other model's are mean a failure of the type or
-  of the compiler.
+  that are not finite where those of the other model are come from the
+  floating-point type or the compiler.
 
   Args:
     attacked: logits of `EvalOptions.attack_fn` for natural images, [n, C].
     judged: logits of the model under attack, [n, C].
   """
-  failed = int(np.sum(np.all(np.isfinite(judged), axis=-1)
-                      & ~np.all(np.isfinite(attacked), axis=-1)))
-  if failed:
+  failed = (np.all(np.isfinite(judged), axis=-1)
+            & ~np.all(np.isfinite(attacked), axis=-1))
+  if failed.any():
     return [warn(
-        'attack-model', f'attack_fn returns logits that are not finite for '
-        f'{failed} of {len(judged)} natural images; those of logits_fn are. '
-        'Attacks on them fail.', num_examples=failed)]
+        'attack-model', 'attack_fn returns NaN or infinite logits for '
+        f'{int(failed.sum())} of {len(judged)} natural images, and logits_fn '
+        'does not. Attacks on these images are unreliable.',
+        num_examples=int(failed.sum())
+    ), *check_attack_model(attacked[~failed], judged[~failed])]
+  if not len(judged):
+    return []
   differ = int(np.sum(attacked.argmax(axis=-1) != judged.argmax(axis=-1)))
   spread = np.maximum(np.ptp(judged, axis=-1), np.finfo(np.float32).tiny)
   distance = float(np.median(

@@ -36,13 +36,12 @@ import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.core import loops
-from awp_jax.evaluation import compilation, slots
+from awp_jax.evaluation import slots
 from awp_jax.evaluation.protocol import BoundAttack, Examples, run_keys
-from awp_jax.evaluation.slots import Filled, Found, Places
+from awp_jax.evaluation.slots import Advance, Carry, Filled, Found, Places
 from awp_jax.evaluation.verdicts import CheckCandidates, Group
 from awp_jax.types import Array
 
@@ -82,26 +81,12 @@ def no_outcome(group: Group) -> Outcome:
       *(np.zeros(count, bool) for _ in range(6)))
 
 
-class Carry(NamedTuple):
-  """A batch on the device: examples, attack state, and results so far."""
-
-  examples: Examples
-  state: Any
-  found: Found
-
-
-#: (carry, busy places [B], free places to wait for, most iterations) -> (carry,
-#: finished runs [B], number of iterations made).
-Advance = Callable[
-    [Carry, np.ndarray, int, int], tuple[Carry, np.ndarray, int]]
-
-
 class Job(NamedTuple):
   """An attack with everything that its groups share.
 
   Attributes:
     attack: the attack.
-    advance: runs it until enough places are free.
+    advance: runs it until enough places are free or enough iterations made.
     key: a PRNG key; run r of example i draws from fold_in(fold_in(key, i), r).
     sizes: batch sizes of `slots.batch_sizes`.
     place: puts arrays with a leading batch axis onto the devices.
@@ -109,7 +94,8 @@ class Job(NamedTuple):
     own_model: whether the attack uses another model than the verdicts. Then
       candidates are checked without delay, so that runs do not depend on the
       rest of their batch.
-    operations: floating-point operations of an iteration per example.
+    operations: floating-point operations of an iteration per example; with 0
+      the batch keeps its size.
   """
 
   attack: BoundAttack
@@ -122,18 +108,13 @@ class Job(NamedTuple):
   operations: float = 0.0
 
 
-#: A smaller batch is compiled after this many floating-point operations on idle
-#: places, about those made in the time of compiling: on CPUs (0.3 TFLOP/s and
-#: 1.2 s were measured on two cores), and elsewhere. A count, unlike a time,
-#: gives the same batches in every evaluation.
+#: In each group a smaller batch is chosen after this many floating-point
+#: operations on idle places, about those made in the time of compiling: on CPUs
+#: (0.3 TFLOP/s and 1.2 s were measured on two cores), and elsewhere (assumed:
+#: 100 TFLOP/s and 10 s). A count, unlike a time, gives the same batches in
+#: every evaluation.
 _COMPILING = 4e11
 _COMPILING_ELSEWHERE = 1e15
-
-#: Most iterations of the compiled loop before it returns to the host, and about
-#: the most seconds: Python handles no signal before. Results depend on neither.
-_LONGEST_CALL = 100
-_LONGEST_SECONDS = 1.0
-
 
 @jax.jit
 def _merge(fresh: Array, new: Carry, old: Carry) -> Carry:
@@ -143,78 +124,6 @@ def _merge(fresh: Array, new: Carry, old: Carry) -> Carry:
 @jax.jit
 def _take(carry: Carry, rows: Array) -> Carry:
   return jax.tree.map(lambda leaf: leaf[rows], carry)
-
-
-def make_advance(
-    attack: BoundAttack, to_end: bool, own_model: bool = False, *,
-    compiled: bool = False) -> Advance:
-  """Builds the loop of an attack, once for all of its groups.
-
-  A compiled loop runs until the given number of places is free. Otherwise each
-  call makes one iteration, of functions that are already compiled.
-
-  Args:
-    attack: the attack.
-    to_end: whether runs continue after a misclassified iterate.
-    own_model: as in `Job`.
-    compiled: whether to compile the loop on CPUs; elsewhere it always is,
-      because a transfer to the host costs more than an iteration. On CPUs this
-      saves 15 to 20 % of the time, but some convolutions are much slower inside
-      a loop (`Traced.suits_loops`).
-
-  Returns:
-    The loop.
-  """
-
-  def iterate(carry: Carry) -> tuple[Carry, Array]:
-    state, report = attack.step(carry.examples, carry.state)
-    found, over = slots.note(carry.found, report, to_end, own_model)
-    return Carry(carry.examples, state, found), over
-
-  if loops.unrolls() and not compiled:
-    def once(
-        carry: Carry, busy: np.ndarray, patience: int, limit: int
-    ) -> tuple[Carry, np.ndarray, int]:
-      del busy, patience, limit
-      carry, over = iterate(carry)
-      return carry, np.asarray(over), 1
-    return once
-
-  def loop(carry: Carry, busy: Array, patience: Array, limit: Array) -> Any:
-    with loops.rolled():
-      return jax.lax.while_loop(
-          lambda c: (c[2] < limit) & (jnp.sum(c[1] & busy) < patience),
-          lambda c: (*iterate(c[0]), c[2] + 1),
-          (carry, jnp.zeros_like(busy), jnp.int32(0)))
-
-  program = compilation.constants_as_arguments(loop)
-
-  def many(
-      carry: Carry, busy: np.ndarray, patience: int, limit: int
-  ) -> tuple[Carry, np.ndarray, int]:
-    carry, over, made = program(
-        carry, busy, np.int32(patience), np.int32(limit))
-    return carry, np.asarray(over), int(made)
-
-  return many
-
-
-def next_limit(limit: int, made: int, seconds: float) -> int:
-  """The most iterations of the next call.
-
-  Args:
-    limit: of this call.
-    made: iterations of this call.
-    seconds: that it took, with compiling.
-
-  Returns:
-    Twice as many after a short call, half as many after a long one.
-  """
-  if seconds > _LONGEST_SECONDS:
-    return max(1, limit // 2)
-  if made == limit and 2 * seconds < _LONGEST_SECONDS:
-    return min(2 * limit, _LONGEST_CALL)
-  return limit
 
 
 def _load(job: Job, group: Group, places: Places) -> Carry:
@@ -315,11 +224,11 @@ def attack_group(
         int(busy.sum()), max(1, busy.size // 8))
     waste = job.operations * slots.spare(busy, job.sizes)
     while np.sum(over & busy) < patience and not (waste and wasted >= worth):
-      begin = time.perf_counter()
       most = min(limit, math.ceil((worth - wasted) / waste)) if waste else limit
       with around(busy.size):
+        begin = time.perf_counter()
         carry, over, made = job.advance(carry, busy, patience, most)
-      limit = next_limit(limit, made, time.perf_counter() - begin)
+        limit = slots.next_limit(limit, made, time.perf_counter() - begin)
       wasted += made * waste
     found = carry.found
     finished = np.asarray(found.finished)

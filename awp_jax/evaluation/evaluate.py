@@ -21,7 +21,6 @@ from awp_jax.core import checks, loops, sharding
 from awp_jax.evaluation import (
   arguments,
   diagnostics,
-  driver,
   fingerprint,
   results,
   slots,
@@ -125,9 +124,10 @@ def _make_job(setting: _Setting, spec: AttackSpec, eot_samples: int) -> Job:
   checks.count(f'num_runs of attack {spec.name!r}', attack.num_runs)
   return Job(
       attack,
-      driver.make_advance(
+      slots.make_advance(
           attack, model.takes_key, setting.own_model,
-          compiled=setting.traced.suits_loops),
+          # With settings a step depends on nothing else.
+          compiled=spec.settings is not None and setting.traced.suits_loops),
       jax.random.fold_in(setting.key, zlib.crc32(spec.name.encode())),
       setting.sizes if spec.white_box else setting.forward_sizes,
       setting.verdicts.place, verdicts.make_check(setting.verdicts, spec.name),

@@ -64,8 +64,9 @@ class BoundAttack(NamedTuple):
   Attributes:
     num_runs: restarts times targets, >= 1.
     init: examples -> state, any pytree of arrays with a leading batch axis.
-    step: (examples, state) -> (state, report). Entry i of each array may depend
-      on example i only.
+    step: (examples, state) -> (state, report), a pure function that keeps the
+      shapes and dtypes of the state. Entry i of each array may depend on
+      example i only.
   """
 
   num_runs: int
@@ -97,7 +98,7 @@ class AttackSpec(NamedTuple):
     settings: everything that `build` depends on, by name: plain values, or
       functions of arrays, which are compared by their traces. Resuming an
       interrupted evaluation needs equal settings. None means unknown: such an
-      attack is never resumed.
+      attack is never resumed, and on CPUs its loop is not compiled.
   """
 
   name: str

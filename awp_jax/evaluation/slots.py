@@ -1,21 +1,22 @@
-"""The places of a batch of fixed size: their tasks, and what their runs found.
+"""The places of a batch of fixed size: tasks, the loop of steps, what is found.
 
 A queue holds tasks (example, run), ordered by run, and refills free places.
 When it is empty the batch shrinks, to one of a few sizes so that few programs
 are compiled.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.core import loops
-from awp_jax.evaluation.protocol import Report
+from awp_jax.evaluation import compilation
+from awp_jax.evaluation.protocol import BoundAttack, Examples, Report
 from awp_jax.types import Array
 
 #: Growth of the margin after a rejection before the next check.
@@ -210,3 +211,110 @@ def clear_refused(found: Found, refused: Array) -> Found:
   return found._replace(
       pending=found.pending & ~refused, broken=found.broken & ~refused,
       bar=jnp.where(refused, bar, found.bar))
+
+
+class Carry(NamedTuple):
+  """A batch on the device: examples, attack state, and results so far."""
+
+  examples: Examples
+  state: Any
+  found: Found
+
+
+#: (carry, busy places [B], free places to wait for, most iterations) -> (carry,
+#: finished runs [B], number of iterations made).
+Advance = Callable[
+    [Carry, np.ndarray, int, int], tuple[Carry, np.ndarray, int]]
+
+
+#: Most iterations of the compiled loop before it returns to the host, and about
+#: the most seconds: Python handles no signal before. Results depend on neither.
+_LONGEST_CALL = 100
+_LONGEST_SECONDS = 1.0
+
+
+def make_advance(
+    attack: BoundAttack, to_end: bool, own_model: bool = False, *,
+    compiled: bool = False) -> Advance:
+  """Builds the loop of an attack, once for all of its groups.
+
+  A compiled loop runs until the given number of places is free, or for the
+  given number of iterations. Otherwise each call makes one iteration, of
+  functions that are already compiled.
+
+  Args:
+    attack: the attack.
+    to_end: whether runs continue after a misclassified iterate.
+    own_model: as in `Job`.
+    compiled: whether to compile the loop on CPUs; elsewhere it always is,
+      because a transfer to the host costs more than an iteration. On CPUs this
+      saves up to a fifth of the time, but some convolutions are much slower
+      inside a loop (`Traced.suits_loops`).
+
+  Returns:
+    The loop.
+  """
+
+  def iterate(carry: Carry) -> tuple[Carry, Array]:
+    state, report = attack.step(carry.examples, carry.state)
+    found, over = note(carry.found, report, to_end, own_model)
+    return Carry(carry.examples, state, found), over
+
+  if loops.unrolls() and not compiled:
+    def once(
+        carry: Carry, busy: np.ndarray, patience: int, limit: int
+    ) -> tuple[Carry, np.ndarray, int]:
+      del busy, patience, limit
+      carry, over = iterate(carry)
+      return carry, np.asarray(over), 1
+    return once
+
+  def loop(carry: Carry, busy: Array, patience: Array, limit: Array) -> Any:
+    with loops.rolled():
+      return jax.lax.while_loop(
+          lambda c: (c[2] < limit) & (jnp.sum(c[1] & busy) < patience),
+          lambda c: (*iterate(c[0]), c[2] + 1),
+          (carry, jnp.zeros_like(busy), jnp.int32(0)))
+
+  program = compilation.constants_as_arguments(loop)
+  widens: dict[Any, bool] = {}
+
+  def many(
+      carry: Carry, busy: np.ndarray, patience: int, limit: int
+  ) -> tuple[Carry, np.ndarray, int]:
+    if jax.dtypes.canonicalize_dtype(float) == np.float64:
+      # E.g. a float64 network widens float32 iterates in the first step.
+      types = _types(carry)
+      if types not in widens:
+        widens[types] = _types(jax.eval_shape(iterate, carry)[0]) != types
+      if widens[types]:
+        carry, over = iterate(carry)
+        return carry, np.asarray(over), 1
+    carry, over, made = program(
+        carry, busy, np.int32(patience), np.int32(limit))
+    return carry, np.asarray(over), int(made)
+
+  return many
+
+
+def _types(carry: Carry) -> tuple[Any, ...]:
+  return tuple([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(carry)])
+
+
+def next_limit(limit: int, made: int, seconds: float) -> int:
+  """The most iterations of the next call.
+
+  Args:
+    limit: of this call.
+    made: iterations of this call.
+    seconds: that it took, with compiling.
+
+  Returns:
+    Half as many after more than a second, twice as many after a call of
+    `limit` iterations in less than half of that; in [1, 100].
+  """
+  if seconds > _LONGEST_SECONDS:
+    return max(1, limit // 2)
+  if made == limit and 2 * seconds < _LONGEST_SECONDS:
+    return min(2 * limit, _LONGEST_CALL)
+  return limit

@@ -65,20 +65,23 @@ def cifar10_small(config: Config) -> None:
 
   2,500 training images at 16 x 16 pixels without augmentation, and a
   PreActResNet-18 of width 16 in bfloat16, for 40 epochs of batches of 100. Call
-  it last: the optimizer is that of AT for every objective.
+  it last: threat model, step size, network and optimizer are those of AT for
+  every objective.
   """
+  at = base.get_config()
   config.dataset = 'cifar10'
   config.image_size = 16
   config.num_train = 2500
   config.num_test = 3000
-  config.augmentation = base.get_config().augmentation
+  for name in ('threat', 'augmentation', 'model', 'optimizer'):
+    config[name] = at[name]
+  config.attack.step_size = at.attack.step_size
   config.augmentation.pad = 0
   config.augmentation.flip = False
   config.model.width = 16
   config.model.dtype = 'bfloat16'
   config.epochs = 40
   config.batch_size = 100
-  config.optimizer = base.get_config().optimizer
   config.eval.num_steps = 10
   config.eval.num_train = 500
   config.eval.batch_size = 250

@@ -15,7 +15,7 @@ from experiments.util import paths
 COLUMNS = {
     'robust best': ('best', 'robust_accuracy'),
     'robust last': ('last', 'robust_accuracy'),
-    'last 6 epochs': ('last', 'mean_of_last_6'),
+    'last 6': ('last', 'mean_of_last_6'),
     'natural last': ('last', 'natural_accuracy'),
     'gap': ('robust_generalisation_gap',),
 }
@@ -57,6 +57,19 @@ def group_by_config(
       keys[key] = name
     groups.setdefault(keys[key], []).append(run)
   return groups
+
+
+def check_seeds(groups: dict[str, list[dict[str, Any]]]) -> None:
+  """Raises ValueError if a run is there twice, which would narrow intervals."""
+  for runs in groups.values():
+    by_seed: dict[int, str] = {}
+    for run in runs:
+      seed = run['config']['seed']
+      if seed in by_seed:
+        raise ValueError(
+            f'{by_seed[seed]!r} and {run["name"]!r} are runs of one config '
+            f'with the same seed, {seed}: name one of them.')
+      by_seed[seed] = run['name']
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -134,7 +147,8 @@ def write_page(
       'title': ' vs. '.join(groups), 'subtitle': 'Comparison of runs',
       'summary': rows(groups),
       'seeds_note': ', mean and standard deviation over seeds; the figures '
-      'show the first run of each row' if several else '',
+      'of training, landscapes and attacks show the first run of each row'
+      if several else '',
       'training': panels.training(
           folder, {name: run['lines'] for name, run in first.items()}),
       'landscape': [

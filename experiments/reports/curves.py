@@ -73,17 +73,17 @@ def over_epochs(
     metric: a key of evaluated lines.
 
   Returns:
-    The epochs that all runs evaluated, the means and the standard deviations;
-    those of a single run are 0.
+    The epochs that any run evaluated, and means and standard deviations over
+    the runs that did; deviations of a single run are 0.
   """
-  by_epoch = [
-      {line['epoch']: line[metric] for line in evaluated(lines)}
-      for lines in runs]
-  epochs = sorted(set.intersection(*map(set, by_epoch)))
-  values = np.array(
-      [[one[epoch] for epoch in epochs] for one in by_epoch], float)
-  return epochs, values.mean(0), (
-      values.std(0, ddof=1) if len(runs) > 1 else np.zeros(len(epochs)))
+  by_epoch: dict[int, list[float]] = {}
+  for lines in runs:
+    for line in evaluated(lines):
+      by_epoch.setdefault(line['epoch'], []).append(line[metric])
+  epochs = sorted(by_epoch)
+  return epochs, np.array([np.mean(by_epoch[epoch]) for epoch in epochs]), (
+      np.array([np.std(by_epoch[epoch], ddof=1) if len(by_epoch[epoch]) > 1
+                else 0.0 for epoch in epochs]))
 
 
 def plot_comparison(
@@ -91,9 +91,9 @@ def plot_comparison(
   """Plots robust and natural accuracy of several runs over the epochs.
 
   Args:
-    groups: by name, lines of `metrics.jsonl` of one or more runs, of which one
-      has an evaluation. Of several the mean is drawn, with a band of one
-      standard deviation.
+    groups: by name, lines of `metrics.jsonl` of one or more runs, of which at
+      least one has an evaluation. Of several the mean is drawn, with a band of
+      one standard deviation.
     path: of the PNG to write.
   """
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')

@@ -1,16 +1,20 @@
-"""Flatness of the weight loss landscape against the robust gap, over runs.
+"""Flatness of the weight loss landscape and the robust gap, over runs.
 
 The paper claims that a flatter landscape of the training loss comes with a
-smaller gap between robust training and test accuracy (its Fig. 2). The measure
-here is Spearman's rank correlation rho over runs. Its 95 % interval is
+smaller gap between robust training and test accuracy (its Fig. 2). Flatness is
+measured by the mean rise of the loss: the smaller, the flatter. The measure of
+the claim is Spearman's rank correlation rho of mean rise and gap over runs,
+positive if flatter runs have smaller gaps. Its 95 % interval is
 
   tanh( artanh(rho) +- 1.96 sqrt((1 + rho^2 / 2) / (n - 3)) )
 
-(Bonett and Wright, Psychometrika 2000). Runs that share a method are not
-independent of each other, so the interval is a rough guide.
+(Bonett and Wright, Psychometrika 2000), which does not exist at rho = +-1. Runs
+that share a method are not independent of each other, so the interval is a
+rough guide.
 """
 
 from collections.abc import Mapping, Sequence
+import json
 import math
 from typing import Any, NamedTuple
 
@@ -23,13 +27,16 @@ from experiments.util import paths
 #: The checkpoint, the series and the split of a landscape that count.
 _CHECKPOINT, _SERIES, _SPLIT = 'last', 'random', 'train'
 
+#: What landscapes must share to be compared.
+_SETTINGS = ('settings', 'threat', 'attack', 'images')
+
 
 class Correlation(NamedTuple):
   """A rank correlation with its 95 % confidence interval.
 
   Attributes:
     rho: Spearman's coefficient.
-    low: the end of the interval.
+    low: the end of the interval; NaN at rho = +-1.
     high: the other end.
     size: number of points.
   """
@@ -40,6 +47,21 @@ class Correlation(NamedTuple):
   size: int
 
 
+class Points(NamedTuple):
+  """What a comparison of runs shows.
+
+  Attributes:
+    groups: name -> (mean rise, gap in percent) of each run with a landscape of
+      its last checkpoint; no group without one.
+    left_out: number of runs whose mean rise or gap is not finite.
+    comparable: whether threat model, data and settings of the landscapes agree.
+  """
+
+  groups: dict[str, list[tuple[float, float]]]
+  left_out: int
+  comparable: bool
+
+
 def correlation(points: Sequence[tuple[float, float]]) -> Correlation | None:
   """Spearman's rho of points (x, y).
 
@@ -47,68 +69,86 @@ def correlation(points: Sequence[tuple[float, float]]) -> Correlation | None:
     points: of which x and y are finite.
 
   Returns:
-    The correlation; None with fewer than four points, or if all x or all y are
+    The correlation; None with fewer than five points, or if all x or all y are
     equal.
   """
   count = len(points)
-  if count < 4 or any(
+  if count < 5 or any(
       len({point[axis] for point in points}) == 1 for axis in (0, 1)):
     return None
   rho = float(stats.spearmanr(*zip(*points, strict=True)).statistic)
   if abs(rho) > 1 - 1e-12:
-    return Correlation(round(rho), round(rho), round(rho), count)
+    return Correlation(round(rho), math.nan, math.nan, count)
   half = 1.959964 * math.sqrt((1 + rho ** 2 / 2) / (count - 3))
   center = math.atanh(rho)
   return Correlation(
       rho, math.tanh(center - half), math.tanh(center + half), count)
 
 
-def points(
-    groups: Mapping[str, Sequence[dict[str, Any]]]
-) -> dict[str, list[tuple[float, float]]]:
+def points(groups: Mapping[str, Sequence[dict[str, Any]]]) -> Points:
   """Mean rise of the robust training loss and robust gap of each run.
 
   Args:
     groups: from `comparison.group_by_config`.
 
   Returns:
-    Name -> (mean rise over random directions, gap in percent) of the last
-    checkpoint of each run with a landscape; no group without one.
+    The points. A landscape of another step than the last one of its run does
+    not count.
   """
   found: dict[str, list[tuple[float, float]]] = {}
+  left_out, shared = 0, set()
   for name, runs in groups.items():
     for run in runs:
-      subject = (run['landscape'] or {}).get('subjects', {}).get(_CHECKPOINT)
-      rise = subject and subject[_SERIES][_SPLIT]['mean_rise']['mean']
+      landscape = run['landscape'] or {}
+      subject = landscape.get('subjects', {}).get(_CHECKPOINT)
+      steps = sum(math.ceil(line['images'] / run['config']['batch_size'])
+                  for line in run['lines'])
+      if subject is None or subject['step'] != steps:
+        continue
+      rise = subject[_SERIES][_SPLIT]['mean_rise']['mean']
       gap = run['summary']['robust_generalisation_gap']
-      if rise is not None and gap is not None:
-        found.setdefault(name, []).append((rise, 100 * gap))
-  return found
+      if rise is None or gap is None:
+        left_out += 1
+        continue
+      data = {key: value for key, value in landscape['dataset'].items()
+              if key != 'source'}
+      shared.add(json.dumps(
+          [data, *(landscape[key] for key in _SETTINGS)], sort_keys=True))
+      found.setdefault(name, []).append((rise, 100 * gap))
+  return Points(found, left_out, len(shared) <= 1)
 
 
-def sentence(groups: Mapping[str, Sequence[tuple[float, float]]]) -> str:
-  """The correlation over all points in words; '' if there is none."""
-  found = correlation([point for group in groups.values() for point in group])
-  if found is None:
+def sentence(found: Points) -> str:
+  """The correlation over all points in words; '' with fewer than five."""
+  everything = [point for group in found.groups.values() for point in group]
+  rank = correlation(everything)
+  if rank is None:
     return ''
-  return (
-      f"Spearman's rho of flatness (mean rise of the robust training loss) and "
-      f'robust gap over {found.size} runs: {found.rho:+.2f}, 95 % interval '
-      f'{found.low:+.2f} to {found.high:+.2f}.')
+  if not found.comparable:
+    return ('Flatness and robust gap are not compared: the landscapes differ '
+            'in threat model, attack, data or settings.')
+  text = (
+      "Spearman's rho of the mean rise of the robust training loss and the "
+      f'robust gap over {rank.size} runs: {rank.rho:+.2f}, ')
+  text += 'without an interval' if math.isnan(rank.low) else (
+      f'95 % interval {rank.low:+.2f} to {rank.high:+.2f}')
+  text += '. It is positive if flatter runs have smaller gaps.'
+  if found.left_out:
+    text += (f' {found.left_out} runs with values that are not finite are left '
+             'out.')
+  return text
 
 
-def draw(
-    folder: paths.Path, groups: dict[str, list[tuple[float, float]]]
-) -> list[Drawn]:
-  """The figure of `points`; none with fewer than four."""
-  text = sentence(groups)
-  if not text:
+def draw(folder: paths.Path, found: Points) -> list[Drawn]:
+  """The figure of `points`; none without a correlation."""
+  text = sentence(found)
+  if not text or not found.comparable:
     return []
   curves = [
       figures.Curve(
           name, [rise for rise, _ in group], [gap for _, gap in group], number)
-      for number, (name, group) in enumerate(groups.items())]
+      for number, (name, group) in enumerate(found.groups.items())]
   return [figures.lines(
-      folder, 'flatness', curves, title='Flatness and gap', caption=text,
+      folder, 'flatness', curves, title='Mean rise and gap', caption=text,
       xlabel='mean rise of the robust training loss',
       ylabel='robust gap, percent', joined=False)]

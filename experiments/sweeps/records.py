@@ -84,11 +84,11 @@ def measure(
     folder: its folder, which may contain an `evaluation.json`.
 
   Returns:
-    'best', 'final' (at the last evaluation), 'fall' (from best to final),
-    'last' (the mean of the last six evaluations), 'natural' (at the best
-    epoch), 'gap' and, if evaluated, 'autoattack', in percent;
-    'seconds_per_step' and 'seconds_per_epoch' of training. Empty before the
-    first evaluation.
+    'best', 'final' (at the last evaluation), 'fall' (from best to final, unless
+    all evaluations are suspected of a collapse), 'last' (the mean of the last
+    six evaluations), 'natural' (at the best epoch), 'gap' and, if evaluated,
+    'autoattack', in percent; 'seconds_per_step' and 'seconds_per_epoch' of
+    training. Empty before the first evaluation.
   """
   if not metrics.evaluated(lines):
     return {}
@@ -100,12 +100,13 @@ def measure(
   measured = {
       'best': 100 * best['robust_accuracy'],
       'final': 100 * last['robust_accuracy'],
-      'fall': 100 * (best['robust_accuracy'] - last['robust_accuracy']),
       'last': 100 * last['mean_of_last_6'],
       'natural': 100 * best['natural_accuracy'],
       'gap': 100 * values['robust_generalisation_gap'],
       'seconds_per_step': seconds / steps,
       'seconds_per_epoch': seconds / len(lines)}
+  if not all(line.get('suspicious') for line in metrics.evaluated(lines)):
+    measured['fall'] = measured['best'] - measured['final']
   autoattack, _ = read_autoattack(folder)
   return measured | ({} if autoattack is None else {'autoattack': autoattack})
 

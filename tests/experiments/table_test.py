@@ -207,10 +207,13 @@ def test_changed_fields_are_listed():
 def test_curves_of_several_seeds():
   runs = [LINES, [line(2, 0.25, 0.125), line(3, 0.5), line(4, 0.5)]]
   epochs, means, spreads = curves.over_epochs(runs, 'test_robust_accuracy')
-  assert epochs == [2, 4]  # epoch 3 was evaluated in one run only
-  assert means[0] == (0.5 + 0.25) / 2
-  assert spreads[0] == pytest.approx(
+  place = epochs.index(2)
+  assert means[place] == (0.5 + 0.25) / 2
+  assert spreads[place] == pytest.approx(
       statistics.stdev([0.5, 0.25]), rel=1e-12)
+  # An epoch that one run evaluated.
+  assert means[epochs.index(3)] == 0.5 and spreads[epochs.index(3)] == 0
+  assert epochs == sorted(set(epochs)) and epochs[-1] == 8
   assert not curves.over_epochs(runs[:1], 'test_robust_accuracy')[2].any()
 
 

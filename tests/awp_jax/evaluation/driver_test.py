@@ -9,7 +9,7 @@ import pytest
 
 from awp_jax.attacks import fixed_step
 from awp_jax.core import loops
-from awp_jax.evaluation import compilation, driver, protocol, slots
+from awp_jax.evaluation import compilation, protocol, slots
 from awp_jax.evaluation.evaluate import EvalOptions, evaluate
 from awp_jax.evaluation.slots import Places
 from awp_jax.threat import ThreatModel
@@ -167,10 +167,10 @@ def test_a_loop_off_the_cpu_ends_when_enough_places_are_free(monkeypatch):
 
   attack = protocol.BoundAttack(1, lambda e: jnp.zeros_like(e.labels), step)
   images, labels = jnp.zeros((4, 1)), jnp.zeros(4, int)
-  begin = driver.Carry(
+  begin = slots.Carry(
       protocol.Examples(images, labels, labels[:, None], labels, labels),
       labels, nothing(images))
-  advance = driver.make_advance(attack, False)
+  advance = slots.make_advance(attack, False)
   busy = np.ones(4, bool)
   for patience, made in ((1, 3), (2, 6), (4, 12)):
     carry, over, steps = advance(begin, busy, patience, 100)
@@ -189,7 +189,7 @@ def test_a_loop_off_the_cpu_ends_when_enough_places_are_free(monkeypatch):
     (8, 3, 0.1, 8),     # it ended early, so it says little
     (8, 8, 0.6, 8), (8, 8, 1.1, 4), (1, 1, 60.0, 1)])
 def test_calls_last_about_a_second(limit, made, seconds, following):
-  assert driver.next_limit(limit, made, seconds) == following
+  assert slots.next_limit(limit, made, seconds) == following
 
 
 def test_groups_are_smaller_off_the_cpu(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from awp_jax.attacks import apgd
 from awp_jax.core import loops
-from awp_jax.evaluation import driver, verdicts
+from awp_jax.evaluation import driver, slots, verdicts
 from awp_jax.evaluation import threads as threads_lib
 from awp_jax.evaluation.model import make_model
 from awp_jax.threat import ThreatModel
@@ -26,7 +26,7 @@ def problem(count=40):
   settings = verdicts.VerdictSettings(
       model, THREAT, jax.random.key(1), 8, 8, jax.device_put)
   job = driver.Job(
-      attack, driver.make_advance(attack, False), jax.random.key(0), (8,),
+      attack, slots.make_advance(attack, False), jax.random.key(0), (8,),
       jax.device_put, verdicts.make_check(settings, 'apgd-ce'))
   return job, verdicts.Group(
       np.arange(count), images, labels, np.zeros((count, 1), np.int32))
@@ -39,7 +39,7 @@ def run(job, group, number):
 def with_step(job, step):
   attack = job.attack._replace(step=step)
   return job._replace(
-      attack=attack, advance=driver.make_advance(attack, False))
+      attack=attack, advance=slots.make_advance(attack, False))
 
 
 def watched(job, look):

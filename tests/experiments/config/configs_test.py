@@ -138,9 +138,19 @@ def test_the_small_setting_changes_only_the_method():
   for stem in (s for s in STEMS if s.startswith('cifar10_small')):
     config = load(stem)
     for name in ('optimizer', 'epochs', 'batch_size', 'num_train', 'num_test',
-                 'image_size', 'data_seed', 'eval', 'augmentation'):
+                 'image_size', 'data_seed', 'eval', 'augmentation', 'threat',
+                 'model', 'landscape', 'guard'):
       assert config[name] == at[name], (stem, name)
-    assert config.model.width == 16
+    for name in ('step_size', 'num_steps'):
+      assert config.attack[name] == at.attack[name], (stem, name)
+  assert (at.num_train, at.num_test, at.image_size) == (2500, 3000, 16)
+  assert (at.epochs, at.batch_size, at.model.width) == (40, 100, 16)
+  assert (at.eval.every_epochs, at.eval.num_steps) == (2, 10)
+  gammas = {stem: load(stem).awp.gamma for stem in STEMS if 'small' in stem}
+  assert gammas == {
+      'cifar10_small_at': 0, 'cifar10_small_awp': 0.01,
+      'cifar10_small_trades': 0, 'cifar10_small_trades_awp': 0.005,
+      'cifar10_small_mart': 0, 'cifar10_small_mart_awp': 0.005}
 
 
 def test_the_paper_s_settings_of_other_data():
