@@ -122,5 +122,5 @@ def plot_comparison(
         *axes[0].get_legend_handles_labels(), frameon=False,
         loc='outside right upper')
   else:
-    axes[0].legend(frameon=False, loc='lower right')
+    axes[0].legend(frameon=False, loc='best')
   _save(figure, path)
