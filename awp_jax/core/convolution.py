@@ -58,8 +58,13 @@ def suits_loops(equation: Any) -> bool:
       conv is not None and conv.is_channels_last
       and conv.rhs_spec == conv.plain_kernel
       and set(conv.lhs_dilation) == set(conv.rhs_dilation) == {1}
-      and lhs.dtype == rhs.dtype == out.dtype
-      and lhs.dtype in (jnp.float32, jnp.bfloat16))
+      and _has_forms(lhs, rhs, out))
+
+
+def _has_forms(lhs: Any, rhs: Any, out: Any) -> bool:
+  """Whether the dtypes are those of the forms: one of float32 and bfloat16."""
+  return lhs.dtype == rhs.dtype == out.dtype and (
+      lhs.dtype in (jnp.float32, jnp.bfloat16))
 
 
 def of_equation(equation: Any) -> Form | None:
@@ -82,8 +87,8 @@ def rewritten(
   Returns:
     A function of input and kernel, or None.
   """
-  if not lhs.dtype == rhs.dtype == out.dtype or lhs.dtype not in (
-      jnp.float32, jnp.bfloat16) or 0 in (*lhs.shape, *rhs.shape, *out.shape):
+  if not _has_forms(lhs, rhs, out) or (
+      0 in (*lhs.shape, *rhs.shape, *out.shape)):
     return None
   if all(size == 1 for size in conv.spatial(conv.out_spec, out.shape)) and (
       _reads_inside(conv, lhs.shape, rhs.shape)):

@@ -1,6 +1,6 @@
 """Equations of a jaxpr that need another form on CPUs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import functools
 from typing import Any
 
@@ -24,6 +24,17 @@ def shapes(equation: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
   return tuple([
       jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
       for var in (*equation.invars, *equation.outvars)])
+
+
+def walk(jaxpr: Any) -> Iterator[Any]:
+  """The equations of a jaxpr, nested ones included, outer ones first."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for inner in jax.tree.leaves(
+        list(equation.params.values()),
+        is_leaf=lambda value: hasattr(value, 'eqns')):
+      if hasattr(inner, 'eqns'):
+        yield from walk(inner)
 
 
 def is_sharded(equation: Any) -> bool:
@@ -57,31 +68,37 @@ def is_miscompiled(equation: Any) -> bool:
   of the `max` or `min` passes a barrier.
 
   Args:
-    equation: of a program with values in bfloat16.
+    equation: of a program that `is_at_risk`.
   """
   return (
-      _FUSES_PRODUCTS and equation.primitive.name in ('max', 'min')
+      equation.primitive.name in ('max', 'min')
       and equation.outvars[0].aval.dtype in (jnp.bfloat16, jnp.float32))
 
 
-def has_bfloat16(jaxpr: Any) -> bool:
-  """Whether a jaxpr has a value in bfloat16, nested jaxprs included."""
-  return any(
-      any(getattr(var.aval, 'dtype', None) == jnp.bfloat16
-          for var in (*equation.invars, *equation.outvars))
-      for equation in jaxpr.eqns) or any(
-          has_bfloat16(inner) for inner in core.subjaxprs(jaxpr))
+def is_at_risk(jaxpr: Any) -> bool:
+  """Whether XLA has the fault and a value of the program is in bfloat16."""
+  return _FUSES_PRODUCTS and any(
+      getattr(var.aval, 'dtype', None) == jnp.bfloat16
+      for equation in walk(jaxpr)
+      for var in (*equation.invars, *equation.outvars))
+
+
+@functools.cache
+def _barrier() -> Any:
+  """The equation of a barrier; its primitive and parameters fit any values."""
+  return jax.make_jaxpr(lax.optimization_barrier)(0.0).eqns[0]
 
 
 def separated(equation: Any) -> list[Any]:
   """An equation of one output, and a barrier that XLA fuses nothing across."""
   output, = equation.outvars
   inner = core.Var(output.aval)
-  barrier, = jax.make_jaxpr(lax.optimization_barrier)(
-      jax.ShapeDtypeStruct(output.aval.shape, output.aval.dtype)).eqns
   return [
       equation.replace(outvars=[inner]),
-      barrier.replace(invars=[inner], outvars=[output])]
+      # Replacing keeps the mesh that the equation was traced under.
+      equation.replace(
+          primitive=_barrier().primitive, params=_barrier().params,
+          invars=[inner], outvars=[output])]
 
 
 def on_cpus(equation: Any, form: Form) -> Any:

@@ -43,9 +43,11 @@ _ROLLED: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def rolled() -> Iterator[None]:
-  """Context in which `repeat` and `repeat_pieces` stay loops on the CPU too.
+  """Context in which the loops of this module stay loops on the CPU too.
 
-  It is for tracing a program that suits loops (`convolution.suits_loops`).
+  It is for tracing programs all of whose convolutions suit loops
+  (`convolution.suits_loops`). Functions that are already traced keep their
+  form.
 
   Yields:
     Nothing.
@@ -90,7 +92,7 @@ def _by_platform(
     unrolled: Callable[..., Any], looped: Callable[..., Any], *args: Any
 ) -> Any:
   """Selects the form of a loop by the platform it is lowered for."""
-  if not unrolls():
+  if _ROLLED.get() or not unrolls():
     return looped(*args)
   return jax.lax.platform_dependent(*args, cpu=unrolled, default=looped)
 
@@ -101,6 +103,11 @@ def _types(carry: Any) -> list[Any]:
            for leaf in jax.tree.leaves(carry)]
   return [(t.shape, t.dtype, sharding.varying_axes(leaf))
           for t, leaf in zip(types, jax.tree.leaves(carry), strict=True)]
+
+
+def changes_types(step: Callable[[Carry], Carry], carry: Carry) -> bool:
+  """Whether a step changes shapes or dtypes, which no loop can."""
+  return _types(jax.eval_shape(step, carry)) != _types(carry)
 
 
 def repeat(
@@ -120,7 +127,7 @@ def repeat(
     return body(init) if num_steps else init
   # `jit` traces the body once; XLA inlines its calls.
   step = jax.jit(body)
-  if _types(jax.eval_shape(step, init)) != _types(init):
+  if changes_types(step, init):
     # E.g. float64 images widen float32 statistics in the first step.
     return repeat(num_steps - 1, step, step(init))
 
@@ -132,8 +139,6 @@ def repeat(
   def looped(carry: Carry) -> Carry:
     return jax.lax.fori_loop(0, num_steps, lambda _, c: step(c), carry)
 
-  if _ROLLED.get():
-    return looped(init)
   return _by_platform(unrolled, looped, init)
 
 

@@ -88,15 +88,15 @@ def with_cpu_convolutions(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
   if not loops.unrolls():
     return closed
   jaxpr = closed.jaxpr
-  new = _Rewriter(equations.has_bfloat16(jaxpr)).jaxpr(jaxpr)
+  new = _Rewriter(equations.is_at_risk(jaxpr)).jaxpr(jaxpr)
   return closed if new is jaxpr else closed.replace(jaxpr=new)
 
 
 class _Rewriter:
   """Rewrites jaxprs. A jaxpr that is called twice is rewritten once."""
 
-  def __init__(self, has_bfloat16: bool) -> None:
-    self._has_bfloat16 = has_bfloat16
+  def __init__(self, is_at_risk: bool) -> None:
+    self._is_at_risk = is_at_risk
     # The originals are kept, so that no other object gets their id.
     self._known: dict[int, tuple[Any, Any]] = {}
     self._forms: dict[Any, Any] = {}
@@ -108,7 +108,7 @@ class _Rewriter:
       for equation in jaxpr.eqns:
         new += (
             equations.separated(equation)
-            if self._has_bfloat16 and equations.is_miscompiled(equation)
+            if self._is_at_risk and equations.is_miscompiled(equation)
             else [self._equation(equation)])
       same = len(new) == len(jaxpr.eqns) and all(
           one is other for one, other in zip(new, jaxpr.eqns, strict=True))

@@ -10,7 +10,7 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax.core import checks, convolution
+from awp_jax.core import checks, convolution, equations
 from awp_jax.evaluation import compilation
 from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.evaluation.results import BatchResult, Share
@@ -127,14 +127,9 @@ class Traced(NamedTuple):
 
 def _products(program: Any) -> Iterator[Any]:
   """The matrix products and convolutions of a program, nested ones included."""
-  for equation in program.eqns:
+  for equation in equations.walk(program):
     if equation.primitive.name in ('dot_general', 'conv_general_dilated'):
       yield equation
-    for inner in jax.tree.leaves(
-        list(equation.params.values()),
-        is_leaf=lambda value: hasattr(value, 'eqns')):
-      if hasattr(inner, 'eqns'):
-        yield from _products(inner)
 
 
 def _operations(equation: Any) -> int:

@@ -223,7 +223,7 @@ def attack_group(
     patience = 1 if job.own_model or loops.unrolls() else min(
         int(busy.sum()), max(1, busy.size // 8))
     waste = job.operations * slots.spare(busy, job.sizes)
-    while np.sum(over & busy) < patience and not (waste and wasted >= worth):
+    while np.sum(over & busy) < patience and wasted < worth:
       most = min(limit, math.ceil((worth - wasted) / waste)) if waste else limit
       with around(busy.size):
         begin = time.perf_counter()

@@ -240,11 +240,11 @@ def _make_setting(
     threat: ThreatModel, specs: Sequence[AttackSpec], options: EvalOptions
 ) -> _Setting:
   """Checks the batching options and makes the setting of an evaluation."""
-  batch_size = 64 if loops.unrolls() else 512
-  if options.batch_size is not None:
-    batch_size = options.batch_size
+  batch_size = options.batch_size
+  if batch_size is None:
+    batch_size = 64 if loops.unrolls() else 512
   checks.count('batch_size', batch_size)
-  num_devices = len(options.devices or [None])
+  num_devices = len(options.devices) if options.devices else 1
   if batch_size % num_devices:
     raise ValueError(
         f'batch_size must be a multiple of the {num_devices} devices, got '

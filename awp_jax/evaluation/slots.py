@@ -60,6 +60,11 @@ def batch_sizes(batch_size: int, num_devices: int) -> tuple[int, ...]:
       if s == batch_size or (s >= 8 and s % num_devices == 0))
 
 
+def _smallest(sizes: tuple[int, ...], count: int, default: int) -> int:
+  """The smallest of the sizes that holds `count`, or else the default."""
+  return min((size for size in sizes if size >= count), default=default)
+
+
 def first_size(sizes: tuple[int, ...], num_tasks: int) -> int:
   """The size of the first batch of a queue.
 
@@ -72,7 +77,7 @@ def first_size(sizes: tuple[int, ...], num_tasks: int) -> int:
     if more than a fifth of its places would be idle, as many places as tasks,
     rounded up to the greatest common divisor of the sizes.
   """
-  size = min((s for s in sizes if s >= num_tasks), default=sizes[0])
+  size = _smallest(sizes, num_tasks, sizes[0])
   if not loops.unrolls() or 4 * size <= 5 * num_tasks:
     return size
   step = math.gcd(*sizes)
@@ -86,8 +91,7 @@ def spare(busy: np.ndarray, sizes: tuple[int, ...]) -> int:
     busy: the busy places, [B].
     sizes: from `batch_sizes`.
   """
-  smallest = min((s for s in sizes if s >= busy.sum()), default=busy.size)
-  return max(0, busy.size - smallest)
+  return max(0, busy.size - _smallest(sizes, int(busy.sum()), busy.size))
 
 
 def tasks(
@@ -126,7 +130,7 @@ def fill(
     fresh[row] = True
   rows = np.arange(example.size)
   occupied = int(np.sum(example >= 0))
-  size = min((s for s in sizes if s >= occupied), default=example.size)
+  size = _smallest(sizes, occupied, example.size)
   if empty and may_shrink and size < example.size:
     # Stable: idle places last, the others in their previous order.
     rows = np.argsort(example < 0, kind='stable')[:size]
@@ -277,17 +281,18 @@ def make_advance(
           (carry, jnp.zeros_like(busy), jnp.int32(0)))
 
   program = compilation.constants_as_arguments(loop)
-  widens: dict[Any, bool] = {}
+  #: Types of a carry -> whether an iteration changes them.
+  known: dict[Any, bool] = {}
 
   def many(
       carry: Carry, busy: np.ndarray, patience: int, limit: int
   ) -> tuple[Carry, np.ndarray, int]:
     if jax.dtypes.canonicalize_dtype(float) == np.float64:
       # E.g. a float64 network widens float32 iterates in the first step.
-      types = _types(carry)
-      if types not in widens:
-        widens[types] = _types(jax.eval_shape(iterate, carry)[0]) != types
-      if widens[types]:
+      types = tuple([leaf.dtype for leaf in jax.tree.leaves(carry)])
+      if types not in known:
+        known[types] = loops.changes_types(lambda c: iterate(c)[0], carry)
+      if known[types]:
         carry, over = iterate(carry)
         return carry, np.asarray(over), 1
     carry, over, made = program(
@@ -295,10 +300,6 @@ def make_advance(
     return carry, np.asarray(over), int(made)
 
   return many
-
-
-def _types(carry: Carry) -> tuple[Any, ...]:
-  return tuple([(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(carry)])
 
 
 def next_limit(limit: int, made: int, seconds: float) -> int:

@@ -14,6 +14,6 @@ from experiments.configs import base, parts
 def get_config() -> ml_collections.ConfigDict:
   """AT-AWP on 2,500 images."""
   config = base.get_config()
-  parts.awp(config, gamma=0.01)
   parts.cifar10_small(config)
+  parts.awp(config, gamma=0.01)
   return config

@@ -14,6 +14,6 @@ from experiments.configs import base, parts
 def get_config() -> ml_collections.ConfigDict:
   """MART on 2,500 images."""
   config = base.get_config()
-  parts.mart(config)
   parts.cifar10_small(config)
+  parts.objective(config, 'MART', beta=5.0)
   return config

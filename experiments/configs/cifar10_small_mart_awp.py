@@ -14,7 +14,7 @@ from experiments.configs import base, parts
 def get_config() -> ml_collections.ConfigDict:
   """MART-AWP on 2,500 images; the warm-up is 5 % of the epochs."""
   config = base.get_config()
-  parts.mart(config)
-  parts.awp(config, gamma=0.005, warmup_epochs=2)
   parts.cifar10_small(config)
+  parts.objective(config, 'MART', beta=5.0)
+  parts.awp(config, gamma=0.005, warmup_epochs=2)
   return config

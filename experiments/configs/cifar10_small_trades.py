@@ -14,6 +14,6 @@ from experiments.configs import base, parts
 def get_config() -> ml_collections.ConfigDict:
   """TRADES on 2,500 images."""
   config = base.get_config()
-  parts.trades(config)
   parts.cifar10_small(config)
+  parts.objective(config, 'TRADES', beta=6.0)
   return config

@@ -14,7 +14,7 @@ from experiments.configs import base, parts
 def get_config() -> ml_collections.ConfigDict:
   """TRADES-AWP on 2,500 images; the warm-up is 5 % of the epochs."""
   config = base.get_config()
-  parts.trades(config)
-  parts.awp(config, gamma=0.005, warmup_epochs=2)
   parts.cifar10_small(config)
+  parts.objective(config, 'TRADES', beta=6.0)
+  parts.awp(config, gamma=0.005, warmup_epochs=2)
   return config

@@ -64,18 +64,12 @@ def cifar10_small(config: Config) -> None:
   """CIFAR-10 so small that networks overfit in minutes on two cores.
 
   2,500 training images at 16 x 16 pixels without augmentation, and a
-  PreActResNet-18 of width 16 in bfloat16, for 40 epochs of batches of 100. Call
-  it last: threat model, step size, network and optimizer are those of AT for
-  every objective.
+  PreActResNet-18 of width 16 in bfloat16, for 40 epochs of batches of 100.
   """
-  at = base.get_config()
   config.dataset = 'cifar10'
   config.image_size = 16
   config.num_train = 2500
   config.num_test = 3000
-  for name in ('threat', 'augmentation', 'model', 'optimizer'):
-    config[name] = at[name]
-  config.attack.step_size = at.attack.step_size
   config.augmentation.pad = 0
   config.augmentation.flip = False
   config.model.width = 16
@@ -125,18 +119,23 @@ def awp(config: Config, gamma: float, warmup_epochs: int = 0) -> None:
   config.awp.warmup_epochs = warmup_epochs
 
 
+def objective(config: Config, name: str, beta: float) -> None:
+  """TRADES or MART, and how both attack; the rest stays that of AT."""
+  config.objective = name
+  config.beta = beta
+  config.attack.start = 'gaussian'
+  config.attack.mode = 'eval'
+
+
 def trades(config: Config) -> None:
   """TRADES as released: raw pixels, running statistics in the attack.
 
   The rate drops before the first step of epochs 100 and 150, counted from 1.
   """
-  config.objective = 'TRADES'
-  config.beta = 6.0
+  objective(config, 'TRADES', beta=6.0)
   config.model.normalize = False
   if config.augmentation.pad:
     config.augmentation.pad_mode = 'constant'
-  config.attack.start = 'gaussian'
-  config.attack.mode = 'eval'
   if config.threat.norm == 'Linf':
     config.threat.epsilon = 0.031
     config.attack.step_size = 0.007

@@ -7,7 +7,6 @@ one, and a larger number of directions measures only the new ones.
 
 from collections.abc import Sequence
 import functools
-import json
 import os
 from typing import Any
 
@@ -18,7 +17,7 @@ from awp_jax.core import checks
 from experiments.data import datasets
 from experiments.evaluation import landscape, landscape_records
 from experiments.parallel import processes
-from experiments.reports import page, panels, tables
+from experiments.reports import flatness, page, panels, tables
 from experiments.runs import restore, workdirs
 from experiments.runs import run as run_lib
 from experiments.util import atomic, console, digests, paths
@@ -132,10 +131,7 @@ def run_all(
     landscapes[name] = measure(run)
     processes.on_main(functools.partial(page.write_or_warn, run, 'landscape'))
   print(f'\n{console.table(tables.flatness(landscapes))}\n')
-  if len({json.dumps([
-      values['threat'], values['attack'],
-      {key: value for key, value in values['dataset'].items()
-       if key != 'source'}]) for values in landscapes.values()}) > 1:
+  if len({flatness.problem(values) for values in landscapes.values()}) > 1:
     print('The runs differ in threat model, attack or data, so their curves '
           'are not comparable.\n')
   if len(landscapes) > 1:

@@ -9,7 +9,7 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 import numpy as np
 
-from experiments.runs.metrics import evaluated
+from experiments.runs.metrics import Lines, evaluated
 from experiments.util import atomic, paths
 
 #: Okabe and Ito's colors, which color-blind readers can distinguish. The line
@@ -19,9 +19,6 @@ TEST_STYLE = {'color': '#0072B2', 'linestyle': '-'}
 RUN_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')
 #: One more than there are colors, so that 42 runs look different.
 RUN_MARKERS = ('o', '^', 's', 'v', 'D', 'P', 'X')
-
-
-Lines = Sequence[dict[str, Any]]
 
 
 def _save(figure: Any, path: paths.Path) -> None:

@@ -22,13 +22,11 @@ from scipy import stats
 
 from experiments.reports import figures
 from experiments.reports.figures import Drawn
+from experiments.runs import metrics
 from experiments.util import paths
 
 #: The checkpoint, the series and the split of a landscape that count.
 _CHECKPOINT, _SERIES, _SPLIT = 'last', 'random', 'train'
-
-#: What landscapes must share to be compared.
-_SETTINGS = ('settings', 'threat', 'attack', 'images')
 
 
 class Correlation(NamedTuple):
@@ -60,6 +58,15 @@ class Points(NamedTuple):
   groups: dict[str, list[tuple[float, float]]]
   left_out: int
   comparable: bool
+
+
+def problem(landscape: dict[str, Any], *more: str) -> str:
+  """What comparable landscapes share: threat model, attack, data and `more`."""
+  data = {key: value for key, value in landscape['dataset'].items()
+          if key != 'source'}
+  return json.dumps(
+      [data, *(landscape[key] for key in ('threat', 'attack', *more))],
+      sort_keys=True)
 
 
 def correlation(points: Sequence[tuple[float, float]]) -> Correlation | None:
@@ -101,8 +108,7 @@ def points(groups: Mapping[str, Sequence[dict[str, Any]]]) -> Points:
     for run in runs:
       landscape = run['landscape'] or {}
       subject = landscape.get('subjects', {}).get(_CHECKPOINT)
-      steps = sum(math.ceil(line['images'] / run['config']['batch_size'])
-                  for line in run['lines'])
+      steps = metrics.num_steps(run['lines'], run['config']['batch_size'])
       if subject is None or subject['step'] != steps:
         continue
       rise = subject[_SERIES][_SPLIT]['mean_rise']['mean']
@@ -110,10 +116,7 @@ def points(groups: Mapping[str, Sequence[dict[str, Any]]]) -> Points:
       if rise is None or gap is None:
         left_out += 1
         continue
-      data = {key: value for key, value in landscape['dataset'].items()
-              if key != 'source'}
-      shared.add(json.dumps(
-          [data, *(landscape[key] for key in _SETTINGS)], sort_keys=True))
+      shared.add(problem(landscape, 'settings', 'images'))
       found.setdefault(name, []).append((rise, 100 * gap))
   return Points(found, left_out, len(shared) <= 1)
 

@@ -4,21 +4,19 @@ For one run, colors distinguish training and test images. For several, colors
 and markers distinguish the runs, and line styles the images.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from experiments.evaluation import probe
 from experiments.reports import figures
 from experiments.reports.figures import Curve, Drawn
 from experiments.runs import metrics
+from experiments.runs.metrics import Lines
 from experiments.util import paths
 
 #: Color and dash of a split if there is one run.
 _SPLITS = {'test': (0, 0), 'train': (1, 1)}
 
 _NAMES = {'test': 'test', 'train': 'training'}
-
-Lines = Sequence[dict[str, Any]]
 
 
 def _over_epochs(records: dict[str, Lines], metric: str) -> list[Curve]:

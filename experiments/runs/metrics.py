@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 import json
+import math
 import numbers
 import pathlib
 import tempfile
@@ -13,6 +14,10 @@ from experiments.util import atomic, environment, paths
 #: Fields of a metrics line that may differ between identical runs.
 TIMING_FIELDS = (
     'seconds_training', 'seconds_evaluating', 'images_per_second')
+
+
+#: Lines of `metrics.jsonl`.
+Lines = Sequence[dict[str, Any]]
 
 
 class MetricsLog:
@@ -105,6 +110,11 @@ def read_metrics(workdir: paths.Path) -> list[dict[str, Any]]:
     except json.JSONDecodeError:
       break
   return lines
+
+
+def num_steps(lines: Lines, batch_size: int) -> int:
+  """The training steps of the epochs of some lines."""
+  return sum(math.ceil(line['images'] / batch_size) for line in lines)
 
 
 def evaluated(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 import importlib
 import json
-import math
 import pathlib
 from typing import Any, NamedTuple
 
@@ -95,8 +94,7 @@ def measure(
   values = metrics.accuracies(lines, config['select_on'])
   best, last = values['best'], values['last']
   seconds = sum(line['seconds_training'] for line in lines)
-  steps = sum(
-      math.ceil(line['images'] / config['batch_size']) for line in lines)
+  steps = metrics.num_steps(lines, config['batch_size'])
   measured = {
       'best': 100 * best['robust_accuracy'],
       'final': 100 * last['robust_accuracy'],
