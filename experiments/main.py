@@ -78,6 +78,27 @@ def _fail(error: object, code: int = 2) -> NoReturn:
   sys.exit(code)
 
 
+def _without_traceback(message: str) -> str:
+  """The message of an error in a config, in which ml_collections prints more.
+
+  Args:
+    message: of any error.
+
+  Returns:
+    The flag and the error that the config raised; others as they are.
+  """
+  head, _, trace = message.partition(
+      ': Error whilst parsing config file:')
+  lines = trace.rstrip().splitlines()
+  frames = [i for i, line in enumerate(lines) if line.startswith(' ')]
+  if not frames:
+    return message
+  found = ' '.join(lines[frames[-1] + 1:])
+  if 'get_config() takes 0 positional arguments' in found:
+    found = "this config takes no argument after ':'."
+  return f'{head}: {found}'
+
+
 def parse(argv: list[str]) -> list[str]:
   """Parses the flags; exits with one line for a wrong one."""
   # ml_collections reads sys.argv and finds --config.NAME only after --config.
@@ -89,7 +110,7 @@ def parse(argv: list[str]) -> list[str]:
   except (flags.Error, AttributeError, LookupError, OSError, TypeError,
           ValueError) as error:
     _check_names(argv)
-    _fail(error)
+    _fail(_without_traceback(str(error)))
   if rest[1:]:
     _fail(f'unknown arguments: {" ".join(rest[1:])}')
   if flags.FLAGS['verbosity'].using_default_value:

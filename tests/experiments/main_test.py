@@ -19,6 +19,7 @@ from tests.experiments.modes import train_test
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MAIN = ROOT / 'experiments/main.py'
+CONFIGS = ROOT / 'experiments/configs'
 
 #: Four steps per epoch; also saved at steps three, six and nine.
 TINY = [f'--config.{field}' for field in (
@@ -319,6 +320,10 @@ def test_killed_evaluation_ends_with_the_same_result(command, uninterrupted):
     (['--config.awp.gama=1'], "'awp.gama'. Did you mean 'awp.gamma'?"),
     (['--config.epochs=abc'], "--config.epochs=abc: invalid literal"),
     (['--config=nowhere.py'], 'nowhere.py: there is no such file'),
+    ([f'--config={CONFIGS}/digits_at.py:L2'],
+     "digits_at.py:L2: this config takes no argument after ':'."),
+    ([f'--config={CONFIGS}/cifar10_awp.py:L3'],
+     "cifar10_awp.py:L3: ValueError: the argument of a config may name Linf"),
     (['--config.threat.epsilon=-1'], 'threat.epsilon must be a finite number'),
     (['--config.dataset=cifr10'], "Did you mean 'cifar10'?"),
     (['--mode=evaluate', '--workdir=new'],
