@@ -6,7 +6,9 @@
 Every run is a separate process. Finished runs are not repeated, stopped runs
 resume from their last checkpoint, and failed runs are listed in the table with
 the reason. After Ctrl-C or SIGTERM, the current run saves a checkpoint first.
-`--config.NAME=VALUE` changes a field of every run. `--only_table` runs nothing.
+`--config.NAME=VALUE` changes a field of every run. `--vary=NAME=VALUE,VALUE`
+runs every config with each of the values, and draws a figure over them; given
+several times, with every combination. `--only_table` runs nothing.
 Below the table are the differences between runs of the same seed, with 95 %
 confidence intervals, to the row of `--baseline` (default: the first config).
 A seed sets the initial weights, the order of images and the noise. The choice
@@ -30,7 +32,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from experiments.reports import comparison, curves
-from experiments.sweeps import jobs, pairs, published, records, runner
+from experiments.sweeps import jobs, pairs, records, runner, varied
 from experiments.util import atomic, console, paths
 from experiments.util.errors import UserError
 
@@ -70,7 +72,7 @@ def rows(groups: dict[str, list[records.Record]]) -> list[list[str]]:
   table = [[*head, 'state']]
   for name, runs in groups.items():
     cells = [name, ', '.join(str(run.seed) for run in runs)]
-    reference = published.find(runs[0].label) or {}
+    reference = records.published_for(runs[0]) or {}
     for key in keys:
       cells.append(_cell(key, [run.measured.get(key) for run in runs]))
       if key in PUBLISHED:
@@ -125,13 +127,13 @@ def notes(groups: dict[str, list[records.Record]]) -> list[str]:
     if runs[0].state.error:
       found.append(f'{name}: {runs[0].state.error}')
     found += [f'{run.name}: {run.left_out}.' for run in runs if run.left_out]
-    fields = records.changed(runs[0].label, runs[0].config)
+    fields = records.changed(runs[0])
     if fields:
       found.append(
           f'{name} differs from its config: '
           f'{", ".join(f"{key}={fields[key]!r}" for key in sorted(fields))}'
           + ('. The published numbers do not apply.'
-             if published.find(runs[0].label) else '.'))
+             if records.published_for(runs[0]) else '.'))
   return found
 
 
@@ -148,8 +150,9 @@ def as_json(
   return {
       name: {
           'config': runs[0].label,
-          'changed': records.changed(runs[0].label, runs[0].config),
-          'published': published.find(runs[0].label),
+          'varied': dict(runs[0].varied),
+          'changed': records.changed(runs[0]),
+          'published': records.published_for(runs[0]),
           'runs': [
               {'name': run.name, 'seed': run.seed, **run.state._asdict(),
                'measured': run.measured} for run in runs],
@@ -163,7 +166,7 @@ def as_json(
 
 def write(
     workdir: paths.Path, listed: Sequence[str], baseline: str = '') -> str:
-  """Writes `table.md`, `table.json` and `table.png`.
+  """Writes `table.md`, `table.json`, `table.png` and figures of varied fields.
 
   Args:
     workdir: with the runs.
@@ -198,6 +201,8 @@ def write(
       if runs[0].measured}
   if shown:
     curves.plot_comparison(shown, workdir / 'table.png')
+  for field, series in varied.collect(groups).items():
+    curves.plot_varied(field, series, workdir / f'table_{field}.png')
   return '\n\n'.join(
       textwrap.fill(part, 80) if isinstance(part, str) else console.table(part)
       for part in parts)
@@ -216,6 +221,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
       help='row of the table that the others are compared with, seed by seed; '
       'default: the first config')
   parser.add_argument(
+      '--vary', action='append', default=[], metavar='NAME=VALUE,VALUE',
+      help='field of the configs and its values; may be given several times')
+  parser.add_argument(
       '--only_table', action='store_true',
       help='only write the table; run nothing')
   options, rest = parser.parse_known_args(argv)
@@ -226,20 +234,20 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
           'field of all configs.')
     if argument.startswith('--config.seed='):
       parser.error(f'{argument}: set seeds with --seeds=0,1,2.')
-  if not options.configs and not options.only_table:
+  if not options.configs and (options.vary or not options.only_table):
     parser.error('--configs is missing; only --only_table works without it.')
   return options, rest
 
 
 def _check_baseline(baseline: str, names: Sequence[str]) -> None:
   """Raises UserError unless a run of that row is listed or stored."""
-  labels = dict.fromkeys(
-      parsed[0] for parsed in map(jobs.parse_name, names) if parsed)
+  rows_of = dict.fromkeys(
+      parsed.row for parsed in map(jobs.parse_name, names) if parsed)
   # Rows of one config with other fields are named with primes.
-  if baseline and baseline.rstrip("'") not in labels:
+  if baseline and baseline.rstrip("'") not in rows_of:
     raise UserError(
-        f'--baseline must be one of {", ".join(labels) or "the runs"}, got '
-        f'{baseline!r}.')
+        '--baseline must be one of '
+        f'{"; ".join(rows_of) or "the runs"}, got {baseline!r}.')
 
 
 def main(
@@ -257,17 +265,16 @@ def main(
   options, overrides = _parse(argv)
   try:
     workdir = paths.parse(options.workdir)
-    listed = [
-        jobs.Job(config, seed)
-        for seed in jobs.parse_seeds(options.seeds)
-        for config in jobs.parse_configs(options.configs)
-    ] if options.configs else []
+    listed = jobs.make(
+        jobs.parse_configs(options.configs), jobs.parse_seeds(options.seeds),
+        jobs.parse_varied(options.vary)) if options.configs else []
     if options.only_table and not listed and not runner.find_runs(workdir):
       raise UserError(f'{str(workdir)!r} holds no runs.')
     names = [job.name for job in listed]
     _check_baseline(options.baseline, [*names, *runner.find_runs(workdir)])
     baseline = options.baseline or (
-        jobs.label_of(listed[0].config) if listed else '')
+        jobs.row_name(jobs.label_of(listed[0].config), listed[0].varied)
+        if listed else '')
     stopped = None
     if not options.only_table:
       # Keeps the table up to date during the sweep.
@@ -279,7 +286,7 @@ def main(
   except (UserError, OSError) as error:
     console.complain(error)
     return 2
-  print(f'\ntable.md, table.json and table.png are in {workdir}')
+  print(f'\ntable.md, table.json and the figures are in {workdir}')
   if stopped:
     print(f'{stopped}: run the same command to resume.')
   return int(any(

@@ -121,3 +121,57 @@ def plot_comparison(
   else:
     axes[0].legend(frameon=False, loc='best')
   _save(figure, path)
+
+
+def plot_varied(
+    field: str,
+    series: Mapping[str, Mapping[Any, Mapping[str, Sequence[float]]]],
+    path: paths.Path) -> None:
+  """Plots robust accuracy and its gap over the values of a field.
+
+  Args:
+    field: its dotted name, the label of the x axis.
+    series: by name, value of the field -> 'best', 'final' and 'gap' -> percent,
+      one for each seed. Means are drawn, with bars of one standard deviation.
+      Numbers are drawn to scale, logarithmic if they span a factor of 8; other
+      values at equal distances.
+    path: of the PNG to write.
+  """
+  values = list(dict.fromkeys(v for points in series.values() for v in points))
+  numeric = all(type(value) in (int, float) for value in values)
+  places = {v: v if numeric else i for i, v in enumerate(values)}
+  figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+  panels = (('robust accuracy, %', (('best', 'best', '-'),
+                                    ('final', 'last', '--'))),
+            ('robust generalisation gap, points', (('gap', '', '-'),)))
+  for axis, (label, drawn) in zip(axes, panels, strict=True):
+    for number, (name, points) in enumerate(series.items()):
+      for key, heading, style in drawn:
+        shown = [value for value in points if key in points[value]]
+        axis.errorbar(
+            [places[value] for value in shown],
+            [np.mean(points[value][key]) for value in shown],
+            [np.std(points[value][key], ddof=1)
+             if len(points[value][key]) > 1 else 0.0 for value in shown],
+            color=RUN_COLORS[number % len(RUN_COLORS)],
+            marker=RUN_MARKERS[number % len(RUN_MARKERS)], capsize=3,
+            linestyle=style if numeric else '',
+            fillstyle='none' if style == '--' else 'full',
+            label=', '.join(filter(None, [name, heading])))
+    axis.set(xlabel=field, ylabel=label)
+    _scale(axis, places, numeric)
+    axis.grid(alpha=0.3)
+    axis.spines[['top', 'right']].set_visible(False)
+  axes[0].legend(frameon=False)
+  _save(figure, path)
+
+
+def _scale(axis: Any, places: Mapping[Any, float], numeric: bool) -> None:
+  """Sets the scale and ticks of an x axis with these values."""
+  positive = [place for place in places.values() if place > 0]
+  if numeric and positive and max(positive) >= 8 * min(positive):
+    axis.set_xscale('symlog', linthresh=min(positive), linscale=0.5)
+  axis.set_xticks(
+      list(places.values()), [str(value) for value in places],
+      **({} if numeric else {'rotation': 20, 'ha': 'right'}))
+  axis.set_xticks([], minor=True)

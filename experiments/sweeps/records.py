@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from experiments.config import build
 from experiments.reports import comparison
 from experiments.runs import checkpoints, metrics, workdirs
-from experiments.sweeps import jobs, runner
+from experiments.sweeps import jobs, published, runner
 from experiments.util import paths
 from experiments.util.errors import UserError
 
@@ -28,6 +28,7 @@ class Record(NamedTuple):
     lines: of its `metrics.jsonl`.
     measured: from `measure`; empty before the first evaluation.
     left_out: why its AutoAttack result is not in the table, or ''.
+    varied: fields that distinguish it from other runs of the config.
   """
 
   name: str
@@ -38,6 +39,12 @@ class Record(NamedTuple):
   lines: list[dict[str, Any]]
   measured: dict[str, float]
   left_out: str = ''
+  varied: jobs.Varied = ()
+
+  @property
+  def row(self) -> str:
+    """The name of its row in the table."""
+    return jobs.row_name(self.label, self.varied)
 
 
 def read(workdir: paths.Path, name: str) -> Record:
@@ -51,8 +58,8 @@ def read(workdir: paths.Path, name: str) -> Record:
     The record.
 
   Raises:
-    UserError: if the name is not that of a run, or names another seed than the
-      run's config.
+    UserError: if the name is not that of a run, or names another seed or other
+      values than the run's config.
   """
   parsed = jobs.parse_name(name)
   if parsed is None:
@@ -60,16 +67,22 @@ def read(workdir: paths.Path, name: str) -> Record:
   config = runner.read_config(workdir / name)
   if config:
     config = workdirs.with_defaults(config)
-    if config['seed'] != parsed[1]:
+    if config['seed'] != parsed.seed:
       raise UserError(
-          f'{workdir / name} must hold a run of seed {parsed[1]}, as its name '
-          f'says, got seed {config["seed"]!r}: rename it, or train with '
-          f'--config.seed={parsed[1]}.')
+          f'{workdir / name} must hold a run of seed {parsed.seed}, as its '
+          f'name says, got seed {config["seed"]!r}: rename it, or train with '
+          f'--config.seed={parsed.seed}.')
+    for field, value in runner.parse_flags(
+        runner.flags_of(parsed.varied)).items():
+      if config[field] != value:
+        raise UserError(
+            f'{workdir / name} must hold a run with {field}={value!r}, as its '
+            f'name says, got {config[field]!r}: rename it.')
   lines = metrics.read_metrics(workdir / name)
   return Record(
-      name, *parsed, runner.state_of(workdir, name), config, lines,
-      measure(lines, config, workdir / name),
-      read_autoattack(workdir / name)[1])
+      name, parsed.label, parsed.seed, runner.state_of(workdir, name), config,
+      lines, measure(lines, config, workdir / name),
+      read_autoattack(workdir / name)[1], parsed.varied)
 
 
 def measure(
@@ -143,19 +156,23 @@ def read_autoattack(folder: paths.Path) -> tuple[float | None, str]:
   return 100 * entry['robust']['accuracy'], ''
 
 
-def changed(label: str, config: dict[str, Any]) -> dict[str, Any]:
+def published_for(run: Record) -> dict[str, Any] | None:
+  """The published accuracies of a run's config; None for varied fields."""
+  return None if run.varied else published.find(run.label)
+
+
+def changed(run: Record) -> dict[str, Any]:
   """Fields in which a run differs from the current config of that name.
 
   Args:
-    label: of a config in `experiments/configs`; for any other, the result is
+    run: of a config in `experiments/configs`; for any other, the result is
       empty.
-    config: the run's fields.
 
   Returns:
-    The run's values of these fields, except the seed and fields that do not
-    affect results.
+    The run's values of these fields, except varied fields, the seed and fields
+    that do not affect results.
   """
-  stem, _, argument = label.partition(':')
+  stem, _, argument = run.label.partition(':')
   if not (CONFIGS / f'{stem}.py').is_file():
     return {}
   module = importlib.import_module(f'experiments.configs.{stem}')
@@ -165,11 +182,12 @@ def changed(label: str, config: dict[str, Any]) -> dict[str, Any]:
     return {}
   fields = json.loads(json.dumps(build.flatten(current)))
   return {
-      name: value for name, value in _result_fields(config).items()
-      if name in fields and value != fields[name]}
+      name: value for name, value in result_fields(run.config).items()
+      if name in fields and value != fields[name]
+      and name not in dict(run.varied)}
 
 
-def _result_fields(config: dict[str, Any]) -> dict[str, Any]:
+def result_fields(config: dict[str, Any]) -> dict[str, Any]:
   """The fields that affect results, without the seed."""
   return {
       name: value for name, value in config.items()
@@ -182,12 +200,12 @@ def group(records: Sequence[Record]) -> dict[str, list[Record]]:
   finished = [record for record in records if record.state.kind == 'finished']
   by_name = {record.name: record for record in records}
   groups = comparison.group_by_config([
-      {'name': record.label, 'record': record.name,
-       'config': {'': record.label, **_result_fields(record.config)}}
+      {'name': record.row, 'record': record.name,
+       'config': {'': record.row, **result_fields(record.config)}}
       for record in finished])
   merged = {
       name: [by_name[run['record']] for run in runs]
       for name, runs in groups.items()}
   return merged | {
-      f'{record.label}, seed {record.seed}': [record]
+      f'{record.row}, seed {record.seed}': [record]
       for record in records if record not in finished}

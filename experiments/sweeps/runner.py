@@ -21,7 +21,7 @@ from ml_collections.config_flags import tuple_parser
 from experiments.config import build
 from experiments.configs import base
 from experiments.runs import metrics, workdirs
-from experiments.sweeps.jobs import Job, parse_name
+from experiments.sweeps.jobs import Job, Varied, parse_name
 from experiments.util import paths
 from experiments.util.errors import UserError
 
@@ -57,10 +57,13 @@ def check_overrides(
   An unfinished run would reject them itself. A finished one is not started, so
   the table would show it as if it had the new values.
   """
-  given = _parse([o for o in overrides if o.startswith('--config.')])
+  overrides = [o for o in overrides if o.startswith('--config.')]
+  parse_flags(overrides)
+  _check_varied(jobs, overrides)
   for job in jobs:
     if not (workdir / job.name / 'config.json').exists():
       continue
+    given = parse_flags([*overrides, *flags_of(job.varied)])
     stored = workdirs.stored_fields(workdir / job.name)
     for name, value in given.items():
       if name in workdirs.FREE_FIELDS or name.startswith(workdirs.FREE_GROUPS):
@@ -72,8 +75,46 @@ def check_overrides(
             '--workdir.')
 
 
-def _parse(overrides: Sequence[str]) -> dict[str, Any]:
-  """The fields that flags set, as JSON, read as main.py reads them."""
+def _check_varied(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
+  """Raises UserError unless varied fields distinguish the jobs."""
+  names: dict[str, str] = {}
+  for job in jobs:
+    for (field, value), flag in zip(
+        job.varied, flags_of(job.varied), strict=True):
+      parsed = parse_flags([flag])
+      if field == 'seed':
+        raise UserError('--vary=seed: set seeds with --seeds=0,1,2.')
+      if field in workdirs.FREE_FIELDS or field.startswith(
+          workdirs.FREE_GROUPS):
+        raise UserError(
+            f'--vary={field}: this field does not change the training.')
+      if any(o.startswith(f'--config.{field}=') for o in overrides):
+        raise UserError(f'{field} is set by --vary and by --config.{field}.')
+      key = f'{field}={json.dumps(parsed[field])}'
+      if names.setdefault(key, value) != value:
+        raise UserError(
+            f'--vary={field} has one value twice, {names[key]!r} and '
+            f'{value!r}.')
+
+
+def flags_of(varied: Varied) -> list[str]:
+  """The flags of `main.py` for varied fields."""
+  return [f'--config.{field}={value}' for field, value in varied]
+
+
+def parse_flags(overrides: Sequence[str]) -> dict[str, Any]:
+  """The fields that flags of `main.py` set, as JSON and read as it does.
+
+  Args:
+    overrides: such as '--config.epochs=2'; of two for one field the last
+      counts.
+
+  Returns:
+    The values by dotted name.
+
+  Raises:
+    UserError: for an unknown field or a value of another type.
+  """
   known, found = build.flatten(base.get_config()), {}
   for override in overrides:
     name, mark, text = override.removeprefix('--config.').partition('=')
@@ -157,7 +198,8 @@ def _run_one(
     # is killed.
     code = stop.wait(subprocess.Popen(
         [sys.executable, str(main), f'--config={job.config}',
-         f'--workdir={folder}', f'--config.seed={job.seed}', *overrides],
+         f'--workdir={folder}', f'--config.seed={job.seed}', *overrides,
+         *flags_of(job.varied)],
         stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True))
     if code and not stop.name:
       stderr.write(f'\nexit code {code}\n')

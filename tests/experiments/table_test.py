@@ -38,7 +38,7 @@ def test_configs(text, labels, tmp_path, monkeypatch):
   assert [jobs.label_of(config) for config in configs] == labels
   assert ','.join(configs) == text
   for config, label in zip(configs, labels, strict=True):
-    assert jobs.parse_name(jobs.Job(config, 12).name) == (label, 12)
+    assert jobs.parse_name(jobs.Job(config, 12).name) == (label, 12, ())
 
 
 @pytest.mark.parametrize('name', [
@@ -47,7 +47,7 @@ def test_configs(text, labels, tmp_path, monkeypatch):
 def test_other_names(name):
   assert jobs.parse_name(name) is None
   assert jobs.parse_name('cifar10_at+WRN-34-10-seed0') == (
-      'cifar10_at:WRN-34-10', 0)
+      'cifar10_at:WRN-34-10', 0, ())
 
 
 @pytest.mark.parametrize('arguments, shown', [
@@ -193,13 +193,12 @@ def test_changed_fields_are_listed():
   from experiments.config import build
   from experiments.configs import cifar10_at
   fields = json.loads(json.dumps(build.flatten(cifar10_at.get_config())))
-  assert records.changed('cifar10_at', fields) == {}
+  assert records.changed(run_of(LINES, 'cifar10_at', **fields)) == {}
   fields |= {'num_train': 1000, 'awp.gamma': 0.5, 'seed': 7, 'data_dir': 'x'}
-  assert records.changed('cifar10_at', fields) == {
-      'num_train': 1000, 'awp.gamma': 0.5}
-  assert records.changed('of_someone', fields) == {}
-  assert records.changed('digits_at:L2', fields) == {}
   run = run_of(LINES, 'cifar10_at', **fields)
+  assert records.changed(run) == {'num_train': 1000, 'awp.gamma': 0.5}
+  assert records.changed(run_of(LINES, 'of_someone', **fields)) == {}
+  assert records.changed(run_of(LINES, 'digits_at:L2', **fields)) == {}
   (note,) = table.notes({'cifar10_at': [run]})
   assert 'awp.gamma=0.5, ' in note and 'do not apply' in note
 

@@ -49,6 +49,9 @@ if argument == 'quit':
   sys.exit(0)
 seed = int(flags['config.seed'])
 config = {'epochs': 1, 'batch_size': 16, 'select_on': 'test', 'seed': seed}
+config |= {
+    name[7:]: float(text) for name, text in flags.items()
+    if name.startswith('config.awp.')}
 line = {'epoch': 1, 'images': 40, 'seconds_training': 6.0}
 for split, shift in (('train', 0.25), ('test', 0.0)):
   line[split + '_robust_accuracy'] = 0.25 + shift + seed / 8
@@ -301,7 +304,7 @@ def test_real_runs(folder, monkeypatch, capfd):
 
 
 def test_a_bare_flag_is_true_and_the_last_flag_counts():
-  found = runner._parse([
+  found = runner.parse_flags([
       '--config.model.normalize', '--config.epochs=1', '--config.epochs=2'])
   assert found == {'model.normalize': True, 'epochs': 2}
 
