@@ -54,7 +54,7 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
 
   import awp_jax
   from awp_jax.models import PreActResNet
-  from experiments.config import build
+  from experiments.util import named
 
   size = (options.batch_size, 32, 32, 3)
   model = PreActResNet(10, depth=options.depth, width=options.width)
@@ -84,13 +84,13 @@ def compiled_steps(options: argparse.Namespace) -> dict[str, Any]:
         step(first.replace(step=jnp.int32(number))))
 
   if options.methods:
-    named = {
+    perturbed = {
         text: awp_jax.methods.make(name, **keywords)
         for text in options.methods
-        for name, keywords in (build.parse_call(text),)}
+        for name, keywords in (named.parse_call(text),)}
     return {
         name: call(made['AT'], perturbation) for name, perturbation in {
-            'AT': None, **named}.items()}
+            'AT': None, **perturbed}.items()}
   return {
       name + suffix: call(objective, awp_jax.methods.awp(gamma))
       for name, objective in made.items()

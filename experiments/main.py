@@ -142,20 +142,23 @@ def _config_first(argv: list[str]) -> list[str]:
     _fail(
         f'--config={known.config}: there is no such file; {CONFIGS} has '
         f'{", ".join(available)}.')
+  from experiments.util import named
+
+  named.search_here(known.config.partition(':')[0])
   return [argv[0], f'--config={known.config}', *rest]
 
 
 def _check_names(argv: list[str]) -> None:
   """Exits with the nearest name for an unknown --config.NAME."""
-  from experiments.config import build
+  from experiments.config import schema
   from experiments.configs import base
 
-  known = build.flatten(base.get_config())
+  known = schema.flatten(base.get_config())
   for argument in argv[1:]:
     flag, _, name = argument.partition('=')[0].lstrip('-').partition('.')
-    if flag == 'config' and name and not any(
+    if flag == 'config' and name and not schema.is_free(name) and not any(
         f'{field}.'.startswith(f'{name}.') for field in known):
-      _fail(build.unknown_field(name, known))
+      _fail(schema.unknown(name, known))
 
 
 def _run_name() -> str:
@@ -200,13 +203,13 @@ def main(argv: list[str]) -> None:
 
 def _setting() -> 'tuple[ml_collections.ConfigDict, paths.Path]':
   """The config and the workdir; to read a run, its stored config."""
-  from experiments.config import build
+  from experiments.config import schema
   from experiments.configs import base
   from experiments.util import paths
   from experiments.util.errors import UserError
 
   config = _CONFIG.value
-  build.check_fields(config, base.get_config())
+  schema.check(config, base.get_config())
   workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
   if _COMPARE_TO.value and _MODE.value != 'landscape':
     raise UserError('--compare_to requires --mode=landscape.')

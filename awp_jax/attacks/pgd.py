@@ -47,6 +47,10 @@ class Attack(NamedTuple):
     restarts: random restarts >= 1.
     mode: whether the attacked model uses batch statistics ('train') or running
       statistics ('eval'); None means as in the objective's published code.
+    algorithm: a function with the arguments and outputs of `pgd_with_state`,
+      which `train_step` calls instead of it; it may ignore what it does not
+      need. Its inputs are projected into the threat model. `eval_step` does not
+      take it: `awp_jax.evaluate` runs other attacks.
   """
 
   step_size: float
@@ -54,6 +58,7 @@ class Attack(NamedTuple):
   start: Start | Array = 'random'
   restarts: int = 1
   mode: Literal['train', 'eval'] | None = None
+  algorithm: Callable[..., tuple[Array, Any]] | None = None
 
 
 class PGDOutput(NamedTuple):

@@ -54,8 +54,13 @@ def robustness(
     several restarts, one that breaks an example is preferred to a higher loss.
 
   Raises:
-    ValueError: if a setting of the attack is out of range.
+    ValueError: if a setting of the attack is out of range, or it has an
+      algorithm, which only `train_step` runs.
   """
+  if attack.algorithm is not None:
+    raise ValueError(
+        'attack.algorithm must be None here, where PGD attacks; '
+        'awp_jax.evaluate runs other attacks.')
 
   def loss_fn(x: Array, state: Any) -> tuple[Array, Any]:
     return objectives.cross_entropy(logits_fn(x), labels), state

@@ -62,6 +62,8 @@ def update_average(
 ) -> Average:
   """a <- decay a + (1 - decay) w on every leaf.
 
+  Statistics that are counters or flags are those of w.
+
   Args:
     average: a.
     params: w.
@@ -73,6 +75,8 @@ def update_average(
   """
 
   def mix(old: Array, new: Array) -> Array:
+    if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
+      return new
     # In this form a = w is an exact fixed point.
     return (old + (1 - decay) * (new - old)).astype(old.dtype)
 

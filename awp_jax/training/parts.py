@@ -45,11 +45,15 @@ def copies(num_parts: int, tree: Any) -> Any:
 
 
 def mean(num_parts: int, tree: Any) -> Any:
-  """The mean over the parts on every leaf [M, ...], in its dtype."""
+  """The mean over the parts on every leaf [M, ...], in its dtype.
+
+  Of counters and flags it is the last one.
+  """
   if num_parts == 1:
     return tree
   return jax.tree.map(
-      lambda leaf: jnp.mean(leaf, axis=0).astype(leaf.dtype), tree)
+      lambda leaf: jnp.mean(leaf, axis=0).astype(leaf.dtype)
+      if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[-1], tree)
 
 
 def each(num_parts: int, fn: Callable[..., Any], *args: Any) -> Any:

@@ -80,7 +80,16 @@ class TrainMetrics(NamedTuple):
 
 
 def _mean(tree: Any, axis_name: str | None) -> Any:
-  return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+  """Means over the devices; counters and flags, which are equal, stay so."""
+  if axis_name is None:
+    return tree
+
+  def mean(leaf: Array) -> Array:
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+      return jax.lax.pmean(leaf, axis_name)
+    return jax.lax.pmax(jnp.asarray(leaf, int), axis_name).astype(leaf.dtype)
+
+  return jax.tree.map(mean, tree)
 
 
 def _weight_loss(
@@ -137,16 +146,29 @@ def _attack_inputs(
     logits, batch_stats = run(x_adv, batch_stats)
     return attack_loss(logits, natural, labels), batch_stats
 
-  x_adv, moved = pgd_lib.pgd_with_state(
+  x_adv, moved = (attack.algorithm or pgd_lib.pgd_with_state)(
       attack_key, loss_fn, batch_stats, images, threat,
       step_size=attack.step_size, num_steps=attack.num_steps, start=start,
       restarts=attack.restarts,
       gradient_floor=objective.gradient_floor * batch_size)
+  if attack.algorithm is not None:
+    x_adv = _inside(x_adv, images, threat)
   if train and attack.restarts == 1:
     # The published attack ends with a forward pass that compares the losses of
     # its restarts, even if there is only one.
     _, moved = run(x_adv, moved)
   return x_adv, moved
+
+
+def _inside(x_adv: Array, images: Array, threat: ThreatModel) -> Array:
+  """The result of an attack of the caller, projected into the threat model."""
+  if jnp.shape(x_adv) != images.shape:
+    raise ValueError(
+        'attack.algorithm must return (inputs, state) with inputs of shape '
+        f'{images.shape}, got shape {jnp.shape(x_adv)}.')
+  # No gradient: the weights are perturbed and trained at fixed inputs.
+  return jax.lax.stop_gradient(
+      threat.project(x_adv.astype(images.dtype), images))
 
 
 def _attack_fn(
@@ -197,7 +219,8 @@ def _check(
     raise ValueError(
         f'accumulate={accumulate} must divide the batch of {len(labels)} '
         'images on every device.')
-  if accumulate > 1 and objective.attack_loss is not None:
+  if objective.attack_loss is not None and (
+      accumulate > 1 or attack.algorithm is not None):
     pgd_lib.check_settings(
         attack.start, attack.step_size, attack.num_steps, attack.restarts)
     pgd_lib.check_start(attack.start, images)

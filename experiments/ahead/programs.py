@@ -18,7 +18,7 @@ import numpy as np
 
 from awp_jax.core import loops
 from experiments.ahead import analysis, flops, hlo, sizes
-from experiments.config import build
+from experiments.config import build, networks
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
 from experiments.training import training_data
@@ -81,7 +81,7 @@ def prepare(
         f'{len(dataset.x_train)} training images.')
   return run_lib.Run(
       config, pathlib.Path(), setup, dataset,
-      sizes.validation(config, dataset), build.build_model(config, dataset),
+      sizes.validation(config, dataset), networks.build(config, dataset),
       num_devices, sizes.extra(config, dataset))
 
 

@@ -1,30 +1,25 @@
 """Checks the plain values of a config and builds the objects of a run."""
 
-import ast
-from collections.abc import Iterable
-import difflib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from flax import linen as nn
-from flax import traverse_util
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 import awp_jax
-from awp_jax import models
 from awp_jax.attacks.pgd import STARTS
 from awp_jax.core import checks
 from awp_jax.perturbation.base import UPDATE_AT
 from awp_jax.threat import NORMS
 from awp_jax.training.train_step import MODES, STATISTICS
-from experiments.config import optimizers
-from experiments.data import datasets
-from experiments.parallel import mapping
+from experiments.config import networks, optimizers, schema
+from experiments.configs import base
+from experiments.data import augmentation, datasets
+from experiments.util import named
 from experiments.util.errors import UserError, user_errors
 
-MODELS = ('preact_resnet', 'wide_resnet')
 OBJECTIVES = ('AT', 'TRADES', 'MART', 'natural')
+ATTACKS = ('pgd',)
 DTYPES = ('float32', 'bfloat16', 'float64')
 PAD_MODES = ('reflect', 'constant')
 SELECT_ON = ('test', 'validation')
@@ -51,38 +46,6 @@ class Setup(NamedTuple):
   eval_attack: awp_jax.Attack
 
 
-def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The values of all fields by dotted name."""
-  return traverse_util.flatten_dict(config.to_dict(), sep='.')
-
-
-def unknown_field(name: str, known: Iterable[str]) -> str:
-  """An error message for an unknown field, with the most similar one."""
-
-  def similarity(field: str) -> float:
-    # `gama` should match `awp.gamma`: users often omit the group.
-    return max(
-        difflib.SequenceMatcher(None, name, candidate).ratio()
-        for candidate in (field, field.rpartition('.')[2]))
-
-  return (
-      f'the config has an unknown field {name!r}. Did you mean '
-      f'{max(known, key=similarity)!r}?')
-
-
-def check_fields(
-    config: ml_collections.ConfigDict, known: ml_collections.ConfigDict
-) -> None:
-  """Raises UserError unless `config` has exactly the fields of `known`."""
-  wanted, given = flatten(known), flatten(config)
-  for name in given:
-    if name not in wanted:
-      raise UserError(unknown_field(name, wanted))
-  for name in wanted:
-    if name not in given:
-      raise UserError(f'the config lacks the field {name!r}.')
-
-
 @user_errors()
 def build(config: ml_collections.ConfigDict) -> Setup:
   """Checks the values of a config and builds its objects.
@@ -100,13 +63,16 @@ def build(config: ml_collections.ConfigDict) -> Setup:
   _check_numbers(config)
   _check_together(config)
   optimizers.check(config)
+  networks.check_name(config)
+  augmentation.check(config.augmentation.function)
   attack, awp, evaluation = config.attack, config.awp, config.eval
   return Setup(
       objective=_objective(config),
       threat=awp_jax.ThreatModel(config.threat.norm, config.threat.epsilon),
       attack=awp_jax.Attack(
           step_size=attack.step_size, num_steps=attack.num_steps,
-          start=attack.start, restarts=attack.restarts, mode=attack.mode),
+          start=attack.start, restarts=attack.restarts, mode=attack.mode,
+          algorithm=_algorithm(config)),
       perturbation=_method(config),
       alternations=awp.alternations,
       eval_attack=awp_jax.Attack(
@@ -121,7 +87,9 @@ def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
     UserError: for an unknown method or option, text that is not a call, or AWP
       with options but without a size.
   """
-  name, options = parse_call(config.weight_perturbation)
+  name, options = named.parse_call(config.weight_perturbation)
+  if named.is_external(name):
+    return _made(config, 'weight_perturbation', awp_jax.Method, {})
   if name == 'awp':
     awp = config.awp
     if options and 'gamma' not in options and not awp.gamma:
@@ -135,37 +103,68 @@ def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
   return awp_jax.methods.make(name, **options)
 
 
-def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-  """Parses 'sam(rho=0.1)' to ('sam', {'rho': 0.1}), and 'sam' to ('sam', {}).
+def _made(
+    config: ml_collections.ConfigDict, field: str, kind: type,
+    offered: Mapping[str, Any]) -> Any:
+  """The part of another package that a field names.
 
   Args:
-    text: a name, optionally with keywords of plain values in parentheses.
+    config: the config.
+    field: dotted name of the field.
+    kind: what the part must return.
+    offered: values of other fields, passed if the part takes them.
 
   Returns:
-    The name and the options.
+    What the part returns for its options.
 
   Raises:
-    UserError: for any other text.
+    UserError: if it cannot be imported, fails, or returns something else.
   """
-  try:
-    node = ast.parse(text.strip(), mode='eval').body
-    if isinstance(node, ast.Name):
-      return node.id, {}
-    if isinstance(node, ast.Call) and isinstance(
-        node.func, ast.Name) and not node.args and all(
-            keyword.arg for keyword in node.keywords):  # without **{...}
-      return node.func.id, {
-          str(keyword.arg): ast.literal_eval(keyword.value)
-          for keyword in node.keywords}
-  except (SyntaxError, ValueError, TypeError):
-    pass
-  raise UserError(
-      'weight_perturbation must be the name of a method, with options in '
-      f"parentheses like 'sam(rho=0.05)', got {text!r}.")
+  text = schema.flatten(config)[field]
+  name, options = named.parse_call(text, field)
+  found = named.load(field, name)
+  made = named.call(
+      field, found, name, options=options, offered={
+          **offered, 'config': ml_collections.FrozenConfigDict(config)})
+  if not isinstance(made, kind):
+    raise UserError(
+        f'{field}={text!r} must return an awp_jax.{kind.__name__}, got '
+        f'{type(made).__name__}.')
+  return made
+
+
+def _refuse_unused(
+    config: ml_collections.ConfigDict, field: str, unused: tuple[str, ...]
+) -> None:
+  """Raises UserError if a field was changed that an external part ignores."""
+  text = schema.flatten(config)[field]
+  name, _ = named.parse_call(text, field)
+  found = named.load(field, name)
+  defaults, given = map(schema.flatten, (base.get_config(), config))
+  for other in unused:
+    argument = other.rpartition('.')[2]
+    if given[other] != defaults[other] and not named.takes(found, argument):
+      raise UserError(
+          f'{other}={given[other]!r} has no effect: {name!r} has no argument '
+          f'{argument}.')
+
+
+def _algorithm(config: ml_collections.ConfigDict) -> Any:
+  """The attack's algorithm of another package; None for PGD."""
+  text = config.attack.name
+  if not named.is_external(text):
+    checks.one_of('attack.name', text, ATTACKS)
+    return None
+  name, options = named.parse_call(text, 'attack.name')
+  return named.bound('attack.name', name, options, awp_jax.pgd_with_state)
 
 
 def _objective(config: ml_collections.ConfigDict) -> awp_jax.Objective:
   smoothing = config.label_smoothing
+  if named.is_external(config.objective):
+    _refuse_unused(config, 'objective', ('beta', 'label_smoothing'))
+    return _made(config, 'objective', awp_jax.Objective, {
+        'beta': config.beta, 'label_smoothing': smoothing})
   if config.objective == 'AT':
     return awp_jax.adversarial(smoothing)
   if config.objective == 'natural':
@@ -176,12 +175,9 @@ def _objective(config: ml_collections.ConfigDict) -> awp_jax.Objective:
 
 def _check_names(config: ml_collections.ConfigDict) -> None:
   for name, value, allowed in (
-      ('dataset', config.dataset, datasets.NAMES),
       ('augmentation.pad_mode', config.augmentation.pad_mode, PAD_MODES),
-      ('model.name', config.model.name, MODELS),
       ('model.dtype', config.model.dtype, DTYPES),
       ('model.param_dtype', config.model.param_dtype, DTYPES),
-      ('objective', config.objective, OBJECTIVES),
       ('threat.norm', config.threat.norm, NORMS),
       ('attack.start', config.attack.start, STARTS),
       ('attack.mode', config.attack.mode, MODES),
@@ -190,6 +186,12 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
       ('guard.action', config.guard.action, GUARD_ACTIONS),
       ('select_on', config.select_on, SELECT_ON)):
     checks.one_of(name, value, allowed)
+  for name, value, names in (
+      ('dataset', config.dataset, datasets.NAMES),
+      ('model.name', config.model.name, networks.MODELS),
+      ('objective', config.objective, OBJECTIVES)):
+    if not named.is_external(value):
+      checks.one_of(name, value, names)
   if config.select_on == 'validation' and not config.num_validation:
     raise UserError(
         "select_on='validation' needs num_validation > 0 images to hold out "
@@ -203,7 +205,7 @@ def _check_names(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_numbers(config: ml_collections.ConfigDict) -> None:
-  fields = flatten(config)
+  fields = schema.flatten(config)
   for name in (
       'threat.epsilon', 'attack.step_size', 'eval.step_size', 'guard.factor'):
     checks.positive(name, fields[name])
@@ -274,22 +276,3 @@ def check_devices(
         f'{name}={batch_size} does not divide among {num_devices} '
         f'devices{parts}; '
         f'{" or ".join(str(b) for b in (lower, lower + shares) if b)} would.')
-
-
-def build_model(
-    config: ml_collections.ConfigDict, dataset: datasets.Dataset) -> nn.Module:
-  """The network of `config.model` for the images and classes of `dataset`."""
-  make: Any = {
-      'preact_resnet': models.PreActResNet,
-      'wide_resnet': models.WideResNet}[config.model.name]
-  dtype = jnp.dtype(config.model.dtype)
-  scale = (dataset.mean, dataset.std) if config.model.normalize else (
-      (0.0,), (1.0,))
-  with user_errors():
-    return make(
-        num_classes=dataset.num_classes, depth=config.model.depth,
-        width=config.model.width, mean=tuple(scale[0]), std=tuple(scale[1]),
-        activation=config.model.activation, dtype=dtype,
-        param_dtype=jnp.dtype(config.model.param_dtype),
-        axis_name=mapping.AXIS if config.model.sync_batch_norm else None,
-        remat=config.model.remat)

@@ -3,7 +3,7 @@
 import inspect
 import re
 
-from experiments.config import build
+from experiments.config import schema
 from experiments.configs import base
 
 _GROUP = re.compile(r'  config\.(\w+) = ml_collections\.ConfigDict\(\{')
@@ -21,7 +21,7 @@ def text(width: int = 44) -> str:
   Returns:
     The lines.
   """
-  defaults = build.flatten(base.get_config())
+  defaults = schema.flatten(base.get_config())
   group = ''
   lines: list[str] = []
   for line in inspect.getsource(base).splitlines():
@@ -32,7 +32,7 @@ def text(width: int = 44) -> str:
     elif line.strip() == '})' or line.startswith('def '):
       group = ''
       lines.append('')
-    elif line.startswith('  # '):
+    elif line.lstrip().startswith('# '):
       if lines and lines[-1].startswith('  --'):
         lines.append('')
       lines.append(f'  {line.strip()}')

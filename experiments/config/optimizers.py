@@ -10,6 +10,8 @@ import optax
 
 import awp_jax
 from awp_jax.core import checks
+from experiments.configs import base
+from experiments.util import named
 from experiments.util.errors import UserError, user_errors
 
 OPTIMIZERS = ('sgd', 'adamw')
@@ -25,7 +27,10 @@ _ONE_CYCLE_START, _ONE_CYCLE_END = 25.0, 1e4
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises UserError for invalid values of `config.optimizer`."""
   optimizer = config.optimizer
-  checks.one_of('optimizer.name', optimizer.name, OPTIMIZERS)
+  if named.is_external(optimizer.name):
+    _check_external(config)
+  else:
+    checks.one_of('optimizer.name', optimizer.name, OPTIMIZERS)
   checks.one_of('optimizer.schedule', optimizer.schedule, SCHEDULES)
   checks.one_of('optimizer.decay', optimizer.decay, DECAYED)
   for name in ('learning_rate', 'decay_factor'):
@@ -128,14 +133,58 @@ def _add_signs(l1: float) -> optax.GradientTransformation:
   return optax.stateless(update)
 
 
+def _check_external(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError if an optimizer ignores a field that has an effect."""
+  optimizer, defaults = config.optimizer, base.get_config().optimizer
+  name, _ = named.parse_call(optimizer.name, 'optimizer.name')
+  found = named.load('optimizer.name', name)
+  if not named.takes(found, 'learning_rate'):
+    raise UserError(
+        f'optimizer.name: {name!r} must have an argument learning_rate, a '
+        'function of the step.')
+  if optimizer.weight_decay and not named.takes(found, 'weight_decay'):
+    raise UserError(
+        f'optimizer.weight_decay={optimizer.weight_decay!r} has no effect: '
+        f'{name!r} has no argument weight_decay. Set it to 0.')
+  for field in ('momentum', 'nesterov', 'b2', 'decay'):
+    argument = 'mask' if field == 'decay' else field
+    if optimizer[field] != defaults[field] and not named.takes(
+        found, argument):
+      raise UserError(
+          f'optimizer.{field}={optimizer[field]!r} has no effect: {name!r} has '
+          f'no argument {argument}.')
+
+
+def _external(
+    config: ml_collections.ConfigDict, rate: optax.Schedule, mask: Any
+) -> optax.GradientTransformation:
+  """The optimizer of another package that the config names."""
+  text, optimizer = config.optimizer.name, config.optimizer
+  name, options = named.parse_call(text, 'optimizer.name')
+  made = named.call(
+      'optimizer.name', named.load('optimizer.name', name), name,
+      options=options, offered={
+          'learning_rate': rate, 'momentum': optimizer.momentum,
+          'nesterov': optimizer.nesterov, 'b2': optimizer.b2,
+          'weight_decay': optimizer.weight_decay, 'mask': mask,
+          'config': ml_collections.FrozenConfigDict(config)})
+  if not (hasattr(made, 'init') and hasattr(made, 'update')):
+    raise UserError(
+        f'optimizer.name={text!r} must return an optax optimizer, got '
+        f'{type(made).__name__}.')
+  return made
+
+
 def build_optimizer(
     config: ml_collections.ConfigDict, steps_per_epoch: int
 ) -> optax.GradientTransformation:
-  """SGD with momentum, or AdamW, with clipping, L1 and weight decay.
+  """SGD with momentum, AdamW, or any other, with clipping, L1, weight decay.
 
   Clipping is applied to the gradient of the loss. Then l1 sign(w) is added for
   weights and, for SGD, wd w. AdamW's decay is decoupled: rate * wd w. All are
-  computed at the parameters set by `awp.update_at`.
+  computed at the parameters set by `awp.update_at`. An optimizer of another
+  package gets the schedule, and those of `momentum`, `nesterov`, `b2`,
+  `weight_decay` and `mask` that it takes.
 
   Args:
     config: a config with the fields of `experiments/configs/base.py`.
@@ -152,6 +201,8 @@ def build_optimizer(
     parts.append(optax.clip_by_global_norm(optimizer.clip_norm))
   if optimizer.l1:
     parts.append(optax.masked(_add_signs(optimizer.l1), awp_jax.weight_mask))
+  if named.is_external(optimizer.name):
+    return optax.chain(*parts, _external(config, rate, mask))
   if optimizer.name == 'adamw':
     return optax.chain(*parts, optax.adamw(
         rate, optimizer.momentum, optimizer.b2,

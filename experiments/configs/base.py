@@ -10,6 +10,8 @@ import ml_collections
 def get_config() -> ml_collections.ConfigDict:
   """The paper's setting without weight perturbation; all options off."""
   config = ml_collections.ConfigDict()
+  # Fields of your own: set them in your config file.
+  config.user = ml_collections.ConfigDict()
   for add in (_add_data, _add_model, _add_objective, _add_optimization,
               _add_evaluation, _add_landscape):
     add(config)
@@ -23,7 +25,9 @@ def _add_data(config: ml_collections.ConfigDict) -> None:
   config.data_seed = 0
 
   # 0 examples means all of them.
-  config.dataset = 'cifar10'  # cifar10, cifar100, svhn, digits, npz
+  # cifar10, cifar100, svhn, digits, npz, or my_package.module:load, which
+  # returns arrays x_train, y_train, x_test and y_test by name.
+  config.dataset = 'cifar10'
   config.data_dir = ''  # folder of prepared TFDS data sets; empty: default
   config.npz_path = ''  # for npz: x_train, y_train, x_test, y_test
   config.num_train = 0  # class-balanced subset of the training images
@@ -45,12 +49,17 @@ def _add_data(config: ml_collections.ConfigDict) -> None:
       'rotation': 0.0,  # largest angle in degrees
       'cutout': 0,  # side of a black square, in pixels
       'mixup': 0.0,  # alpha of Beta(alpha, alpha)
+      'function': '',  # of a PRNG key and an image: my_package.module:name
   })
 
 
 def _add_model(config: ml_collections.ConfigDict) -> None:
   config.model = ml_collections.ConfigDict({
-      'name': 'preact_resnet',  # preact_resnet, wide_resnet
+      # preact_resnet, wide_resnet, or a linen, nnx or Equinox module of yours,
+      # my_package.module:Net, with options in parentheses or as fields of
+      # model.kwargs in your config file.
+      'name': 'preact_resnet',
+      'kwargs': ml_collections.ConfigDict(),
       'depth': 18,  # 10, 18, 34, 50; wide: 6 n + 4
       'width': 64,  # channels of the first stage; wide: the widening factor
       'activation': 'relu',  # relu, silu
@@ -67,7 +76,9 @@ def _add_model(config: ml_collections.ConfigDict) -> None:
 
 
 def _add_objective(config: ml_collections.ConfigDict) -> None:
-  config.objective = 'AT'  # AT, TRADES, MART, natural
+  # AT, TRADES, MART, natural, or my_package.module:make, which returns an
+  # awp_jax.Objective.
+  config.objective = 'AT'
   config.beta = 6.0  # of TRADES and MART
   config.label_smoothing = 0.0  # in the cross-entropy of the training loss
   config.threat = ml_collections.ConfigDict({
@@ -75,6 +86,9 @@ def _add_objective(config: ml_collections.ConfigDict) -> None:
       'epsilon': 8 / 255,
   })
   config.attack = ml_collections.ConfigDict({
+      # pgd, or my_package.module:attack with the arguments of
+      # awp_jax.pgd_with_state. Evaluation during training always uses PGD.
+      'name': 'pgd',
       'step_size': 2 / 255,
       'num_steps': 10,
       'start': 'random',  # random, gaussian, zero
@@ -83,7 +97,8 @@ def _add_objective(config: ml_collections.ConfigDict) -> None:
   })
   # The weight perturbation: `awp` with the options of the group below, or any
   # method of awp_jax.methods with its options, such as
-  # 'rwp(gamma=0.01, c_min=1.7)', 'sam(rho=0.05)' or 'awp(every=2)'.
+  # 'rwp(gamma=0.01, c_min=1.7)', 'sam(rho=0.05)' or 'awp(every=2)', or
+  # my_package.module:make, which returns an awp_jax.Method.
   # Alternations and warm-up always come from the group; 'awp(...)' also takes
   # the options that it does not set.
   config.weight_perturbation = 'awp'
@@ -103,7 +118,9 @@ def _add_optimization(config: ml_collections.ConfigDict) -> None:
   config.batch_size = 128  # over all devices; a smaller last one is kept
   config.accumulate = 1  # parts of a device's batch, processed in turn
   config.optimizer = ml_collections.ConfigDict({
-      'name': 'sgd',  # sgd, adamw
+      # sgd, adamw, or my_package.module:make, a function of learning_rate (and
+      # of fields below) that returns an optax optimizer.
+      'name': 'sgd',
       'learning_rate': 0.1,
       'momentum': 0.9,  # adamw: b1
       'nesterov': False,
@@ -149,7 +166,8 @@ def _add_evaluation(config: ml_collections.ConfigDict) -> None:
   })
   # --mode=evaluate: each attack runs on all test images. fgsm, pgd-N, cw-N,
   # spsa, one attack of AutoAttack (apgd-ce, apgd-dlr, apgd-t, fab, fab-t,
-  # square), or a version of it: aa-standard, aa-plus, aa-fast.
+  # square), or a version of it: aa-standard, aa-plus, aa-fast; or
+  # my_package.module:make, which returns an awp_jax.AttackSpec.
   config.evaluation = ml_collections.ConfigDict({
       'attacks': ('fgsm', 'pgd-20', 'pgd-100', 'cw-100', 'aa-standard'),
       'num_examples': 0,  # the first of the test images; 0: all

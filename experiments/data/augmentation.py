@@ -11,12 +11,15 @@ rows: devices draw for the whole batch, but transform only their own images.
   ((2, 8, 8, 3), 'uint8')
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from awp_jax.types import Array
+from experiments.util import named
+from experiments.util.errors import UserError
 
 
 class Augmentation(NamedTuple):
@@ -31,6 +34,9 @@ class Augmentation(NamedTuple):
       border (DeVries and Taylor 2017); 0: none.
     mixup: alpha of Beta(alpha, alpha), the distribution of each batch's mixing
       weight (Zhang et al. 2018); 0: none.
+    function: 'package.module:name' of a function (PRNG key, image) -> image of
+      the same shape and dtype, with options in parentheses, applied after the
+      cutout; '': none.
   """
 
   pad: int
@@ -39,6 +45,7 @@ class Augmentation(NamedTuple):
   rotation: float = 0.0
   cutout: int = 0
   mixup: float = 0.0
+  function: str = ''
 
 
 class Draws(NamedTuple):
@@ -51,6 +58,7 @@ class Draws(NamedTuple):
     angles: degrees, [B].
     tops: first row of each black square, [B, 1]; may be negative.
     lefts: the same for columns.
+    keys: a PRNG key per image for the function, [B].
   """
 
   rows: Any = None
@@ -59,6 +67,7 @@ class Draws(NamedTuple):
   angles: Any = None
   tops: Any = None
   lefts: Any = None
+  keys: Any = None
 
 
 def draw(
@@ -93,6 +102,8 @@ def draw(
         strict=False):
       draws[name] = jax.random.randint(
           cut, (size, 1), 0, length) - augmentation.cutout // 2
+  if augmentation.function:
+    draws['keys'] = jax.random.split(jax.random.fold_in(key, 5), size)
   return Draws(**draws)
 
 
@@ -145,6 +156,36 @@ def _cut_out(draws: Draws, images: Array, side: int) -> Array:
   return jnp.where(is_cut, jnp.zeros_like(images), images)
 
 
+def check(function: str) -> Callable[..., Array] | None:
+  """Imports the function of an augmentation; None for ''.
+
+  Raises:
+    UserError: if it cannot be imported, or is no function of (key, image).
+  """
+  if not function:
+    return None
+  name, options = named.parse_call(function, 'augmentation.function')
+  return named.bound(
+      'augmentation.function', name, options, lambda key, image: image)
+
+
+def _transform(draws: Draws, images: Array, function: str) -> Array:
+  transform = check(function)
+  assert transform is not None
+
+  def one(key: Array, image: Array) -> Array:
+    changed = transform(key=key, image=image)
+    if (jnp.shape(changed), jnp.result_type(changed)) != (
+        image.shape, image.dtype):
+      raise UserError(
+          f'augmentation.function={function!r} must keep shape and dtype of '
+          f'the image, {image.shape} {image.dtype}, got {jnp.shape(changed)} '
+          f'{jnp.result_type(changed)}.')
+    return changed
+
+  return jax.vmap(one)(draws.keys, images)
+
+
 def apply(draws: Draws, images: Array, augmentation: Augmentation) -> Array:
   """Applies all random transformations except mixup.
 
@@ -164,6 +205,8 @@ def apply(draws: Draws, images: Array, augmentation: Augmentation) -> Array:
     images = rotate(images, draws.angles)
   if augmentation.cutout:
     images = _cut_out(draws, images, augmentation.cutout)
+  if augmentation.function:
+    images = _transform(draws, images, augmentation.function)
   return images
 
 

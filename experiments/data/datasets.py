@@ -10,6 +10,8 @@ first run downloads. `digits` is included in scikit-learn and needs no download.
   ((100, 8, 8, 1), (797, 8, 8, 1), 10)
 """
 
+from collections.abc import Mapping
+import inspect
 import pathlib
 from typing import Any, NamedTuple
 import zipfile
@@ -21,6 +23,7 @@ from awp_jax.core import checks
 from experiments.data import archives, downloads, prepared
 from experiments.data import arrays as arrays_lib
 from experiments.data.arrays import Arrays, DataError, one_line
+from experiments.util import named
 from experiments.util.errors import user_errors
 
 __all__ = [
@@ -35,7 +38,7 @@ class Dataset(NamedTuple):
   """Training and test images of one data set.
 
   Attributes:
-    name: one of `NAMES`.
+    name: one of `NAMES`, or that of a function in another package.
     x_train: images [N, H, W, C], uint8 in 0..255 or float32 in [0, 1].
     y_train: labels [N], int32 in 0..num_classes - 1.
     x_test: images [M, H, W, C] of the same type.
@@ -89,7 +92,10 @@ def load(
   that is set.
 
   Args:
-    name: one of `NAMES`.
+    name: one of `NAMES`, or 'package.module:load' with options in parentheses:
+      a function that returns a mapping with x_train, y_train, x_test and
+      y_test, and maybe num_classes, mean and std. It may have an argument
+      data_dir.
     data_dir: a TFDS folder, which contains for instance `cifar10/3.0.2/`.
     npz_path: the file to read, for `npz` only.
     num_train: size of a stratified subset of the training images; None keeps
@@ -101,9 +107,9 @@ def load(
     progress: whether to show progress bars.
 
   Returns:
-    The data set. For `digits` and `npz`, mean and std are computed from all
-    stored training images regardless of `num_train` and `image_size`, so models
-    trained on different subsets share the normalization.
+    The data set. Except for CIFAR and SVHN, mean and std are by default those
+    of all stored training images regardless of `num_train` and `image_size`, so
+    models trained on different subsets share the normalization.
 
   Raises:
     UserError: for an unknown name, or numbers out of range.
@@ -111,7 +117,8 @@ def load(
       `arrays.checked`.
   """
   with user_errors():
-    checks.one_of('data set', name, NAMES)
+    if not named.is_external(name):
+      checks.one_of('data set', name, NAMES)
     checks.count('seed', seed, minimum=0)
   if name == 'npz' and not npz_path:
     raise DataError(
@@ -124,6 +131,8 @@ def load(
     dataset = _npz(pathlib.Path(str(npz_path)).expanduser())
   elif name == 'digits':
     dataset = _digits()
+  elif named.is_external(name):
+    dataset = _external(name, data_dir)
   else:
     dataset = _official(name, data_dir, progress)
   dataset = dataset._replace(
@@ -251,6 +260,40 @@ def _npz(path: pathlib.Path) -> Dataset:
   arrays = arrays_lib.checked(arrays, None, str(path))
   num_classes = arrays_lib.count_classes(arrays.y_train, str(path))
   return _with_own_statistics('npz', arrays, num_classes, str(path))
+
+
+def _external(text: str, data_dir: str | None) -> Dataset:
+  """The data set of a function in another package."""
+  name, options = named.parse_call(text, 'dataset')
+  found = named.load('dataset', name)
+  made = named.call(
+      'dataset', found, name, options=options, offered={'data_dir': data_dir})
+  optional = ('num_classes', 'mean', 'std')
+  if not isinstance(made, Mapping) or not (
+      {*Arrays._fields} <= made.keys() <= {*Arrays._fields, *optional}):
+    got = (f'the keys {", ".join(map(str, made))}'
+           if isinstance(made, Mapping) else type(made).__name__)
+    raise DataError(
+        f'dataset={text!r} must return a mapping with '
+        f'{", ".join(Arrays._fields)}, and maybe {", ".join(optional)}, got '
+        f'{got}.')
+  arrays = arrays_lib.checked(
+      Arrays(*(np.asarray(made[key]) for key in Arrays._fields)),
+      made.get('num_classes'), text)
+  num_classes = made.get('num_classes') or arrays_lib.count_classes(
+      arrays.y_train, text)
+  own = _with_own_statistics(
+      text, arrays, int(num_classes), inspect.getsourcefile(
+          inspect.unwrap(found)) or name)
+  mean, std = (
+      tuple(float(part) for part in made.get(key, getattr(own, key)))
+      for key in ('mean', 'std'))
+  channels = arrays.x_train.shape[-1]
+  if {len(mean), len(std)} - {1, channels} or not all(s > 0 for s in std):
+    raise DataError(
+        f'dataset={text!r}: mean and std must have a value for each of '
+        f'{channels} channels, and std > 0, got {mean} and {std}.')
+  return own._replace(mean=mean, std=std)
 
 
 def _official(name: str, data_dir: str | None, progress: bool) -> Dataset:

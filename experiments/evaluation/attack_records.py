@@ -32,7 +32,8 @@ class Records:
       judged_by: precision, devices and versions of this process.
     """
     self._judged_by = json.dumps(judged_by, sort_keys=True)
-    self._folder = folder / f'{name}-{digests.of_values(facts)}'
+    self._folder = folder / (
+        f'{paths.file_name(name)}-{digests.of_values(facts)}')
     self._folder.mkdir(parents=True, exist_ok=True)
     path = self._folder / 'identity.json'
     if processes.is_main() and not path.exists():

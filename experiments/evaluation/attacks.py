@@ -28,7 +28,7 @@ from experiments.evaluation import attack_records
 from experiments.parallel import placement, processes
 from experiments.runs import precision, restore
 from experiments.runs import run as run_lib
-from experiments.util import atomic, digests, paths
+from experiments.util import atomic, digests, named, paths
 from experiments.util.errors import UserError, user_errors
 
 #: Prefix of the versions of AutoAttack in a config's list.
@@ -58,6 +58,8 @@ def check_names(names: Sequence[str]) -> None:
     raise ValueError(
         f'evaluation.attacks contains a duplicate: {tuple(names)}.')
   for name in names:
+    if named.is_external(name):
+      continue
     if name == f'{_AUTO}rand':
       raise ValueError(
           f'evaluation.attacks: {name!r} is for randomized models, but this '
@@ -75,6 +77,8 @@ def make_specs(
 ) -> tuple[AttackSpec, ...]:
   """The attacks of one evaluation, in order."""
   norm, epsilon = config.threat.norm, config.threat.epsilon
+  if named.is_external(name):
+    return (_external(name, config),)
   if name.startswith(_AUTO):
     version: Any = name.removeprefix(_AUTO)
     return autoattack.make_specs(
@@ -90,6 +94,21 @@ def make_specs(
   return (fixed_step.pgd_spec(
       name, step_size=config.eval.step_size, num_steps=int(steps),
       loss='margin' if kind == 'cw' else 'ce'),)
+
+
+def _external(text: str, config: ml_collections.ConfigDict) -> AttackSpec:
+  """The attack of a function in another package."""
+  field = 'evaluation.attacks'
+  name, options = named.parse_call(text, field)
+  made = named.call(
+      field, named.load(field, name), name, options=options, offered={
+          'step_size': config.eval.step_size,
+          'config': ml_collections.FrozenConfigDict(config)})
+  if not isinstance(made, AttackSpec):
+    raise UserError(
+        f'{field}: {text!r} must return an awp_jax.AttackSpec, got '
+        f'{type(made).__name__}.')
+  return made
 
 
 def load_test_set(run: run_lib.Run) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +160,8 @@ def evaluate_model(
         'judged_by': [precision.judged_by()]}
     entry['evaluations'][name] = _summarize(result) | {'judged_by': judged_by}
     if run.config.evaluation.save_examples:
-      path = run.workdir / 'evaluation' / f'{model.name}-{name}.npz'
+      path = run.workdir / 'evaluation' / (
+          f'{model.name}-{paths.file_name(name)}.npz')
       if processes.is_main():
         _save_examples(path, result)
       entry['evaluations'][name]['examples'] = str(
@@ -223,7 +243,12 @@ def _facts(
   The images are identified by content, not by path, so the data may move. Batch
   size and versions are included because the library rejects records of others.
   """
-  return model.facts | {
+  source = {}
+  if named.is_external(name):  # another version of the attack starts anew
+    function, _ = named.parse_call(name, 'evaluation.attacks')
+    source = {'attack_source': named.digest(
+        named.load('evaluation.attacks', function))}
+  return model.facts | source | {
       'evaluation': name, 'threat': run.config.threat.to_dict(),
       'step_size': run.config.eval.step_size, 'seed': run.config.seed,
       'test_set': digests.of_arrays(test_set),

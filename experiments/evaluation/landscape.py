@@ -70,7 +70,8 @@ class Checkpoint(NamedTuple):
     numbers = [0, 1] if name == 'plane' else [int(name.partition('-')[2])]
     return [
         self._complete(landscape_lib.random_direction(
-            jax.random.fold_in(self.key, number), self.variables['params']))
+            jax.random.fold_in(self.key, number), self.variables['params'],
+            filter_axis=getattr(self.run.model, 'filter_axis', -1)))
         for number in numbers]
 
   def _complete(self, direction: Any) -> dict[str, Any]:

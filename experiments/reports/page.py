@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from experiments.config import build
+from experiments.config import schema
 from experiments.evaluation import probe
 from experiments.reports import figures, gallery, panels, tables
 from experiments.runs import checkpoints, metrics
@@ -112,7 +112,7 @@ def _context(run: run_lib.Run, mode: str) -> dict[str, Any]:
       'facts': tables.facts(run, summary),
       'config': [['field', 'value'], *(
           [field, str(value)]
-          for field, value in build.flatten(config).items())]}
+          for field, value in schema.flatten(config).items())]}
 
 
 def method(config: Any) -> str:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from awp_jax.models import torch_exchange
+from experiments.config import networks, schema
 from experiments.runs import checkpoints, precision
 from experiments.runs import run as run_lib
 from experiments.util import digests
@@ -103,9 +104,10 @@ def load_variables(
 def network_facts(run: run_lib.Run) -> dict[str, Any]:
   """What a network's logits depend on besides its weights, as plain values."""
   model = {
-      name: value for name, value in run.config.model.items()
+      name: value for name, value in schema.flatten(run.config.model).items()
       if name not in ('dtype', 'param_dtype', 'remat')}
-  return {'model': model, 'mean': list(run.dataset.mean),
+  return networks.source(run.config) | {
+      'model': model, 'mean': list(run.dataset.mean),
           'std': list(run.dataset.std)}
 
 

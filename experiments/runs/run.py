@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 import awp_jax
-from experiments.config import build, optimizers
+from experiments.config import build, networks, optimizers, schema
 from experiments.data import arrays, batches, datasets, extra_images
 from experiments.parallel import processes
 from experiments.runs import checkpoints, warm_start, workdirs
@@ -145,7 +145,7 @@ def prepare(
         config.extra.path, image_shape=dataset.x_train.shape[1:],
         num_classes=dataset.num_classes)
     _check_fraction(config)
-  model = build.build_model(config, dataset)
+  model = networks.build(config, dataset)
   run = Run(
       config, folder, built, dataset, validation, model, num_devices, extra)
   _check_data(run)
@@ -155,7 +155,7 @@ def prepare(
 
 def _check_processes(config: ml_collections.ConfigDict) -> None:
   """Raises UserError unless all processes do the same on as many devices."""
-  processes.check_equal('the config', build.flatten(config))
+  processes.check_equal('the config', schema.flatten(config))
   processes.check_equal(
       'their devices', {'number': jax.local_device_count()})
 
@@ -222,7 +222,7 @@ def reopen(
         f'{str(folder)!r}: their crc32 is {now}, it was {then}.')
   run = Run(
       config, folder, built, dataset, validation,
-      build.build_model(config, dataset), jax.device_count())
+      networks.build(config, dataset), jax.device_count())
   _check_data(run)
   return run
 

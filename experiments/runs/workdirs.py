@@ -10,7 +10,7 @@ from typing import Any
 
 import ml_collections
 
-from experiments.config import build
+from experiments.config import schema
 from experiments.configs import base
 from experiments.util import atomic, paths
 from experiments.util.errors import UserError
@@ -42,7 +42,7 @@ class WorkdirBusy(UserError):
 
 def _plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The fields after a round trip through JSON."""
-  return json.loads(json.dumps(build.flatten(config)))
+  return json.loads(json.dumps(schema.flatten(config)))
 
 
 def open_workdir(
@@ -178,16 +178,17 @@ def stored_config(
     UserError: if there is no run in the folder.
   """
   config = base.get_config()
-  known = build.flatten(config)
+  known = schema.flatten(config)
   fields = {
       name: tuple(value) if isinstance(value, list) else value
-      for name, value in stored_fields(workdir).items() if name in known}
+      for name, value in stored_fields(workdir).items()
+      if name in known or schema.is_free(name)}
   if like is not None:
     fields |= {
-        name: value for name, value in build.flatten(like).items()
+        name: value for name, value in schema.flatten(like).items()
         if _is_free(name)}
   try:
-    config.update_from_flattened_dict(fields)
+    schema.update(config, fields)
   except (TypeError, ValueError) as error:
     raise UserError(
         f'{workdir / "config.json"} is not the config of a run of this '
@@ -221,8 +222,9 @@ def reader_config(
     config.update_from_flattened_dict(overrides)
   stored = stored_fields(workdir)
   differing = _differences(
-      {name: stored[name] for name in _plain(config)}, _plain(config),
-      READER_FIELDS)
+      {name: value for name, value in stored.items()
+       if name in _plain(config) or schema.is_free(name)},
+      _plain(config), READER_FIELDS)
   if differing:
     named = '--config' if overrides is None else 'these fields'
     raise UserError(

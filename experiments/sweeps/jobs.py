@@ -3,7 +3,7 @@
 A run's name is that of its folder: the stem of the config's file, a plus and
 the config's argument if there is one, the varied fields, each after an @, and
 the seed, as in `cifar10_awp+L2-seed0` and
-`cifar10_awp@awp.gamma=0.01-seed0`. Slashes in values are written as %2F.
+`cifar10_awp@awp.gamma=0.01-seed0`. A slash in a value is written as %2F.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ import re
 from typing import NamedTuple
 import urllib.parse
 
+from experiments.util import paths
 from experiments.util.errors import UserError
 
 _NAME = re.compile(
@@ -21,8 +22,6 @@ _NAME = re.compile(
 _CONFIG = re.compile(
     r'(?:.*/)?(?P<stem>[^/+:@]+)\.py(?::(?P<argument>[^/+:@]+))?')
 
-#: Characters of values that are kept in names of folders.
-_KEPT = " ()[]{},.=+-_'\"*:"
 #: Limit of file systems, less the length of '.stderr'.
 _LONGEST_NAME = 255 - 7
 
@@ -48,7 +47,7 @@ class Job(NamedTuple):
   def name(self) -> str:
     """The name of the run's folder."""
     varied = ''.join(
-        f'@{field}={urllib.parse.quote(value, safe=_KEPT)}'
+        f'@{field}={paths.file_name(value)}'
         for field, value in self.varied)
     label = label_of(self.config).replace(':', '+')
     return f'{label}{varied}-seed{self.seed}'

@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from experiments.config import build
+from experiments.config import schema
 from experiments.reports import comparison
 from experiments.runs import checkpoints, metrics, workdirs
 from experiments.sweeps import jobs, published, runner
@@ -74,10 +74,10 @@ def read(workdir: paths.Path, name: str) -> Record:
           f'--config.seed={parsed.seed}.')
     for field, value in runner.parse_flags(
         runner.flags_of(parsed.varied)).items():
-      if config[field] != value:
+      if config.get(field) != value:
         raise UserError(
             f'{workdir / name} must hold a run with {field}={value!r}, as its '
-            f'name says, got {config[field]!r}: rename it.')
+            f'name says, got {config.get(field)!r}: rename it.')
   lines = metrics.read_metrics(workdir / name)
   return Record(
       name, parsed.label, parsed.seed, runner.state_of(workdir, name), config,
@@ -180,7 +180,7 @@ def changed(run: Record) -> dict[str, Any]:
     current = module.get_config(*filter(None, [argument]))
   except (TypeError, ValueError):  # no such argument
     return {}
-  fields = json.loads(json.dumps(build.flatten(current)))
+  fields = json.loads(json.dumps(schema.flatten(current)))
   return {
       name: value for name, value in result_fields(run.config).items()
       if name in fields and value != fields[name]

@@ -5,6 +5,7 @@ failed, go to `cifar10_awp+L2-seed0.stderr` next to that folder. The process
 holds a lock on this file while it runs, so two sweeps never run the same job.
 """
 
+import ast
 from collections.abc import Callable, Sequence
 import fcntl
 import json
@@ -18,7 +19,7 @@ from typing import IO, Any, NamedTuple
 from absl import flags
 from ml_collections.config_flags import tuple_parser
 
-from experiments.config import build
+from experiments.config import schema
 from experiments.configs import base
 from experiments.runs import metrics, workdirs
 from experiments.sweeps.jobs import Job, Varied, parse_name
@@ -68,10 +69,10 @@ def check_overrides(
     for name, value in given.items():
       if name in workdirs.FREE_FIELDS or name.startswith(workdirs.FREE_GROUPS):
         continue
-      if stored[name] != value:
+      if stored.get(name) != value:
         raise UserError(
             f'{str(workdir / job.name)!r} holds a run with '
-            f'{name}={stored[name]!r}, not {value!r}; choose another '
+            f'{name}={stored.get(name)!r}, not {value!r}; choose another '
             '--workdir.')
 
 
@@ -115,11 +116,14 @@ def parse_flags(overrides: Sequence[str]) -> dict[str, Any]:
   Raises:
     UserError: for an unknown field or a value of another type.
   """
-  known, found = build.flatten(base.get_config()), {}
+  known, found = schema.flatten(base.get_config()), {}
   for override in overrides:
     name, mark, text = override.removeprefix('--config.').partition('=')
+    if schema.is_free(name):  # its type is known to the config file only
+      found[name] = _literal(text)
+      continue
     if name not in known:
-      raise UserError(build.unknown_field(name, known))
+      raise UserError(schema.unknown(name, known))
     kind = type(known[name])
     if not mark and kind is bool:
       text = 'true'
@@ -129,6 +133,14 @@ def parse_flags(overrides: Sequence[str]) -> dict[str, Any]:
       raise UserError(f'{override}: {error}') from error
     found[name] = json.loads(json.dumps(value))
   return found
+
+
+def _literal(text: str) -> Any:
+  """A number, True, False, None or a tuple as JSON, else the text."""
+  try:
+    return json.loads(json.dumps(ast.literal_eval(text)))
+  except (SyntaxError, TypeError, ValueError):
+    return text
 
 
 class _Stop:

@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 from typing import TypeAlias
+import urllib.parse
 
 from etils import epath
 import fsspec
@@ -87,6 +88,14 @@ def absolute(path: Path) -> Path:
   """The absolute path without symbolic links."""
   # `epath` would resolve an address relative to the current folder.
   return path if is_bucket(path) else path.resolve()
+
+
+def file_name(text: str) -> str:
+  """Text as the name of a file: slashes, colons, ... as %2F, %3A, ...
+
+  `urllib.parse.unquote` returns the text.
+  """
+  return urllib.parse.quote(text, safe='()=,+ ')
 
 
 def children(folder: Path) -> list[Path]:

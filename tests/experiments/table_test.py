@@ -190,9 +190,9 @@ def test_autoattack_has_a_column_where_it_was_run():
 
 
 def test_changed_fields_are_listed():
-  from experiments.config import build
+  from experiments.config import schema
   from experiments.configs import cifar10_at
-  fields = json.loads(json.dumps(build.flatten(cifar10_at.get_config())))
+  fields = json.loads(json.dumps(schema.flatten(cifar10_at.get_config())))
   assert records.changed(run_of(LINES, 'cifar10_at', **fields)) == {}
   fields |= {'num_train': 1000, 'awp.gamma': 0.5, 'seed': 7, 'data_dir': 'x'}
   run = run_of(LINES, 'cifar10_at', **fields)

@@ -17,7 +17,7 @@ import optax
 import pytest
 
 import awp_jax
-from experiments.config import build, optimizers
+from experiments.config import networks, optimizers
 from experiments.data import augmentation, batches, datasets, extra_images
 from experiments.modes import train
 from experiments.parallel import placement
@@ -137,7 +137,7 @@ def of_optimizer(tx):
 
 
 def of_model(config):
-  model = build.build_model(config, fake_dataset())
+  model = networks.build(config, fake_dataset())
   return {f'model.{field.name}': getattr(model, field.name)
           for field in dataclasses.fields(model)
           if field.name not in ('parent', 'name')} | {
@@ -319,7 +319,7 @@ def prepared(config, folder, monkeypatch):
     patch.setattr(warm_start, 'check', lambda path: None)
     patch.setattr(warm_start, 'read', spies['read'])
     patch.setattr(warm_start, 'graft', lambda variables, *_: (variables, []))
-    patch.setattr(build, 'build_model', lambda config, dataset: TinyNet())
+    patch.setattr(networks, 'build', lambda config, dataset: TinyNet())
     run = run_lib.prepare(config, folder)
     jax.eval_shape(lambda: run_lib.first_state(run)[0])
   return run, spies
@@ -333,7 +333,7 @@ def effects(config):
     stack.enter_context(contextlib.redirect_stdout(None))
     run, spies = prepared(config, pathlib.Path(folder, 'run'), monkeypatch)
     found = of_model(config)
-    monkeypatch.setattr(build, 'build_model', lambda config, dataset: TinyNet())
+    monkeypatch.setattr(networks, 'build', lambda config, dataset: TinyNet())
     found |= of_preparation(run, spies)
     monkeypatch.setattr(environment, 'versions', dict)  # slow to look up
     found |= of_train_step(run, monkeypatch) | of_eval_step(run, monkeypatch)

@@ -102,7 +102,8 @@ def of_landscape(run, monkeypatch):
     for owner, name, value in (
         (landscape_lib, 'evaluate_points', points_of),
         (landscape_lib, 'robust_measure', measure),
-        (landscape_lib, 'random_direction', lambda key, params: params),
+        (landscape_lib, 'random_direction',
+         lambda key, params, filter_axis: params),
         (probe, 'robust_gradient', gradients),
         (restore, 'load_variables',
          lambda *_: [('best', 1, variables)])):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from absl import app, flags
 
 from experiments import main
-from experiments.config import build
+from experiments.config import networks
 from experiments.parallel import watch
 from experiments.reports import page
 from experiments.runs import checkpoints
@@ -69,5 +69,5 @@ if __name__ == '__main__':
   # Reports have their own tests. As they do, one process reads a checkpoint.
   page.write_or_warn = lambda run, mode: checkpoints.Reader(
       run.workdir, 'last').read()
-  build.build_model = lambda config, dataset: TinyNet()
+  networks.build = lambda config, dataset: TinyNet()
   app.run(main.main, flags_parser=main.parse)

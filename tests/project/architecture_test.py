@@ -143,12 +143,23 @@ def test_requirements_files_refer_to_pyproject(name, extras):
   assert all(declared(extra) for extra in extras.split(','))
 
 
+#: Files of the library that need an optional package, which nothing imports.
+OPTIONAL = {'equinox.py': {'equinox'}}
+
+
+def test_optional_modules_are_imported_by_none():
+  for module in LIBRARY:
+    if MODULES[module].name in OPTIONAL:
+      assert all(module not in imports(MODULES[other]) for other in LIBRARY)
+
+
 def test_only_declared_packages_are_imported():
   # JAX requires NumPy and returns its arrays.
   allowed = declared() | {'numpy', 'awp_jax'} | sys.stdlib_module_names
   for path in map(MODULES.get, LIBRARY):
     found = {name.split('.')[0] for name in imports(path)}
-    assert found <= allowed, f'{path}: {found - allowed}'
+    assert found - OPTIONAL.get(path.name, set()) <= allowed, (
+        f'{path}: {found - allowed}')
 
 
 def closure(names):
@@ -177,6 +188,8 @@ class Refused:
 sys.meta_path.insert(0, Refused())
 import awp_jax
 for info in pkgutil.walk_packages(awp_jax.__path__, 'awp_jax.'):
+  if info.name == 'awp_jax.frameworks.equinox':
+    continue
   importlib.import_module(info.name)
 
 import functools

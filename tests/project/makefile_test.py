@@ -14,7 +14,7 @@ from flax import linen as nn
 import pytest
 
 from experiments import compare, main
-from experiments.config import build
+from experiments.config import networks
 from experiments.reports import page as page_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -123,7 +123,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
   (tmp_path / 'experiments').symlink_to(ROOT / 'experiments')
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr(sys, 'argv', ['main.py'])  # main.parse modifies it.
-  monkeypatch.setattr(build, 'build_model', lambda config, dataset: TinyNet())
+  monkeypatch.setattr(networks, 'build', lambda config, dataset: TinyNet())
   monkeypatch.setattr(page_lib, 'write_or_warn', lambda run, mode: None)
   for script, *arguments in commands:
     if script == 'experiments/compare.py':

@@ -14,7 +14,7 @@ import pytest
 
 from awp_jax.perturbation import leaves
 from experiments.ahead import advice, analysis, programs, report, targets
-from experiments.config import build
+from experiments.config import networks
 from tests.experiments.modes import train_test
 
 TARGETS = ('v5e:2x2', 'h100:8')
@@ -62,7 +62,7 @@ def compiled(request, tmp_path_factory):
     if key not in done:
       with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            build, 'build_model',
+            networks, 'build',
             lambda config, dataset: Net(jnp.dtype(dtype), **fields))
         run = programs.prepare(config, target.num_devices)
       done[key] = run, target, *(

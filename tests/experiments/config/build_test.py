@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from awp_jax import models
-from experiments.config import build, optimizers
+from experiments.config import build, networks, optimizers, schema
 from experiments.configs import base, cifar10_awp, digits_awp
 from experiments.data import datasets
 from experiments.parallel import mapping
-from experiments.util import errors
+from experiments.util import errors, named
 
 
 def changed(**fields):
@@ -259,7 +259,7 @@ def test_objectives_take_their_options(name):
 
 def test_the_network_is_what_the_config_says():
   dataset = datasets.load('digits', num_train=10)
-  wide = build.build_model(changed(**{
+  wide = networks.build(changed(**{
       'model.depth': 16, 'model.width': 2, 'model.activation': 'silu',
       'model.dtype': 'bfloat16'}), dataset)
   assert (type(wide), wide.depth, wide.width, wide.activation) == (
@@ -268,7 +268,7 @@ def test_the_network_is_what_the_config_says():
       10, dataset.mean, dataset.std)
   assert (wide.dtype, wide.param_dtype) == (jnp.bfloat16, jnp.float32)
   assert wide.axis_name is None
-  plain = build.build_model(changed(**{
+  plain = networks.build(changed(**{
       'model.name': 'preact_resnet', 'model.depth': 10,
       'model.normalize': False, 'model.param_dtype': 'bfloat16',
       'model.sync_batch_norm': True}), dataset)
@@ -285,7 +285,7 @@ def test_the_network_is_what_the_config_says():
     ("awp(update_at='natural', every=2)",
      ('awp', {'update_at': 'natural', 'every': 2}))])
 def test_calls(text, call):
-  assert build.parse_call(text) == call
+  assert named.parse_call(text) == call
 
 
 def test_options_of_a_call_go_before_those_of_the_group():
@@ -312,7 +312,7 @@ def test_bad_models(fields, shown):
   config = changed(**fields)
   build.build(config)
   with pytest.raises(ValueError) as error:
-    build.build_model(config, datasets.load('digits', num_train=10))
+    networks.build(config, datasets.load('digits', num_train=10))
   assert shown in str(error.value)
 
 
@@ -340,7 +340,7 @@ def test_unknown_field_names_the_nearest(wrong, near):
       owner = owner[parent]
     owner[name] = 1
   with pytest.raises(ValueError) as error:
-    build.check_fields(config, known)
+    schema.check(config, known)
   assert repr(wrong) in str(error.value) and repr(near) in str(error.value)
 
 
@@ -348,4 +348,4 @@ def test_missing_field():
   config = ml_collections.ConfigDict(cifar10_awp.get_config().to_dict())
   del config.awp.gamma
   with pytest.raises(ValueError, match=r"lacks the field 'awp\.gamma'"):
-    build.check_fields(config, base.get_config())
+    schema.check(config, base.get_config())

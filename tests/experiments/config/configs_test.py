@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import configs, main
-from experiments.config import build
+from experiments.config import build, networks, schema
 from experiments.configs import base, cifar10_awp, parts
 from experiments.data import datasets
 from experiments.modes import train
@@ -86,13 +86,13 @@ def test_every_config_trains_three_steps(stem, files, tmp_path, monkeypatch):
 @pytest.mark.parametrize('stem', STEMS)
 def test_every_config_builds(stem):
   config = load(stem)
-  build.check_fields(config, base.get_config())
+  schema.check(config, base.get_config())
   built = build.build(config)
   assert built.threat.epsilon == config.threat.epsilon
   method = built.perturbation
   assert method.ball.size == config.awp.gamma
   assert method.is_off != ('awp' in stem or 'strong' in stem)
-  model = build.build_model(config, datasets.load('digits', num_train=10))
+  model = networks.build(config, datasets.load('digits', num_train=10))
   # The config's network at full width, without computation.
   shapes = jax.eval_shape(
       lambda: model.init(
@@ -104,7 +104,7 @@ def test_every_config_builds(stem):
 @pytest.mark.parametrize('stem', [s for s in STEMS if has_argument(s)])
 def test_arguments(stem, argument):
   config = load(stem, argument)
-  build.check_fields(config, base.get_config())
+  schema.check(config, base.get_config())
   threat = build.build(config).threat
   assert threat.norm == ('L2' if 'L2' in argument else 'Linf')
   if 'L2' in argument:
@@ -196,7 +196,7 @@ STRONG = {
 
 @pytest.mark.parametrize('stem', STEMS)
 def test_the_recipes_of_today_are_on_in_strong_configs_only(stem):
-  fields = build.flatten(load(stem))
+  fields = schema.flatten(load(stem))
   differing = {
       name: fields[name] for name, off in OPTIONS.items()
       if fields[name] != off}

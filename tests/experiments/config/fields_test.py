@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.config import build
+from experiments.config import schema
 from experiments.configs import base
+from tests.helpers import named_parts
 from tests.helpers.config_effects import effects, same
 from tests.helpers.field_oracles import (
   ADV,
@@ -33,6 +34,9 @@ from tests.helpers.field_oracles import (
   threats,
   updates,
 )
+
+#: Parts of another package.
+PARTS = 'tests.helpers.named_parts'
 
 #: A small `base`: 56 training images are three batches of 16 and one of 8.
 SMALL = {
@@ -86,6 +90,8 @@ TABLE = {
     'augmentation.rotation': Row(15.0, {'policy.rotation': 15.0}),
     'augmentation.cutout': Row(3, {'policy.cutout': 3}),
     'augmentation.mixup': Row(1.0, {'policy.mixup': 1.0, 'labels': (2, 4)}),
+    'augmentation.function': Row(
+        f'{PARTS}:darken', {'policy.function': f'{PARTS}:darken'}),
     'model.name': Row(
         'wide_resnet', {'model': 'WideResNet', 'model.dropout_rate': 0.0}),
     'model.depth': Row(18, {'model.depth': 18}),
@@ -117,6 +123,8 @@ TABLE = {
         'threat.epsilon': 0.05, 'eval.threat.epsilon': 0.05,
         **threats({'norm': 'Linf', 'epsilon': 0.05, **BOX}),
         'judged.steps': [0.05, STEP, STEP]}),
+    'attack.name': Row(
+        f'{PARTS}:attack', {'attack.algorithm': named_parts.attack}),
     'attack.step_size': Row(0.02, {
         'attack.step_size': 0.02, 'landscape.step_size': 0.02,
         'landscape.gradient.step_size': [0.02, 0.02]}),
@@ -254,7 +262,7 @@ def before():
 
 
 def test_every_field_is_in_the_table():
-  assert TABLE.keys() == build.flatten(base.get_config()).keys()
+  assert TABLE.keys() == schema.flatten(base.get_config()).keys()
 
 
 @pytest.mark.parametrize('field', TABLE)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.config import build
+from experiments.config import networks
 from experiments.modes import evaluate, train
 from experiments.runs import run as run_lib
 from tests.experiments.modes import train_test
@@ -22,7 +22,7 @@ def evaluated(tmp_path_factory):
       evaluation__save_examples=True)
   with pytest.MonkeyPatch.context() as monkeypatch:
     monkeypatch.setattr(
-        build, 'build_model', lambda config, dataset: HalfNet())
+        networks, 'build', lambda config, dataset: HalfNet())
     train_test.without_report(monkeypatch)
     train.train(run_lib.prepare(config, folder / 'run'))
     run = run_lib.reopen(config, folder / 'run')

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import awp_jax
-from experiments.config import build
+from experiments.config import networks
 from experiments.modes import evaluate, train
 from experiments.runs import checkpoints, metrics, precision, restore
 from experiments.runs import run as run_lib
@@ -129,7 +129,7 @@ class BrokenNet(train_test.TinyNet):
 def test_gradients_that_are_not_finite_are_reported(
     evaluated, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(
-      build, 'build_model', lambda config, dataset: BrokenNet())
+      networks, 'build', lambda config, dataset: BrokenNet())
   train_test.without_report(monkeypatch)
   run = run_lib.prepare(train_test.small(
       dataset='npz', npz_path=evaluated[0].config.npz_path, epochs=1,

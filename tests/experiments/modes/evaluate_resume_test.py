@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from awp_jax.evaluation import evaluate as evaluate_lib
-from experiments.config import build
+from experiments.config import networks
 from experiments.evaluation import attacks
 from experiments.modes import evaluate, train
 from experiments.reports import page
@@ -73,7 +73,7 @@ def test_earlier_evaluations_of_the_same_model_are_kept(evaluated, tmp_path):
 
 def test_moved_data_and_run_change_nothing(evaluated, tmp_path, monkeypatch):
   run, values = evaluated
-  monkeypatch.setattr(build, 'build_model', lambda config, dataset: HalfNet())
+  monkeypatch.setattr(networks, 'build', lambda config, dataset: HalfNet())
   moved = shutil.copytree(run.workdir, tmp_path / 'moved')
   path = shutil.copy(run.config.npz_path, tmp_path / 'elsewhere.npz')
   config = workdirs.reader_config(
@@ -100,7 +100,7 @@ def test_moved_data_and_run_change_nothing(evaluated, tmp_path, monkeypatch):
 def test_reading_a_run_that_trains_changes_nothing_of_it(
     evaluated, tmp_path, monkeypatch):
   run, values = evaluated
-  monkeypatch.setattr(build, 'build_model', lambda config, dataset: HalfNet())
+  monkeypatch.setattr(networks, 'build', lambda config, dataset: HalfNet())
   folder = shutil.copytree(run.workdir, tmp_path / 'run')
   # An unfinished save, and a checkpoint that is being removed.
   for part in ('last/99.orbax-checkpoint-tmp/state', 'best/1/state'):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import awp_jax
-from experiments.config import build
+from experiments.config import networks
 from experiments.modes import evaluate
 from experiments.runs import metrics
 from experiments.runs import run as run_lib
@@ -123,7 +123,7 @@ def test_more_images_than_there_are_is_an_error(evaluated, tmp_path):
 def test_images_of_another_data_set_are_rejected(
     evaluated, tmp_path, monkeypatch):
   run, _ = evaluated
-  monkeypatch.setattr(build, 'build_model', lambda config, dataset: HalfNet())
+  monkeypatch.setattr(networks, 'build', lambda config, dataset: HalfNet())
   config = run.config.copy_and_resolve_references()
   config.npz_path = train_test.write_images(tmp_path / 'other.npz', seed=1)
   with pytest.raises(ValueError, match='are not those of the run in'):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.config import build
+from experiments.config import networks, schema
 from experiments.configs import base, digits_awp
 from experiments.modes import train
 from experiments.reports import page
@@ -39,7 +39,7 @@ def small(config=None, **fields):
       'num_test': 0, 'batch_size': 16,
   } | {name.replace('__', '.'): value for name, value in fields.items()}
   config.update_from_flattened_dict(fields)
-  build.check_fields(config, base.get_config())
+  schema.check(config, base.get_config())
   return config
 
 
@@ -54,7 +54,7 @@ class TinyNet(nn.Module):
 
 
 def use_tiny_net(monkeypatch):
-  monkeypatch.setattr(build, 'build_model', lambda config, dataset: TinyNet())
+  monkeypatch.setattr(networks, 'build', lambda config, dataset: TinyNet())
 
 
 def without_report(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import awp_jax
 from awp_jax import models
 from awp_jax.models import layers
-from experiments.config import build as build_lib
+from experiments.config import networks
 from experiments.modes import train
 from experiments.parallel import mapping, placement
 from experiments.reports import curves
@@ -55,7 +55,7 @@ def build(config, dataset):
 @pytest.fixture
 def prepared(tmp_path, monkeypatch):
   """Prepares a run with `TypedNet`, in the given precision."""
-  monkeypatch.setattr(build_lib, 'build_model', build)
+  monkeypatch.setattr(networks, 'build', build)
   monkeypatch.setattr(curves, 'plot_curves', lambda *_: None)
   train_test.without_report(monkeypatch)
 

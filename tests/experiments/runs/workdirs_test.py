@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from experiments.config import build
+from experiments.config import schema
 from experiments.configs import base, digits_awp
 from experiments.runs import workdirs
 from experiments.util import atomic
@@ -26,7 +26,7 @@ def test_new_folder_holds_the_config(tmp_path):
   stored = json.loads((folder / 'config.json').read_text())
   assert stored['threat.epsilon'] == config.threat.epsilon
   assert stored['optimizer.decay_at'] == [0.5, 0.75]
-  assert stored.keys() == build.flatten(config).keys()
+  assert stored.keys() == schema.flatten(config).keys()
 
 
 def test_same_config_is_opened_again(tmp_path):
@@ -97,7 +97,7 @@ def test_renamed_fields_keep_their_values(tmp_path, old, value, default):
   new = workdirs.RENAMED[old]
   config = digits_awp.get_config()
   config.update_from_flattened_dict({new: value})
-  assert build.flatten(digits_awp.get_config())[new] == default
+  assert schema.flatten(digits_awp.get_config())[new] == default
   claimed(tmp_path, config)
   edit(tmp_path, **{new: None, old: value})
   stored = json.loads((tmp_path / 'config.json').read_text())

@@ -84,7 +84,7 @@ def shared_start(patch):
 def one_network():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-        'experiments.config.build.build_model', lambda config, dataset: NET)
+        'experiments.config.networks.build', lambda config, dataset: NET)
     train_test.without_report(patch)
     shared(patch, step_lib, 'make_train_fn', Compiled)
     shared(patch, step_lib, 'make_eval_fn')

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from experiments import main
-from experiments.config import build, help
+from experiments.config import build, help, networks, schema
 from experiments.configs import base
 from experiments.data import datasets
 from experiments.modes import evaluate, landscape, train
@@ -90,7 +90,7 @@ def test_checks_of_configs_raise_errors_of_the_user(fields):
 def test_a_network_that_cannot_be_is_an_error_of_the_user():
   config = small(model__depth=11)
   with pytest.raises(errors.UserError, match='6 n'):
-    build.build_model(config, datasets.load('digits', num_train=10))
+    networks.build(config, datasets.load('digits', num_train=10))
 
 
 def test_errors_pass_through_once():
@@ -118,7 +118,7 @@ def test_help_shows_flags_and_fields(flag, command):
 def test_help_has_every_field_once_with_its_default_and_comment():
   text = help.text()
   shown = dict(re.findall(r'^  --config\.([\w.]+)=(.*?)(?:  .*)?$', text, re.M))
-  fields = build.flatten(base.get_config())
+  fields = schema.flatten(base.get_config())
   assert shown.keys() == fields.keys()
   assert len(re.findall('^  --', text, re.M)) == len(fields)
   for name, value in fields.items():
