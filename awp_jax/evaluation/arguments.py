@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.core import checks, convolution, equations
-from awp_jax.evaluation import compilation
+from awp_jax.evaluation.engine import compilation
 from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.evaluation.results import BatchResult, Share
 from awp_jax.threat import ThreatModel

@@ -23,12 +23,11 @@ from awp_jax.evaluation import (
   diagnostics,
   fingerprint,
   results,
-  slots,
-  threads,
   verdicts,
 )
 from awp_jax.evaluation.arguments import EvalOptions, Traced
-from awp_jax.evaluation.driver import Job
+from awp_jax.evaluation.engine import slots, threads
+from awp_jax.evaluation.engine.driver import Job
 from awp_jax.evaluation.model import (
   Model,
   average_gradients,

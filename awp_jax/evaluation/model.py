@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from awp_jax import objectives
 from awp_jax.core import loops
-from awp_jax.evaluation import compilation, losses
+from awp_jax.evaluation import losses
+from awp_jax.evaluation.engine import compilation
 from awp_jax.evaluation.losses import LogitsLoss
 from awp_jax.types import Array
 

@@ -8,7 +8,7 @@ import pytest
 
 import awp_jax
 from awp_jax.core import equations
-from awp_jax.evaluation import compilation
+from awp_jax.evaluation.engine import compilation
 from awp_jax.models import PreActResNet
 
 

@@ -9,14 +9,8 @@ import pytest
 
 import awp_jax
 from awp_jax.core import loops
-from awp_jax.evaluation import (
-  diagnostics,
-  driver,
-  protocol,
-  slots,
-  threads,
-  verdicts,
-)
+from awp_jax.evaluation import diagnostics, protocol, verdicts
+from awp_jax.evaluation.engine import driver, slots, threads
 from awp_jax.evaluation.evaluate import EvalOptions, evaluate
 from awp_jax.evaluation.model import make_model
 from awp_jax.threat import ThreatModel

@@ -10,14 +10,8 @@ import pytest
 
 from awp_jax.attacks import autoattack
 from awp_jax.core import loops
-from awp_jax.evaluation import (
-  arguments,
-  driver,
-  protocol,
-  slots,
-  threads,
-  verdicts,
-)
+from awp_jax.evaluation import arguments, protocol, verdicts
+from awp_jax.evaluation.engine import driver, slots, threads
 from awp_jax.evaluation.evaluate import evaluate
 from awp_jax.models import PreActResNet
 from awp_jax.threat import ThreatModel

@@ -9,9 +9,10 @@ import pytest
 
 from awp_jax.attacks import fixed_step
 from awp_jax.core import loops
-from awp_jax.evaluation import compilation, protocol, slots
+from awp_jax.evaluation import protocol
+from awp_jax.evaluation.engine import compilation, slots
+from awp_jax.evaluation.engine.slots import Places
 from awp_jax.evaluation.evaluate import EvalOptions, evaluate
-from awp_jax.evaluation.slots import Places
 from awp_jax.threat import ThreatModel
 from tests.helpers.attack_problem import KEY, QUIET, scripted, threshold
 

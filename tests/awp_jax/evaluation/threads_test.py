@@ -9,8 +9,9 @@ import pytest
 
 from awp_jax.attacks import apgd
 from awp_jax.core import loops
-from awp_jax.evaluation import driver, slots, verdicts
-from awp_jax.evaluation import threads as threads_lib
+from awp_jax.evaluation import verdicts
+from awp_jax.evaluation.engine import driver, slots
+from awp_jax.evaluation.engine import threads as threads_lib
 from awp_jax.evaluation.model import make_model
 from awp_jax.threat import ThreatModel
 from tests.helpers import attack_oracles

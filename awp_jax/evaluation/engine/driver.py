@@ -39,9 +39,15 @@ import jax
 import numpy as np
 
 from awp_jax.core import loops
-from awp_jax.evaluation import slots
+from awp_jax.evaluation.engine import slots
+from awp_jax.evaluation.engine.slots import (
+  Advance,
+  Carry,
+  Filled,
+  Found,
+  Places,
+)
 from awp_jax.evaluation.protocol import BoundAttack, Examples, run_keys
-from awp_jax.evaluation.slots import Advance, Carry, Filled, Found, Places
 from awp_jax.evaluation.verdicts import CheckCandidates, Group
 from awp_jax.types import Array
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from awp_jax.core import loops
-from awp_jax.evaluation import compilation
+from awp_jax.evaluation.engine import compilation
 from awp_jax.evaluation.protocol import BoundAttack, Examples, Report
 from awp_jax.types import Array
 

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 from awp_jax.core import loops
-from awp_jax.evaluation import driver
-from awp_jax.evaluation.driver import Job, Outcome
+from awp_jax.evaluation.engine import driver
+from awp_jax.evaluation.engine.driver import Job, Outcome
 from awp_jax.evaluation.verdicts import Group
 
 #: Most parallel batches; more would make each one too small.
