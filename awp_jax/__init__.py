@@ -4,11 +4,17 @@ from awp_jax.attacks.apgd import apgd as apgd
 from awp_jax.attacks.apgd import apgd_spec as apgd_spec
 from awp_jax.attacks.autoattack import auto_attack as auto_attack
 from awp_jax.attacks.autoattack import make_specs as make_specs
+from awp_jax.attacks.curve import RobustCurve as RobustCurve
+from awp_jax.attacks.curve import robust_curve as robust_curve
 from awp_jax.attacks.fab import fab as fab
 from awp_jax.attacks.fab import fab_spec as fab_spec
 from awp_jax.attacks.fixed_step import cw_attack as cw_attack
 from awp_jax.attacks.fixed_step import pgd_spec as pgd_spec
 from awp_jax.attacks.fixed_step import transfer_attack as transfer_attack
+from awp_jax.attacks.minimal import MinimalPerturbations as MinimalPerturbations
+from awp_jax.attacks.minimal import (
+    minimal_perturbations as minimal_perturbations,
+)
 from awp_jax.attacks.pgd import fgsm as fgsm
 from awp_jax.attacks.pgd import pgd as pgd
 from awp_jax.attacks.pgd import pgd_with_state as pgd_with_state
@@ -22,6 +28,10 @@ from awp_jax.awp import awp_value_and_grad as awp_value_and_grad
 from awp_jax.core.rewriting import cpu_convolutions as cpu_convolutions
 from awp_jax.evaluation.evaluate import EvalOptions as EvalOptions
 from awp_jax.evaluation.evaluate import evaluate as evaluate
+from awp_jax.evaluation.export import SavedExamples as SavedExamples
+from awp_jax.evaluation.export import as_json as as_json
+from awp_jax.evaluation.export import load_examples as load_examples
+from awp_jax.evaluation.export import save_examples as save_examples
 from awp_jax.evaluation.protocol import AttackSpec as AttackSpec
 from awp_jax.evaluation.results import AttackResult as AttackResult
 from awp_jax.evaluation.results import BatchResult as BatchResult

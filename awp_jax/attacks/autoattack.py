@@ -15,6 +15,8 @@ that survive all of them count as robust.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
+import os
 from typing import Literal
 
 import numpy as np
@@ -91,6 +93,7 @@ def auto_attack(
     labels: Array | np.ndarray, threat: ThreatModel, *,
     version: Version = 'standard',
     attacks: Sequence[str | AttackSpec] | None = None,
+    store: str | os.PathLike[str] | None = None,
     options: EvalOptions | None = None) -> AttackResult:
   """Robust accuracy under AutoAttack.
 
@@ -116,6 +119,8 @@ def auto_attack(
         points, in 24 to 33 % of the time. The error can be far larger on a
         model that masks its gradients, and this version cannot detect that.
     attacks: names from `ATTACKS`, or specs, to run instead, in this order.
+    store: a folder from which an interrupted call resumes, short for
+      `EvalOptions(store=...)`.
     options: batching, resuming, reporting and devices.
 
   Returns:
@@ -134,6 +139,8 @@ def auto_attack(
   """
   checks.one_of('version', version, VERSIONS)
   options = EvalOptions() if options is None else options
+  if store is not None:
+    options = dataclasses.replace(options, store=store)
   chosen = VERSIONS[version] if attacks is None else attacks
   if version == 'rand' and not options.takes_key:
     raise ValueError(

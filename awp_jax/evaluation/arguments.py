@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import math
+import os
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,11 @@ class EvalOptions:
     progress: called with a `BatchResult` after each group.
     done: records of an interrupted evaluation with the same arguments, in any
       order and of any group size; their examples are not attacked again.
+    store: a folder that keeps every finished group of examples. The same call
+      with the same folder, after an interruption, resumes with the same result;
+      any other evaluation may use the folder, too. Its attacks need `settings`.
+      See `awp_jax.evaluation.store`.
+    verbose: whether to print the number of survivors after each group.
     share: the share of this process, if several divide the examples.
     keep_images: whether the result holds the adversarial examples.
     takes_key: whether the model is randomized: `logits_fn(images, key)`.
@@ -91,6 +97,8 @@ class EvalOptions:
   devices: Sequence[jax.Device] | None = None
   progress: Callable[[BatchResult], None] | None = None
   done: Sequence[BatchResult] = ()
+  store: str | os.PathLike[str] | None = None
+  verbose: bool = False
   share: Share | None = None
   keep_images: bool = True
   takes_key: bool = False

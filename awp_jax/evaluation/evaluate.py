@@ -8,16 +8,13 @@ with the same result. Verdicts are computed in float32 at matrix precision
 """
 
 from collections.abc import Callable, Sequence
-import functools
 import time
-from typing import NamedTuple
 import zlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from awp_jax.core import checks, loops, sharding
+from awp_jax.core import checks
 from awp_jax.evaluation import (
   arguments,
   diagnostics,
@@ -25,74 +22,21 @@ from awp_jax.evaluation import (
   results,
   verdicts,
 )
-from awp_jax.evaluation.arguments import EvalOptions, Traced
+from awp_jax.evaluation import setting as setting_lib
+from awp_jax.evaluation import store as store_lib
+from awp_jax.evaluation.arguments import EvalOptions
 from awp_jax.evaluation.engine import slots, threads
 from awp_jax.evaluation.engine.driver import Job
-from awp_jax.evaluation.model import (
-  Model,
-  average_gradients,
-  in_float32,
-  make_model,
-)
+from awp_jax.evaluation.model import average_gradients
 from awp_jax.evaluation.protocol import AttackSpec
-from awp_jax.evaluation.results import (
-  AttackResult,
-  AttackWarning,
-  BatchResult,
-)
-from awp_jax.evaluation.verdicts import VerdictSettings
+from awp_jax.evaluation.results import AttackResult, AttackWarning, BatchResult
+from awp_jax.evaluation.setting import Setting
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
-#: Factor on the batch size of attacks without gradients, except on the CPU.
-_FORWARD_BATCH = 4
-
-#: Batches per group on the CPU, and elsewhere. Larger batches form smaller
-#: groups, so that progress is reported and saved as often.
-_BATCHES_PER_GROUP = 8
-_FEWER_BATCHES_PER_GROUP = 2
-
-#: The batch of the verdicts over the batch of few verdicts.
-_FEW = 8
-
-#: `jax.default_matmul_precision` of the verdicts.
-VERDICT_PRECISION = 'float32'
-
-
-class _Setting(NamedTuple):
-  """What stays the same through an evaluation.
-
-  Attributes:
-    key: a PRNG key.
-    model: the model that attacks evaluate.
-    verdicts: settings of the verdicts.
-    images: [N, ...], on the host.
-    labels: [N].
-    sizes: batch sizes of attacks that use gradients.
-    forward_sizes: batch sizes of the others.
-    group_size: examples per record.
-    num_streams: batches that run in parallel.
-    own_model: whether the attacks use another function than the verdicts.
-    traced: the attacks' model.
-    identity: hash of the evaluation; '' if no record is written or read.
-  """
-
-  key: Array
-  model: Model
-  verdicts: VerdictSettings
-  images: np.ndarray
-  labels: np.ndarray
-  sizes: tuple[int, ...]
-  forward_sizes: tuple[int, ...]
-  group_size: int
-  num_streams: int
-  own_model: bool
-  traced: Traced
-  identity: str
-
 
 def _check_model(
-    setting: _Setting, logits_fn: Callable[..., Array], takes_key: bool
+    setting: Setting, logits_fn: Callable[..., Array], takes_key: bool
 ) -> list[AttackWarning]:
   """Warns if logits vary for one image, or if the attacks' model differs."""
   rows = next(verdicts.blocks(len(setting.labels), setting.verdicts.size))
@@ -117,7 +61,7 @@ def _check_model(
   return found
 
 
-def _make_job(setting: _Setting, spec: AttackSpec, eot_samples: int) -> Job:
+def _make_job(setting: Setting, spec: AttackSpec, eot_samples: int) -> Job:
   model = average_gradients(setting.model, eot_samples)
   attack = spec.build(model, setting.verdicts.threat)
   checks.count(f'num_runs of attack {spec.name!r}', attack.num_runs)
@@ -136,7 +80,7 @@ def _make_job(setting: _Setting, spec: AttackSpec, eot_samples: int) -> Job:
 
 
 def _attack_group(
-    setting: _Setting, name: str, job: Job, again: Job | None,
+    setting: Setting, name: str, job: Job, again: Job | None,
     indices: np.ndarray, targets: np.ndarray) -> BatchResult:
   begin = time.perf_counter()
   group = verdicts.Group(
@@ -157,7 +101,7 @@ def _attack_group(
 
 
 def _attack_share(
-    setting: _Setting, spec: AttackSpec, targets: np.ndarray,
+    setting: Setting, spec: AttackSpec, targets: np.ndarray,
     remaining: np.ndarray, known: Sequence[BatchResult], options: EvalOptions
 ) -> list[BatchResult]:
   """Attacks the examples without a record; returns the records of all.
@@ -204,7 +148,7 @@ def _attack_share(
 
 
 def _run(
-    setting: _Setting, natural: verdicts.Natural, specs: Sequence[AttackSpec],
+    setting: Setting, natural: verdicts.Natural, specs: Sequence[AttackSpec],
     options: EvalOptions, found: list[AttackWarning],
     judged: results.Judgement) -> AttackResult:
   robust = natural.correct.copy()
@@ -231,64 +175,6 @@ def _run(
   return AttackResult(
       adversarial, robust, natural.correct, float(natural.correct.mean()),
       float(robust.mean()), tuple(reports), tuple(found), judged)
-
-
-def _make_setting(
-    key: Array, logits_fn: Callable[..., Array], traced: Traced,
-    attack_traced: Traced, images: np.ndarray, labels: np.ndarray,
-    threat: ThreatModel, specs: Sequence[AttackSpec], options: EvalOptions
-) -> _Setting:
-  """Checks the batching options and makes the setting of an evaluation."""
-  batch_size = options.batch_size
-  if batch_size is None:
-    batch_size = 64 if loops.unrolls() else 512
-  checks.count('batch_size', batch_size)
-  num_devices = len(options.devices) if options.devices else 1
-  if batch_size % num_devices:
-    raise ValueError(
-        f'batch_size must be a multiple of the {num_devices} devices, got '
-        f'{batch_size}.')
-  group_size = options.group_size
-  if group_size is None:
-    group_size = batch_size * (
-        _BATCHES_PER_GROUP if loops.unrolls() else _FEWER_BATCHES_PER_GROUP)
-  checks.count('group_size', group_size)
-
-  def make(function: Callable[..., Array], precision: str | None) -> Model:
-    return make_model(
-        function, traced.num_classes, takes_key=options.takes_key,
-        precision=precision, devices=options.devices)
-
-  model = verdict_model = make(logits_fn, VERDICT_PRECISION)
-  if options.attack_fn is not None:
-    model = make(in_float32(options.attack_fn), options.attack_precision)
-  elif options.attack_precision != VERDICT_PRECISION:
-    model = make(logits_fn, options.attack_precision)
-  # Always Threefry: other generators draw for a whole batch at once, and an
-  # example's draws must not depend on the rest of the batch.
-  seed = jax.random.bits(key, (2,), jnp.uint32)
-  key = jax.random.wrap_key_data(seed, impl='threefry2x32')
-  num_streams = 1 if options.devices else threads.num_streams(batch_size)
-  sizes, forward_sizes = (
-      slots.batch_sizes(factor * batch_size // num_streams, num_devices)
-      for factor in (1, 1 if loops.unrolls() else _FORWARD_BATCH))
-  identity = ''
-  if options.progress is not None or options.done or options.share:
-    settings = {
-        'eot_samples': options.eot_samples, 'batch_size': batch_size,
-        'attack_precision': options.attack_precision}
-    if options.attack_fn is not None:
-      settings['attack_fn'] = fingerprint.hash_program(attack_traced.program)
-    identity = fingerprint.identify(
-        key, traced, images, labels, threat, specs, settings)
-  verdict_settings = VerdictSettings(
-      verdict_model, threat, key, sizes[0],
-      min(size for size in sizes if size >= sizes[0] // _FEW),
-      functools.partial(sharding.shard, devices=options.devices))
-  return _Setting(
-      key, model, verdict_settings, images, labels, sizes, forward_sizes,
-      group_size, num_streams, options.attack_fn is not None,
-      attack_traced, identity)
 
 
 def evaluate(
@@ -322,15 +208,17 @@ def evaluate(
   arguments.check_images(images, threat)
   if images.dtype != np.float32 and images.dtype != np.float64:
     images = images.astype(np.float32)
-  with jax.default_matmul_precision(VERDICT_PRECISION):
+  with jax.default_matmul_precision(setting_lib.VERDICT_PRECISION):
     traced = arguments.trace_model(logits_fn, images, options.takes_key)
     attack_traced = arguments.trace_attack_model(options, images, traced)
   arguments.check_labels(labels, len(images), traced.num_classes)
   arguments.check_specs(
       specs, images.ndim, options.takes_key, options.eot_samples)
-  setting = _make_setting(
+  setting = setting_lib.make(
       key, logits_fn, traced, attack_traced, images, labels.astype(np.int32),
       threat, specs, options)
+  stored = store_lib.open_store(
+      options, setting.identity, specs, threat, len(images))
   natural = verdicts.classify_natural(
       setting.verdicts, images, setting.labels,
       max(spec.num_targets for spec in specs))
@@ -343,7 +231,10 @@ def evaluate(
     found += diagnostics.check_classes(specs, traced.num_classes)
     found += diagnostics.check_layout(specs, images.shape[1:])
   judged = results.Judgement(
-      natural.dtype, str(traced.dtype), traced.product, VERDICT_PRECISION,
+      natural.dtype, str(traced.dtype), traced.product,
+      setting_lib.VERDICT_PRECISION,
       tuple(device.device_kind for device in natural.devices),
       fingerprint.versions(), attack_traced.product, options.attack_precision)
-  return _run(setting, natural, specs, options, found, judged)
+  return _run(
+      setting, natural, specs,
+      store_lib.reporting(options, stored, natural.correct), found, judged)
