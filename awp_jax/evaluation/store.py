@@ -61,8 +61,8 @@ class Store:
         with path.open('rb') as file, np.load(
             file, allow_pickle=False) as archive:
           record = BatchResult.from_arrays(archive)
-      except (EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile,
-              zlib.error):
+      except (EOFError, KeyError, OSError, TypeError, ValueError,
+              zipfile.BadZipFile, zlib.error):
         continue
       if record.identity == self._identity:
         found.append(record)

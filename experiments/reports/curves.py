@@ -9,6 +9,7 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 import numpy as np
 
+import awp_jax
 from experiments.runs.metrics import Lines, evaluated
 from experiments.util import atomic, paths
 
@@ -175,3 +176,30 @@ def _scale(axis: Any, places: Mapping[Any, float], numeric: bool) -> None:
       list(places.values()), [str(value) for value in places],
       **({} if numeric else {'rotation': 20, 'ha': 'right'}))
   axis.set_xticks([], minor=True)
+
+
+def plot_epsilons(
+    curve: awp_jax.RobustCurve, norm: str, path: paths.Path) -> None:
+  """Plots robust accuracy over epsilon with its 95 % intervals.
+
+  Args:
+    curve: from `awp_jax.robust_curve`.
+    norm: of the ball.
+    path: of the PNG to write.
+  """
+  figure, axis = plt.subplots(figsize=(5.5, 4.2), layout='constrained')
+  epsilons = np.concatenate([[0.0], curve.epsilons])
+  natural = curve.natural.mean()
+  interval = awp_jax.confidence_interval(
+      int(curve.natural.sum()), len(curve.natural))
+  low, high = np.concatenate([[interval], curve.intervals]).T
+  axis.fill_between(
+      epsilons, low, high, alpha=0.2, color=RUN_COLORS[0], linewidth=0)
+  axis.plot(
+      epsilons, [natural, *curve.robust_accuracy], color=RUN_COLORS[0],
+      marker='o')
+  axis.set(
+      xlabel=f'epsilon, {norm}', ylabel='robust accuracy', ylim=(0, 1.01))
+  axis.grid(alpha=0.3)
+  axis.spines[['top', 'right']].set_visible(False)
+  _save(figure, path)
