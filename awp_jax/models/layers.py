@@ -14,6 +14,10 @@ from awp_jax.types import Array
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'relu': nn.relu, 'silu': nn.silu}
 
+#: Where convolutions with a stride are padded: on all sides, or below and to
+#: the right of the image, as in DeepMind's code.
+PADDINGS = ('around', 'after')
+
 #: U(-1 / sqrt(fan_in), 1 / sqrt(fan_in)), PyTorch's default for convolutions
 #: and linear layers, used in the paper's PreActResNet.
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
@@ -44,6 +48,7 @@ class Parts:
     kernel_init: initializer of convolution kernels.
     axis_name: mapped axis over which batch statistics are averaged in train
       mode; None means per-device statistics.
+    padding: one of `PADDINGS`.
   """
 
   activation: str = 'relu'
@@ -51,22 +56,34 @@ class Parts:
   param_dtype: Any = jnp.float32
   kernel_init: Any = uniform_fan_in
   axis_name: str | None = None
+  padding: str = 'around'
 
   def conv(self, features: int, size: int, stride: int, name: str) -> nn.Conv:
-    """A convolution without bias, padded by size // 2 on each side."""
+    """A convolution without bias, padded by size // 2 on each side.
+
+    With the padding 'after' and a stride, it is padded by size - 2 after the
+    image alone.
+    """
     # Explicit padding: 'SAME' pads an even image differently at stride 2.
+    pad: Any = size // 2
+    if stride > 1 and size > 1 and self.padding == 'after':
+      pad = ((0, size - 2), (0, size - 2))
     return nn.Conv(
-        features, (size, size), (stride, stride), padding=size // 2,
+        features, (size, size), (stride, stride), padding=pad,
         use_bias=False, dtype=self.dtype, param_dtype=self.param_dtype,
         kernel_init=self.kernel_init, name=name)
 
-  def activate(self, x: Array, train: bool, name: str) -> Array:
-    """Batch normalization called `name`, then the activation."""
-    normalized = nn.BatchNorm(
+  def normalize(self, x: Array, train: bool, name: str) -> Array:
+    """Batch normalization called `name`."""
+    normalized: Array = nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5,
         dtype=self.dtype, param_dtype=self.param_dtype,
         axis_name=self.axis_name, name=name)(x)
-    return ACTIVATIONS[self.activation](normalized)
+    return normalized
+
+  def activate(self, x: Array, train: bool, name: str) -> Array:
+    """Batch normalization called `name`, then the activation."""
+    return ACTIVATIONS[self.activation](self.normalize(x, train, name))
 
   def dense(
       self, features: int, name: str, kernel_init: Any, bias_init: Any
@@ -91,8 +108,9 @@ def rematerialized(block: Any) -> Any:
 
 def check_image_model(
     activation: str, num_classes: int, width: int, mean: Sequence[float],
-    std: Sequence[float]) -> None:
+    std: Sequence[float], padding: str = 'around') -> None:
   """Raises ValueError for invalid arguments of an image model."""
+  checks.one_of('padding', padding, PADDINGS)
   checks.one_of('activation', activation, ACTIVATIONS)
   checks.count('num_classes', num_classes)
   checks.count('width', width)

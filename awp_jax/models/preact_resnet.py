@@ -14,9 +14,15 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from awp_jax.core import numerics
+from awp_jax.core import checks, numerics
 from awp_jax.models import layers
 from awp_jax.types import Array
+
+#: What the shortcut of a block with another shape projects, and the size of its
+#: convolution.
+SHORTCUTS: dict[str, tuple[str, int]] = {
+    'normalized': ('normalized', 1), 'plain': ('plain', 1),
+    'plain3': ('plain', 3)}
 
 
 class PreActBlock(nn.Module):
@@ -25,6 +31,7 @@ class PreActBlock(nn.Module):
   planes: int
   stride: int
   parts: layers.Parts
+  shortcut: str = 'normalized'
 
   expansion = 1
 
@@ -35,7 +42,9 @@ class PreActBlock(nn.Module):
     out = parts.activate(x, train, 'bn1')
     shortcut = x
     if self.stride != 1 or x.shape[-1] != self.planes:
-      shortcut = parts.conv(self.planes, 1, self.stride, 'shortcut')(out)
+      kind, size = SHORTCUTS[self.shortcut]
+      shortcut = parts.conv(self.planes, size, self.stride, 'shortcut')(
+          out if kind == 'normalized' else x)
     out = parts.conv(self.planes, 3, self.stride, 'conv1')(out)
     out = parts.activate(out, train, 'bn2')
     return shortcut + parts.conv(self.planes, 3, 1, 'conv2')(out)
@@ -47,6 +56,7 @@ class PreActBottleneck(nn.Module):
   planes: int
   stride: int
   parts: layers.Parts
+  shortcut: str = 'normalized'
 
   expansion = 4
 
@@ -58,7 +68,9 @@ class PreActBottleneck(nn.Module):
     width = self.planes * self.expansion
     shortcut = x
     if self.stride != 1 or x.shape[-1] != width:
-      shortcut = parts.conv(width, 1, self.stride, 'shortcut')(out)
+      kind, size = SHORTCUTS[self.shortcut]
+      shortcut = parts.conv(width, size, self.stride, 'shortcut')(
+          out if kind == 'normalized' else x)
     out = parts.conv(self.planes, 1, 1, 'conv1')(out)
     out = parts.activate(out, train, 'bn2')
     out = parts.conv(self.planes, 3, self.stride, 'conv2')(out)
@@ -91,6 +103,13 @@ class PreActResNet(nn.Module):
       mode, which then needs this axis; None means per-device statistics.
     remat: whether a backward pass recomputes the activations inside each block
       instead of storing them. The results are the same.
+    padding: of convolutions of stride 2: 'around' the image, or only 'after' it
+      (below and to the right), as in DeepMind's code.
+    shortcut: what the shortcut of a block with another shape projects:
+      'normalized', its input after the first normalization and activation;
+      'plain', its input; 'plain3', its input by a 3x3 convolution.
+    final_norm: whether features are normalized and activated before they are
+      averaged for the classifier.
   """
 
   num_classes: int
@@ -103,13 +122,18 @@ class PreActResNet(nn.Module):
   param_dtype: Any = jnp.float32
   axis_name: str | None = None
   remat: bool = False
+  padding: str = 'around'
+  shortcut: str = 'normalized'
+  final_norm: bool = True
 
   def __post_init__(self) -> None:
     if self.depth not in DEPTHS:
       raise ValueError(
           f'depth must be one of {sorted(DEPTHS)}, got {self.depth!r}.')
+    checks.one_of('shortcut', self.shortcut, SHORTCUTS)
     layers.check_image_model(
-        self.activation, self.num_classes, self.width, self.mean, self.std)
+        self.activation, self.num_classes, self.width, self.mean, self.std,
+        self.padding)
     super().__post_init__()
 
   @nn.compact
@@ -128,16 +152,18 @@ class PreActResNet(nn.Module):
     block = layers.rematerialized(kind) if self.remat else kind
     parts = layers.Parts(
         self.activation, self.dtype, self.param_dtype,
-        axis_name=self.axis_name)
+        axis_name=self.axis_name, padding=self.padding)
     x = layers.normalize_pixels(x, self.mean, self.std, self.dtype)
     x = parts.conv(self.width, 3, 1, 'conv1')(x)
     for stage, num_blocks in enumerate(blocks):
       for i in range(num_blocks):
         stride = 2 if stage > 0 and i == 0 else 1
         x = block(
-            self.width * 2 ** stage, stride, parts,
+            self.width * 2 ** stage, stride, parts, self.shortcut,
             name=f'layer{stage + 1}_{i}')(x, train)
-    x = jnp.mean(parts.activate(x, train, 'bn'), axis=(1, 2))
+    if self.final_norm:
+      x = parts.activate(x, train, 'bn')
+    x = jnp.mean(x, axis=(1, 2))
     logits = parts.dense(
         self.num_classes, 'linear', layers.uniform_fan_in,
         layers.uniform_bias(x.shape[-1]))(x)

@@ -60,6 +60,8 @@ class WideResNet(nn.Module):
       mode, which then needs this axis; None means per-device statistics.
     remat: whether a backward pass recomputes the activations inside each block
       instead of storing them. The results are the same.
+    padding: of convolutions of stride 2: 'around' the image, or only 'after' it
+      (below and to the right), as in DeepMind's code.
   """
 
   num_classes: int
@@ -73,6 +75,7 @@ class WideResNet(nn.Module):
   param_dtype: Any = jnp.float32
   axis_name: str | None = None
   remat: bool = False
+  padding: str = 'around'
 
   def __post_init__(self) -> None:
     checks.count('depth', self.depth, minimum=10)
@@ -84,7 +87,8 @@ class WideResNet(nn.Module):
       raise ValueError(
           f'dropout_rate must be in [0, 1), got {self.dropout_rate!r}.')
     layers.check_image_model(
-        self.activation, self.num_classes, self.width, self.mean, self.std)
+        self.activation, self.num_classes, self.width, self.mean, self.std,
+        self.padding)
     super().__post_init__()
 
   @nn.compact
@@ -101,7 +105,7 @@ class WideResNet(nn.Module):
     """
     parts = layers.Parts(
         self.activation, self.dtype, self.param_dtype, layers.normal_fan_out,
-        self.axis_name)
+        self.axis_name, self.padding)
     x = layers.normalize_pixels(x, self.mean, self.std, self.dtype)
     x = parts.conv(16, 3, 1, 'conv1')(x)
     block = layers.rematerialized(WideBlock) if self.remat else WideBlock

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 import awp_jax
-from awp_jax.models import PreActResNet, WideResNet
+from awp_jax.models import PreActResNet, ResNet, WideResNet
 from awp_jax.models.torch_exchange import to_torch
 
 MEAN, STD = (.4914, .4822, .4465), (.2471, .2435, .2616)
@@ -134,6 +134,14 @@ MODELS = {
     'PreActResNet-50': PreActResNet(3, depth=50, width=4),
     'WRN-10-1': WideResNet(10, depth=10, width=1),
     'WRN-16-2': WideResNet(7, depth=16, width=2),
+    'PreActResNet-18 of Wong': PreActResNet(
+        5, width=4, shortcut='plain', final_norm=False),
+    'DMPreActResNet-18': PreActResNet(
+        5, width=4, shortcut='plain3', padding='after', activation='silu'),
+    'DMWideResNet-16-2': WideResNet(
+        7, depth=16, width=2, padding='after', activation='silu'),
+    'ResNet-18': ResNet(5, width=4),
+    'ResNet-50': ResNet(3, depth=50, width=4),
 }
 
 

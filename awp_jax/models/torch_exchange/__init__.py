@@ -40,18 +40,20 @@ the same networks (not every file was tried):
   Kireev2021Effectiveness (`read_state_dict(path, key='last')`) and
   Addepalli2021Towards_PARN18.
 
-Rejected, because names differ or a tensor is missing:
-Andriushchenko2020Understanding and Wong2020Fast (no normalization before the
-classifier; the shortcut projects features that are not normalized), the
-DMWideResNet and DMPreActResNet entries (Gowal2020, Rebuffi2021, Wang2023, ...:
-padded on one side at stride 2), Pang2020Boosting, ResNets that normalize after
-convolutions, and ensembles.
+* PreActResNet-18 of Andriushchenko2020Understanding and Wong2020Fast: no
+  normalization before the classifier, and shortcuts of features that are not
+  normalized (`final_norm=False`, `shortcut='plain'`).
+* DMWideResNet and DMPreActResNet (Gowal2020Uncovering, Gowal2021Improving,
+  Rebuffi2021Fixing, Wang2023Better, ...): padded on one side at stride 2
+  (`padding='after'`), with SiLU.
+* ResNet-18 to -152 that normalize after convolutions (Sehwag2021Proxy_R18,
+  Engstrom2019Robustness, ...).
+
+Rejected, because names differ or a tensor is missing: Pang2020Boosting,
+ImageNet networks, and ensembles.
 """
 
 from awp_jax.models.torch_exchange.convert import from_torch as from_torch
-from awp_jax.models.torch_exchange.convert import (
-    model_from_torch as model_from_torch,
-)
 from awp_jax.models.torch_exchange.convert import normalization as normalization
 from awp_jax.models.torch_exchange.convert import to_torch as to_torch
 from awp_jax.models.torch_exchange.files import (
@@ -59,4 +61,7 @@ from awp_jax.models.torch_exchange.files import (
 )
 from awp_jax.models.torch_exchange.files import (
     write_state_dict as write_state_dict,
+)
+from awp_jax.models.torch_exchange.recognize import (
+    model_from_torch as model_from_torch,
 )

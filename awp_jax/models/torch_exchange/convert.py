@@ -1,15 +1,12 @@
 """Converts PyTorch state dicts to Flax variables, and back."""
 
-from collections.abc import Mapping, Sequence
-import re
+from collections.abc import Mapping
 from typing import Any
 
 from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from awp_jax.models import preact_resnet
-from awp_jax.models.preact_resnet import PreActResNet
 from awp_jax.models.torch_exchange import naming
 from awp_jax.models.torch_exchange.naming import Network
 from awp_jax.models.wide_resnet import WideResNet
@@ -102,7 +99,7 @@ def from_torch(
   Args:
     state_dict: PyTorch names, with or without prefixes such as 'module.', ->
       arrays, as `read_state_dict` returns them.
-    model: a PreActResNet or WideResNet; see `model_from_torch`.
+    model: one of our networks; see `model_from_torch`.
 
   Returns:
     {'params': ..., 'batch_stats': ...} of jax arrays, cast to the model's types
@@ -131,7 +128,7 @@ def to_torch(
 
   Args:
     variables: {'params': ..., 'batch_stats': ...}.
-    model: their PreActResNet or WideResNet.
+    model: their network.
     prefix: prefix of each name: 'module.' for a network in DataParallel, as
       the AWP authors' scripts load it.
     with_normalization: whether to add the model's mean and std as RobustBench's
@@ -147,7 +144,7 @@ def to_torch(
     ValueError: if the variables are not the model's.
   """
   ours = {
-      naming.torch_name(path): naming.torch_layout(np.asarray(value))
+      naming.torch_name(path, model): naming.torch_layout(np.asarray(value))
       for path, value in traverse_util.flatten_dict({
           name: variables.get(name, {}) for name in ('params', 'batch_stats')
       }).items()}
@@ -160,73 +157,8 @@ def to_torch(
       counter = name.replace('running_var', _COUNTER)
       state_dict[counter] = np.zeros((), np.int64)
   if with_normalization:
-    shape = (1, ours['conv1.weight'].shape[1], 1, 1)
+    shape = (1, ours[naming.torch_name(naming.FIRST, model)].shape[1], 1, 1)
     for name, values in (('mu', model.mean), ('sigma', model.std)):
       by_channel = np.asarray(values, np.float32)[:, None, None]
       state_dict[name] = np.broadcast_to(by_channel, shape).copy()
   return {prefix + name: value for name, value in state_dict.items()}
-
-
-def _count_blocks(
-    state_dict: Mapping[str, Any], stages: Sequence[str]) -> tuple[int, ...]:
-  """The number of blocks in each stage."""
-  return tuple(
-      sum(re.fullmatch(rf'{re.escape(stage)}\.\d+\.conv1\.weight', name)
-          is not None for name in state_dict) for stage in stages)
-
-
-def model_from_torch(
-    state_dict: Mapping[str, Any], *, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None) -> Network:
-  """Infers the network of a state dict from names and shapes.
-
-  They do not determine the activation: it is 'relu', as in the reference. For
-  another, use `model.clone(activation='silu')`.
-
-  Args:
-    state_dict: PyTorch names -> arrays.
-    mean: pixel means by channel; None means those in the state dict, else 0.
-    std: pixel standard deviations by channel; None likewise, else 1.
-
-  Returns:
-    The model. `from_torch` checks that all names and shapes fit.
-
-  Raises:
-    ValueError: if it is none of our networks, or only one of mean and std is
-      given.
-  """
-  state_dict = naming.plain_names(state_dict)
-  if (mean is None) != (std is None):
-    raise ValueError(
-        f'mean and std must be given together, got {mean} and {std}.')
-  if mean is None or std is None:
-    mean, std = normalization(state_dict) or ((0.0,), (1.0,))
-  mean, std = tuple(mean), tuple(std)
-  shapes = {name: np.shape(value) for name, value in state_dict.items()}
-  if {'linear.weight', 'bn.weight', 'layer1.0.conv1.weight'} <= shapes.keys():
-    blocks = _count_blocks(shapes, [f'layer{i}' for i in (1, 2, 3, 4)])
-    block = (preact_resnet.PreActBottleneck
-             if 'layer1.0.conv3.weight' in shapes else
-             preact_resnet.PreActBlock)
-    for depth, layout in preact_resnet.DEPTHS.items():
-      if layout == (block, blocks):
-        return PreActResNet(
-            shapes['linear.weight'][0], depth=depth,
-            width=shapes['layer1.0.conv1.weight'][0], mean=mean, std=std)
-    raise ValueError(
-        f'no supported PreActResNet has {blocks} blocks of type '
-        f'{block.__name__}.')
-  if {'fc.weight', 'block1.layer.0.conv1.weight'} <= shapes.keys():
-    blocks = _count_blocks(shapes, [f'block{i}.layer' for i in (1, 2, 3)])
-    width, rest = divmod(shapes['block1.layer.0.conv1.weight'][0], 16)
-    if len(set(blocks)) > 1 or rest:
-      raise ValueError(
-          f'no WideResNet has {blocks} blocks and {16 * width + rest} channels '
-          'in the first stage.')
-    return WideResNet(
-        shapes['fc.weight'][0], depth=6 * blocks[0] + 4, width=width,
-        mean=mean, std=std)
-  raise ValueError(
-      'the state dict must be of a PreActResNet with normalization before the '
-      'classifier or of a WideResNet, got '
-      f'{", ".join([*shapes][:3])}, ...')

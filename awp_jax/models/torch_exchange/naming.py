@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 
 from awp_jax.models.preact_resnet import PreActResNet
+from awp_jax.models.resnet import ResNet
 from awp_jax.models.wide_resnet import WideResNet
 
 #: The networks that have PyTorch names.
-Network = PreActResNet | WideResNet
+Network = PreActResNet | ResNet | WideResNet
 
 #: Prefixes of wrappers: DataParallel, torch.compile, RobustBench's and other
 #: modules around a network, nn.Sequential(normalization, network).
 _WRAPPERS = re.compile(r'^((module|_orig_mod|model|net|1)\.)+')
+
+#: The kernel of the first convolution.
+FIRST = ('params', 'conv1', 'kernel')
 
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias',
            'mean': 'running_mean', 'var': 'running_var'}
@@ -46,15 +50,51 @@ def flax_layout(value: Any) -> Any:
   return value.transpose((2, 3, 1, 0) if value.ndim == 4 else None)
 
 
-def torch_name(path: Sequence[str]) -> str:
+#: Names inside the networks of DeepMind's code, by ours.
+_DEEPMIND = {
+    WideResNet: {
+        'bn1': 'batchnorm_0', 'bn2': 'batchnorm_1', 'conv1': 'conv_0',
+        'conv2': 'conv_1'},
+    PreActResNet: {
+        'bn1': 'batchnorm_0', 'bn2': 'batchnorm_1', 'conv1': 'conv_2d_1',
+        'conv2': 'conv_2d_2'}}
+_DEEPMIND_TOP = {
+    WideResNet: {'conv1': 'init_conv', 'bn1': 'batchnorm', 'fc': 'logits'},
+    PreActResNet: {'conv1': 'conv_2d', 'bn': 'batchnorm', 'linear': 'logits'}}
+
+
+def is_deepmind(model: Network) -> bool:
+  """Whether a model is one of DeepMind's code, with its names."""
+  return getattr(model, 'padding', '') == 'after'
+
+
+def _deepmind_modules(model: Network, modules: Sequence[str]) -> list[str]:
+  """'layer.0.block.3', 'conv_0' of 'block1_3', 'conv1', for instance."""
+  kind = WideResNet if isinstance(model, WideResNet) else PreActResNet
+  if len(modules) == 1:
+    return [_DEEPMIND_TOP[kind].get(name, name) for name in modules]
+  block, name = modules
+  match = re.fullmatch(r'(?:block|layer)(\d)_(\d+)', block)
+  assert match is not None
+  stage = int(match[1]) - 1
+  place = (f'layer.{stage}.block.{match[2]}' if kind is WideResNet
+           else f'layer_{stage}.{match[2]}')
+  return [place, _DEEPMIND[kind].get(name, name)]
+
+
+def torch_name(path: Sequence[str], model: Network) -> str:
   """'layer1.0.conv1.weight' of ('params', 'layer1_0', 'conv1', 'kernel')."""
   _, *modules, leaf = path
+  if is_deepmind(model):
+    modules = _deepmind_modules(model, modules)
+    return '.'.join([*modules, _LEAVES.get(leaf, leaf)])
   name = '.'.join([*modules, _LEAVES.get(leaf, leaf)])
   if name.startswith('block'):
     # In a WideResNet each stage is a module with a list of blocks.
     name = name.replace('.shortcut.', '.convShortcut.')
     return re.sub(r'^block(\d)_(\d+)', r'block\1.layer.\2', name)
   name = name.replace('.shortcut.', '.shortcut.0.')
+  name = name.replace('.shortcut_bn.', '.shortcut.1.')
   return re.sub(r'^layer(\d)_(\d+)', r'layer\1.\2', name)
 
 
@@ -88,7 +128,7 @@ def leaves(
   """All arrays of a model, after a check that names and shapes fit.
 
   Args:
-    model: a PreActResNet or WideResNet.
+    model: a PreActResNet, ResNet or WideResNet.
     shapes: PyTorch names -> shapes to check against the model. They also
       determine the number of image channels.
 
@@ -101,9 +141,9 @@ def leaves(
   """
   if not isinstance(model, Network):
     raise TypeError(
-        'the model must be a PreActResNet or a WideResNet, got '
+        'the model must be a PreActResNet, a ResNet or a WideResNet, got '
         f'{type(model).__name__}.')
-  first = shapes.get('conv1.weight', ())
+  first = shapes.get(torch_name(FIRST, model), ())
   channels = first[1] if len(first) == 4 else 3
   if len(model.mean) > 1:
     channels = len(model.mean)
@@ -113,7 +153,7 @@ def leaves(
   expected = {}
   for path, value in traverse_util.flatten_dict(variables).items():
     shape = jax.eval_shape(torch_layout, value).shape
-    expected[torch_name(path)] = Leaf(path, shape, value.dtype)
+    expected[torch_name(path, model)] = Leaf(path, shape, value.dtype)
   _check_fit(shapes, expected, model)
   return expected
 

@@ -199,10 +199,17 @@ def test_networks_that_are_not_ours(small):
   with pytest.raises(ValueError, match=r'has \(2, 2, 2, 3\) blocks of .*Block'):
     model_from_torch(
         state_dict | {'layer4.2.conv1.weight': np.zeros((32, 32, 3, 3))})
-  # Wong2020Fast and Andriushchenko2020Understanding have no `bn`.
-  with pytest.raises(ValueError, match='must be of a PreActResNet'):
+  with pytest.raises(ValueError, match='must be of a PreActResNet, a ResNet'):
     model_from_torch({name: value for name, value in state_dict.items()
-                      if not name.startswith('bn.')})
+                      if not name.startswith('linear.')})
+  _, state_dict = prepared('ResNet-18')
+  with pytest.raises(ValueError, match=r'ResNet has \(2, 2, 2, 3\) blocks'):
+    model_from_torch(
+        state_dict | {'layer4.2.conv1.weight': np.zeros((32, 32, 3, 3))})
+  _, state_dict = prepared('DMWideResNet-16-2')
+  with pytest.raises(ValueError, match=r'WideResNet has \(2, 2, 3\) blocks'):
+    model_from_torch(state_dict | {
+        'layer.2.block.2.conv_0.weight': np.zeros((128, 128, 3, 3))})
 
 
 # Against PyTorch, if it is installed.
