@@ -36,27 +36,11 @@ from typing import Any
 
 import optax
 
-from awp_jax.perturbation import methods, perturbed_step
-from awp_jax.perturbation.base import Method, UpdateAt
+from awp_jax.perturbation import perturbed_step
+from awp_jax.perturbation.base import UpdateAt
 from awp_jax.perturbation.leaves import Mask, is_weight
+from awp_jax.perturbation.methods.catalog import constant_awp
 from awp_jax.types import AWPOutput, LossFn, Params, Scalar
-
-
-def constant_method(
-    gamma: Scalar, num_steps: int, mask: Mask,
-    update_at: UpdateAt = 'perturbed') -> Method:
-  """`methods.awp` of constant size, for functions without a step count.
-
-  Raises:
-    ValueError: if gamma is a function of the step, or as `methods.awp`.
-  """
-  if callable(gamma):
-    raise ValueError(
-        'gamma must be a number, got a function: these functions have no step '
-        'count, so a schedule would stay at its first value. Use '
-        'perturbed_step(methods.awp(schedule), ...), whose state counts steps.')
-  return methods.awp(
-      gamma, num_steps=num_steps, mask=mask, update_at=update_at)
 
 
 def awp_perturbation(
@@ -81,7 +65,7 @@ def awp_perturbation(
   Raises:
     ValueError: as in `awp_value_and_grad`.
   """
-  method = constant_method(gamma, num_steps, mask)
+  method = constant_awp(gamma, num_steps, mask)
 
   def perturbation_fn(params: Params, *args: Any, **kwargs: Any) -> Params:
     find = perturbed_step.find_perturbation(
@@ -133,7 +117,7 @@ def awp_value_and_grad(
     Weight decay in the optimizer acts on the parameters passed to it. The
     paper's code decays w + v, as `awp_step` does by default.
   """
-  method = constant_method(gamma, num_steps, mask)
+  method = constant_awp(gamma, num_steps, mask)
 
   def value_and_grad(
       params: Params, *args: Any, **kwargs: Any) -> tuple[Any, Params]:
@@ -191,7 +175,7 @@ def awp_step(
         f'awp_step got an unknown keyword, {", ".join(map(repr, unknown))}. '
         'Pass arguments of the loss by position, after opt_state; bind the '
         'others with functools.partial.')
-  method = constant_method(gamma, num_steps, mask, update_at)
+  method = constant_awp(gamma, num_steps, mask, update_at)
   out = perturbed_step.perturbed_step(
       method, loss_fn, tx, params, opt_state, method.init(params), *args,
       has_aux=has_aux, axis_name=axis_name,

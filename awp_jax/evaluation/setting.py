@@ -124,8 +124,7 @@ def make(
       slots.batch_sizes(factor * batch_size // num_streams, num_devices)
       for factor in (1, 1 if loops.unrolls() else _FORWARD_BATCH))
   identity = ''
-  if options.progress is not None or options.done or (
-      options.share or options.store is not None):
+  if any((options.progress, options.done, options.share, options.store)):
     settings = {
         'eot_samples': options.eot_samples, 'batch_size': batch_size,
         'attack_precision': options.attack_precision}

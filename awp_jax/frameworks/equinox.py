@@ -26,11 +26,11 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from awp_jax.awp import constant_method
 from awp_jax.frameworks.functions import Functions
 from awp_jax.perturbation import perturbed_step
 from awp_jax.perturbation.base import Method, MethodState
 from awp_jax.perturbation.leaves import Mask, is_weight
+from awp_jax.perturbation.methods.catalog import constant_awp
 from awp_jax.types import Array, Params, Scalar
 
 #: The axis over which stateful Equinox layers such as `eqx.nn.BatchNorm` see a
@@ -104,7 +104,7 @@ def awp_value_and_grad(
   Raises:
     ValueError: as `awp_jax.awp_value_and_grad`.
   """
-  method = constant_method(gamma, num_steps, mask)
+  method = constant_awp(gamma, num_steps, mask)
   gradient_fn = perturbed_value_and_grad(
       method, loss_fn, has_aux=has_aux, axis_name=axis_name)
 

@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
-from awp_jax.awp import constant_method
 from awp_jax.frameworks.functions import Functions
 from awp_jax.perturbation import perturbed_step
 from awp_jax.perturbation.base import Method, MethodState
 from awp_jax.perturbation.leaves import Mask, is_weight
+from awp_jax.perturbation.methods.catalog import constant_awp
 from awp_jax.types import Array, Params, Scalar
 
 #: `nnx.split`, whose types do not cover a variable number of filters.
@@ -164,7 +164,7 @@ def awp_value_and_grad(
     ValueError: as `awp_jax.awp_value_and_grad`.
     TypeError: by the returned function, if its first argument is no module.
   """
-  method = constant_method(gamma, num_steps, mask)
+  method = constant_awp(gamma, num_steps, mask)
   gradient_fn = perturbed_value_and_grad(
       method, loss_fn, has_aux=has_aux, axis_name=axis_name, wrt=wrt)
 

@@ -7,6 +7,7 @@ from typing import Any
 import ml_collections
 
 from experiments.ahead import advice, analysis, programs, roofline, targets
+from experiments.config import networks
 from experiments.runs import run as run_lib
 from experiments.util import console
 
@@ -105,7 +106,7 @@ def text(
       f'{target.name}: {target.num_devices} x {target.chip.description}, '
       f'{target.num_hosts} host{"s" if target.num_hosts > 1 else ""}; '
       + ', '.join(f'{k} {v}' for k, v in record['versions'].items()),
-      f'{model.name} {model.depth}, width {model.width}, {model.dtype}; '
+      f'{networks.describe(config)}, {model.dtype}; '
       f'{config.dataset}, {len(run.dataset.x_train)} training images of '
       f'{"x".join(map(str, run.dataset.x_train.shape[1:]))}; batch '
       f'{config.batch_size}', '', console.table(rows), '']

@@ -225,6 +225,15 @@ def check_name(config: ml_collections.ConfigDict) -> None:
           f'argument {field}; {name!r} has none.')
 
 
+def describe(config: ml_collections.ConfigDict) -> str:
+  """The network of a config as text, such as 'preact_resnet 18, width 64'."""
+  name = config.model.name
+  if not named.is_external(name):
+    return f'{name} {config.model.depth}, width {config.model.width}'
+  return ', '.join([name, *(
+      f'{key}={value!r}' for key, value in config.model.kwargs.items())])
+
+
 def source(config: ml_collections.ConfigDict) -> dict[str, str]:
   """Identifies the code of a network of another package; {} for ours."""
   if not named.is_external(config.model.name):

@@ -139,7 +139,10 @@ def _add_optimization(config: ml_collections.ConfigDict) -> None:
   config.ema_decay = 0.0
   # Stop after this many epochs without a better robust accuracy (select_on).
   config.early_stopping_epochs = 0  # 0: never
-  config.log_every_steps = 50
+  config.log_every_steps = 50  # also lines of steps.jsonl
+  # Besides metrics.jsonl and steps.jsonl: tensorboard, wandb, mlflow, or
+  # my_package.module:Writer.
+  config.loggers = ('tensorboard',)
   config.checkpoint_every_steps = 0  # besides every epoch; 0: never
 
   # Detects a failed run: a loss or an accuracy no better than chance for
@@ -170,6 +173,8 @@ def _add_evaluation(config: ml_collections.ConfigDict) -> None:
   # my_package.module:make, which returns an awp_jax.AttackSpec.
   config.evaluation = ml_collections.ConfigDict({
       'attacks': ('fgsm', 'pgd-20', 'pgd-100', 'cw-100', 'aa-standard'),
+      'epsilons': (),  # rising radii of a curve of robust accuracy; (): none
+      'curve_attacks': ('apgd-ce', 'apgd-t'),  # of the curve
       'num_examples': 0,  # the first of the test images; 0: all
       'batch_size': 0,  # 0: chosen for the device
       'attack_dtype': 'float32',  # bfloat16: faster; float32 still decides

@@ -166,7 +166,32 @@ def evaluate_model(
         _save_examples(path, result)
       entry['evaluations'][name]['examples'] = str(
           path.relative_to(run.workdir))
+  if run.config.evaluation.epsilons:
+    entry['curve'] = _curve(run, model, test_set)
   return entry
+
+
+def _curve(
+    run: run_lib.Run, model: restore.RestoredModel,
+    test_set: tuple[np.ndarray, np.ndarray]) -> dict[str, Any]:
+  """Robust accuracy over `evaluation.epsilons`; resumes after a kill."""
+  settings, threat = run.config.evaluation, run.setup.threat
+  specs = [spec for name in settings.curve_attacks
+           for spec in make_specs(name, run.config)]
+  print(f'{model.name}: robust accuracy at {len(settings.epsilons)} epsilons',
+        flush=True)
+  found = awp_jax.robust_curve(
+      jax.random.key(run.config.seed), model.logits_fn, *test_set, threat.norm,
+      settings.epsilons, attacks=specs, lower=threat.lower, upper=threat.upper,
+      options=evaluate_lib.EvalOptions(
+          batch_size=_batch_size(run), devices=placement.own_devices(),
+          store=run.workdir / 'evaluation' / 'curve', verbose=True))
+  return {
+      'norm': threat.norm, 'attacks': [spec.name for spec in specs],
+      'epsilons': found.epsilons.tolist(),
+      'robust_accuracy': found.robust_accuracy.tolist(),
+      'interval_95': found.intervals.tolist(),
+      'judged_by': precision.judged_by()}
 
 
 def _save_examples(path: paths.Path, result: awp_jax.AttackResult) -> None:

@@ -6,6 +6,7 @@ last finished group of examples and gets the same result.
 """
 
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -30,6 +31,7 @@ def check(config: ml_collections.ConfigDict, workdir: paths.Path) -> None:
   checks.count('evaluation.batch_size', settings.batch_size, minimum=0)
   checks.one_of('evaluation.attack_dtype', settings.attack_dtype,
                 precision.ATTACK_DTYPES)
+  _check_curve(settings, workdir)
   path = settings.torch_checkpoint
   if path and not pathlib.Path(path).is_file():
     raise ValueError(
@@ -38,6 +40,22 @@ def check(config: ml_collections.ConfigDict, workdir: paths.Path) -> None:
     raise ValueError(
         f'{str(workdir)!r} holds no checkpoints: train there first, or pass a '
         'PyTorch file with --config.evaluation.torch_checkpoint.')
+
+
+def _check_curve(settings: Any, workdir: paths.Path) -> None:
+  """Raises ValueError if the curve over epsilon cannot be measured."""
+  radii = tuple(settings.epsilons)
+  if not radii:
+    return
+  if not all(isinstance(radius, int | float) and 0 < radius < math.inf
+             for radius in radii) or sorted(set(radii)) != list(radii):
+    raise ValueError(
+        f'evaluation.epsilons must be rising numbers > 0, got {radii!r}.')
+  attacks.check_names(settings.curve_attacks)
+  if processes.count() > 1 or paths.is_bucket(workdir):
+    raise ValueError(
+        'evaluation.epsilons needs one process and a local workdir, got '
+        f'{processes.count()} and {str(workdir)!r}.')
 
 
 def evaluate(run: run_lib.Run) -> dict[str, Any]:
@@ -111,7 +129,20 @@ def _keep_others(values: dict[str, Any], path: paths.Path) -> None:
     if old.get('weights') == entry['weights']:
       entry['evaluations'] = {
           **old['evaluations'], **entry['evaluations']}
+      if 'curve' in old:
+        entry.setdefault('curve', old['curve'])
   values['subjects'] = {**before['subjects'], **values['subjects']}
+
+
+def _curve_rows(entry: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
+  """The curve over epsilon of a model, as (epsilon, accuracy and interval)."""
+  curve = entry.get('curve')
+  if curve is None:
+    return []
+  return [(epsilon, {'accuracy': share, 'interval_95': interval})
+          for epsilon, share, interval in zip(
+              curve['epsilons'], curve['robust_accuracy'],
+              curve['interval_95'], strict=True)]
 
 
 def _table(subjects: dict[str, Any]) -> str:
@@ -120,6 +151,8 @@ def _table(subjects: dict[str, Any]) -> str:
     lines = [('natural', entry['natural'], 0.0)] + [
         (label, values['robust'], values['seconds'])
         for label, values in entry['evaluations'].items()]
+    lines += [(f'epsilon {epsilon:.4g}', values, 0.0)
+              for epsilon, values in _curve_rows(entry)]
     for label, values, seconds in lines:
       low, high = (100 * bound for bound in values['interval_95'])
       rows.append([

@@ -156,6 +156,8 @@ def write_page(
           *flatness.draw(folder, flatness.points(groups))],
       'landscape_note': page_lib.landscape_note(landscape),
       'landscape_table': tables.flatness(landscape),
-      'attacks': [panels.attacks(folder, evaluation)] if evaluation else [],
+      'attacks': [
+          panels.attacks(folder, evaluation),
+          *panels.epsilons(folder, evaluation)] if evaluation else [],
       'attacks_table': tables.attacks(evaluation),
       'differences': differences(groups), 'facts': _facts(groups)}))

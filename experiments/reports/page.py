@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from experiments.config import schema
+from experiments.config import networks, schema
 from experiments.evaluation import probe
 from experiments.reports import figures, gallery, panels, tables
 from experiments.runs import checkpoints, metrics
@@ -87,15 +87,16 @@ def _context(run: run_lib.Run, mode: str) -> dict[str, Any]:
   config = run.config
   return {
       'title': name, 'method': method(config),
-      'model': f'{config.model.name} {config.model.depth}, width '
-      f'{config.model.width}',
+      'model': networks.describe(config),
       'dataset_name': run.dataset.name,
       'threat': f'{config.threat.norm}, epsilon {config.threat.epsilon:.4g}',
       'tiles': tables.tiles(summary, evaluation),
       'training': panels.training(folder, {name: lines})
       if metrics.evaluated(lines) else [],
       'training_note': _training_note(run),
-      'attacks': [panels.attacks(folder, {name: evaluation})]
+      'attacks': [
+          panels.attacks(folder, {name: evaluation}),
+          *panels.epsilons(folder, {name: evaluation})]
       if evaluation else [],
       'attacks_note': _attacks_note(evaluation),
       'attacks_table': tables.attacks({name: evaluation}),

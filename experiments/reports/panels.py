@@ -205,6 +205,46 @@ def attacks(
       'test images. They do not cover the spread between seeds.')
 
 
+def epsilons(
+    folder: paths.Path, records: dict[str, dict[str, Any]]) -> list[Drawn]:
+  """Draws robust accuracy over epsilon, if it was evaluated.
+
+  Args:
+    folder: of the files.
+    records: run name -> contents of `evaluation.json`.
+
+  Returns:
+    One figure, or none.
+  """
+  groups: dict[str, dict[str, tuple[float, float, float]]] = {}
+  rows: list[float] = []
+  attacked: list[str] = []
+  for name, values in records.items():
+    for kind, entry in values['subjects'].items():
+      if 'curve' not in entry:
+        continue
+      curve = entry['curve']
+      rows += curve['epsilons']
+      attacked.append(', '.join(curve['attacks']))
+      groups[kind if len(records) == 1 else f'{name}, {kind}'] = {
+          f'{epsilon:.4g}': (100 * share, 100 * low, 100 * high)
+          for epsilon, share, (low, high) in zip(
+              curve['epsilons'], curve['robust_accuracy'],
+              curve['interval_95'], strict=True)}
+  if not groups:
+    return []
+  labels = [f'{epsilon:.4g}' for epsilon in sorted(set(rows))]
+  return [figures.dots(
+      folder, 'epsilons', labels,
+      {group: [found.get(label) for label in labels]
+       for group, found in groups.items()},
+      title='Robust accuracy by epsilon', xlabel='accuracy in percent',
+      xlim=(0, 100),
+      caption=f'Under {" or ".join(dict.fromkeys(attacked))}. Images broken at '
+      'one epsilon count as broken at all larger ones. With 95 % Wilson '
+      'intervals over the sampling of test images.')]
+
+
 def layers(
     folder: paths.Path, probed: probe.Probe, gamma: float) -> list[Drawn]:
   """Draws size and effect of the weight perturbation by layer.

@@ -1,14 +1,12 @@
-"""The metrics of a run: `metrics.jsonl`, TensorBoard events, the summary."""
+"""The metrics of a run: lines by epoch and by step, the summary."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import math
-import numbers
-import pathlib
-import tempfile
 from typing import Any
 
 from experiments.parallel import processes
+from experiments.runs import writers
 from experiments.util import atomic, environment, paths
 
 #: Fields of a metrics line that may differ between identical runs.
@@ -21,78 +19,64 @@ Lines = Sequence[dict[str, Any]]
 
 
 class MetricsLog:
-  """Writes one line per epoch to `metrics.jsonl`, and to TensorBoard.
+  """Writes a line per epoch to `metrics.jsonl`, per look to `steps.jsonl`.
 
-  Of several processes the main one writes, and all hold the lines.
+  Both go to the run's writers as well. Of several processes the main one
+  writes, and all hold the lines of epochs.
   """
 
-  def __init__(self, workdir: paths.Path, completed_epochs: int) -> None:
-    """Opens the log and removes lines after `completed_epochs`.
+  def __init__(
+      self, workdir: paths.Path, completed_epochs: int,
+      completed_steps: int = 0, names: Sequence[str] = writers.DEFAULT,
+      config: Mapping[str, Any] | None = None) -> None:
+    """Opens the log and removes lines after the restored state.
 
     Args:
       workdir: the run's folder.
       completed_epochs: number of completed epochs of the restored state. A
         process killed between a line and its checkpoint leaves an extra line.
+      completed_steps: number of its completed steps.
+      names: of writers, as in `writers.open_all`.
+      config: the run's fields by dotted name, for the writers.
     """
-    self._path = workdir / 'metrics.jsonl'
+    self._path, self._steps = workdir / 'metrics.jsonl', workdir / 'steps.jsonl'
     self.lines = [
         line for line in processes.from_main(lambda: read_metrics(workdir))
         if line['epoch'] <= completed_epochs]
-    self._events = None
-    if processes.is_main():
-      self._rewrite()
-      self._events = _Events(workdir / 'tensorboard', completed_epochs + 1)
-
-  def _rewrite(self) -> None:
-    atomic.write_text(
-        self._path, ''.join(json.dumps(x) + '\n' for x in self.lines))
+    self._is_main = processes.is_main()
+    self._writers: list[writers.Writer] = []
+    if self._is_main:
+      _rewrite(self._path, self.lines)
+      steps = [line for line in read_lines(self._steps)
+               if line['step'] <= completed_steps]
+      if steps or self._steps.exists():
+        _rewrite(self._steps, steps)
+      self._writers = writers.open_all(
+          names, workdir, config or {}, completed_epochs)
 
   def append(self, line: dict[str, Any]) -> None:
     """Adds the line of an epoch; on disk before this returns."""
     self.lines.append(line)
-    if self._events is None:
-      return
-    atomic.append_text(self._path, json.dumps(line) + '\n')
-    self._events.add(line)
+    if self._is_main:
+      atomic.append_text(self._path, json.dumps(line) + '\n')
+    for writer in self._writers:
+      writer.epoch(line)
+
+  def append_step(self, line: dict[str, Any]) -> None:
+    """Adds a line of means over the steps since the previous one."""
+    if self._is_main:
+      atomic.append_text(self._steps, json.dumps(line) + '\n')
+    for writer in self._writers:
+      writer.step(line)
 
   def close(self) -> None:
-    """Closes the event file."""
-    if self._events is not None:
-      self._events.close()
+    """Closes the writers."""
+    for writer in self._writers:
+      writer.close()
 
 
-class _Events:
-  """TensorBoard events; those for a bucket are written locally and copied."""
-
-  def __init__(self, folder: paths.Path, purge_step: int) -> None:
-    import tensorboardX  # which imports PyTorch, if that is installed
-
-    self._folder = folder
-    self._local = (
-        tempfile.TemporaryDirectory() if paths.is_bucket(folder) else None)
-    self._writer = tensorboardX.SummaryWriter(
-        str(self._local.name if self._local else folder), purge_step=purge_step)
-
-  def add(self, line: dict[str, Any]) -> None:
-    """Adds the numbers of an epoch."""
-    for name, value in line.items():
-      if name != 'epoch' and isinstance(value, numbers.Real):
-        self._writer.add_scalar(name, value, line['epoch'])
-    self._writer.flush()
-    self._copy()
-
-  def _copy(self) -> None:
-    if self._local:
-      for file in pathlib.Path(self._local.name).iterdir():
-        with atomic.replacing(self._folder / file.name) as copy:
-          copy.write(file.read_bytes())
-
-  def close(self) -> None:
-    """Writes what is left and closes the file."""
-    self._writer.close()
-    self._copy()
-    if self._local:
-      self._local.cleanup()
+def _rewrite(path: paths.Path, lines: Lines) -> None:
+  atomic.write_text(path, ''.join(json.dumps(x) + '\n' for x in lines))
 
 
 def read_metrics(workdir: paths.Path) -> list[dict[str, Any]]:
@@ -100,7 +84,11 @@ def read_metrics(workdir: paths.Path) -> list[dict[str, Any]]:
 
   A partial last line, left by a killed process, is dropped.
   """
-  path = workdir / 'metrics.jsonl'
+  return read_lines(workdir / 'metrics.jsonl')
+
+
+def read_lines(path: paths.Path) -> list[dict[str, Any]]:
+  """The lines of a file of JSON lines, as `read_metrics`."""
   if not path.exists():
     return []
   lines = []

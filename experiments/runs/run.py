@@ -15,7 +15,7 @@ import awp_jax
 from experiments.config import build, networks, optimizers, schema
 from experiments.data import arrays, batches, datasets, extra_images
 from experiments.parallel import processes
-from experiments.runs import checkpoints, warm_start, workdirs
+from experiments.runs import checkpoints, warm_start, workdirs, writers
 from experiments.util import atomic, paths
 from experiments.util.errors import UserError
 
@@ -123,6 +123,7 @@ def prepare(
       config.batch_size, num_devices, 'batch_size', config.accumulate)
   build.check_devices(
       config.eval.batch_size, num_devices, 'eval.batch_size')
+  writers.check(config.loggers)
   if config.init_from:
     warm_start.check(config.init_from)
   folder = paths.parse(workdir)

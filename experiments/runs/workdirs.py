@@ -23,7 +23,7 @@ RENAMED = {
 #: kept in memory and how often to log or save, and change no result.
 FREE_FIELDS = (
     'data_dir', 'data_on_device_gib', 'model.remat', 'log_every_steps',
-    'checkpoint_every_steps')
+    'loggers', 'checkpoint_every_steps')
 
 #: Groups of fields that may differ: they apply after training.
 FREE_GROUPS = ('evaluation.', 'landscape.')

@@ -20,7 +20,8 @@ def training_line(
   """
   rate = optimizers.build_schedule(run.config, run.steps_per_epoch)(step - 1)
   return {
-      'epoch': step // run.steps_per_epoch, 'learning_rate': float(rate),
+      'epoch': step // run.steps_per_epoch,
+      'learning_rate': float(rate),
       'train_loss': means['loss'],
       'train_batch_robust_accuracy': means['robust_accuracy'],
       'gradient_norm': means['gradient_norm'],

@@ -45,7 +45,7 @@ class Guard:
         self._settings, self._chance,
         max(self._settings.grace_steps, self._run.warmup_steps),
         min((line['train_loss'] for line in lines), default=math.inf))
-    self._seen = np.zeros(4)
+    self._seen = np.zeros(len(step_lib.Sums._fields))
     if is_suspicious:
       self._detector.suspect(step)
 
@@ -86,7 +86,7 @@ class Guard:
 
   def check(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums
-  ) -> dict[str, float]:
+  ) -> tuple[dict[str, float], dict[str, float]]:
     """Fetches the metrics and tests them for a collapse.
 
     Args:
@@ -95,24 +95,28 @@ class Guard:
       sums: the current sums, on the device.
 
     Returns:
-      The means of the epoch so far.
+      The means of the epoch so far, and those since the last check.
 
     Raises:
       Diverged: as `fetch`.
       Collapsed: if the network has collapsed.
     """
     sums, means = self.fetch(step, state, sums)
-    now = np.asarray([
-        sums.loss, sums.robust_accuracy, sums.gradient_norm, sums.images])
-    # Sums are reset at the start of an epoch.
-    *since, count = now - (self._seen if now[3] > self._seen[3] else 0)
+    now = np.asarray(sums, np.float64)
+    # Sums are reset at the start of an epoch; images are the last of them.
+    since = now - (self._seen if now[-1] > self._seen[-1] else 0)
     self._seen = now
+    window = {
+        name: float(value / since[-1])
+        for name, value in zip(step_lib.Sums._fields, since, strict=True)
+    } | {'images': float(since[-1])}
     try:
-      self._detector.update(step, collapse.Window._make(
-          [*(float(value / count) for value in since), float(count)]))
+      self._detector.update(step, collapse.Window(
+          window['loss'], window['robust_accuracy'], window['gradient_norm'],
+          window['images']))
     except Collapsed as error:
       raise Collapsed(f'{error} {self._advice()}') from None
-    return means
+    return means, window
 
   def check_finite(self, step: int, values: dict[str, float]) -> None:
     """Raises Diverged if a value is not finite."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from experiments.config import optimizers, schema
 from experiments.parallel import placement
 from experiments.runs import metrics, precision
 from experiments.runs import run as run_lib
@@ -44,6 +45,8 @@ class Loop:
     self._guard = Guard(run, self._saving)
     self._steps = CompiledSteps(run)
     self._eval_fn = step_lib.make_eval_fn(run)
+    self._rate = jax.jit(
+        optimizers.build_schedule(run.config, run.steps_per_epoch))
     self._open()
     self.progress = progress.Progress(
         self.total, self.step, run.config.batch_size)
@@ -54,7 +57,8 @@ class Loop:
     self.step = int(self.state.step)
     self.seconds = float(notes.get('seconds_training', 0.0))
     self.log = metrics.MetricsLog(
-        self.run.workdir, self.step // self.run.steps_per_epoch)
+        self.run.workdir, self.step // self.run.steps_per_epoch, self.step,
+        self.run.config.loggers, schema.flatten(self.run.config))
     self._guard.start(
         self.step, self.log.lines, bool(notes.get('suspicious')))
     if self.step % self.run.steps_per_epoch == 0 and not self.is_pending:
@@ -112,11 +116,17 @@ class Loop:
   def look(self) -> dict[str, float]:
     """The means of the epoch so far, after the guard has checked them.
 
+    Means over the steps since the last look go to `steps.jsonl`.
+
     Raises:
       Diverged: if a metric or the state is not finite.
       Collapsed: if the network has collapsed.
     """
-    return self._guard.check(self.step, self.state, self.sums)
+    means, window = self._guard.check(self.step, self.state, self.sums)
+    self.log.append_step({
+        'step': self.step, 'learning_rate': float(self._rate(self.step - 1)),
+        **window})
+    return means
 
   def save(self) -> None:
     """Starts to write the last checkpoint, unless a collapse is suspected.

@@ -24,7 +24,7 @@ from typing import Any
 from experiments.util.errors import UserError
 
 _CALL = re.compile(
-    r'\s*(?P<name>[A-Za-z_][\w.]*(?::[A-Za-z_]\w*)?)\s*(?P<options>\(.*\))?\s*',
+    r'\s*(?P<name>[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*)\s*(?P<options>\(.*\))?\s*',
     re.DOTALL)
 
 

@@ -84,18 +84,24 @@ class Stores:
 
 
 class Lines:
-  """Replaces `metrics.jsonl`."""
+  """Replaces `metrics.jsonl` and `steps.jsonl`."""
 
   kept: list
+  names: tuple
 
-  def __init__(self, workdir, completed):
-    del workdir
+  def __init__(self, workdir, completed, steps, names, config):
+    del workdir, steps
+    assert config['awp.gamma'] is not None
+    type(self).names = names
     self.lines = type(self).kept[:] = [
         line for line in type(self).kept if line['epoch'] <= completed]
 
   def append(self, line):
     self.lines.append(line)
     type(self).kept.append(line)
+
+  def append_step(self, line):
+    assert line['step'] > 0 and line['images'] > 0
 
   def close(self):
     pass
@@ -299,7 +305,7 @@ def of_loop(run, monkeypatch, diverge_at=None):
       'best': summary and summary['best']['epoch'],
       'watch.first': first, 'watch.stretch': settings.stretch_steps,
       'rates': [line['learning_rate'] for line in log.kept],
-      'error': error}
+      'loggers': log.names, 'error': error}
 
 
 def prepared(config, folder, monkeypatch):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import awp_jax
 from awp_jax import landscape as landscape_lib
 from awp_jax.attacks import fixed_step
 from awp_jax.evaluation import evaluate as evaluate_lib
@@ -54,9 +55,16 @@ def of_evaluation(run, monkeypatch):
         robust=stands, natural=stands, attacks=(result,), warnings=(),
         adversarial=images)
 
+  def curve(key, logits_fn, images, labels, norm, epsilons, *, attacks, **_):
+    curves.append((
+        norm, epsilons, [spec.name for spec in attacks], len(labels)))
+    return awp_jax.RobustCurve(*(np.zeros((1, 2)) for _ in range(5)), ())
+
+  curves = []
   fixed = Spy(fixed_step.pgd_spec)
   with monkeypatch.context() as patch:
     for owner, name, value in (
+        (awp_jax, 'robust_curve', curve),
         (evaluate_lib, 'evaluate', judge), (fixed_step, 'pgd_spec', fixed),
         (restore, 'load_variables', lambda *_: [('best', 1, {})]),
         (precision, 'network', lambda model, dtype=None: dtype or model),
@@ -76,7 +84,8 @@ def of_evaluation(run, monkeypatch):
       'judged.specs': specs, 'judged.images': images, 'judged.saved': saved,
       'judged.batch_size': batch_size, 'judged.threat': threat,
       'judged.attack_types': types,
-      'judged.key': key, 'judged.subjects': list(found['subjects']),
+      'judged.key': key, 'judged.curves': curves,
+      'judged.subjects': list(found['subjects']),
       'judged.steps': [
           kwargs['step_size'] for _, kwargs in fixed.calls]}
 

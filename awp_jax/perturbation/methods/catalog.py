@@ -7,7 +7,8 @@ from typing import Any
 
 from awp_jax.core import checks
 from awp_jax.perturbation.balls import Ball
-from awp_jax.perturbation.base import Method
+from awp_jax.perturbation.base import Method, UpdateAt
+from awp_jax.perturbation.leaves import Mask
 from awp_jax.perturbation.methods.gradient_based import (
   asam,
   awp,
@@ -98,6 +99,22 @@ def scaled(method: Method, factor: float) -> Method:
   ball = resize(method.ball)
   assert ball is not None
   return dataclasses.replace(method, ball=ball, box=resize(method.box))
+
+
+def constant_awp(
+    gamma: Scalar, num_steps: int, mask: Mask,
+    update_at: UpdateAt = 'perturbed') -> Method:
+  """`awp` of constant size, for functions without a step count.
+
+  Raises:
+    ValueError: if gamma is a function of the step, or as `awp`.
+  """
+  if callable(gamma):
+    raise ValueError(
+        'gamma must be a number, got a function: these functions have no step '
+        'count, so a schedule would stay at its first value. Use '
+        'perturbed_step(methods.awp(schedule), ...), whose state counts steps.')
+  return awp(gamma, num_steps=num_steps, mask=mask, update_at=update_at)
 
 
 #: The named methods, for `make`.

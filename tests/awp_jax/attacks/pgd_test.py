@@ -93,7 +93,7 @@ def test_default_start_is_a_draw_by_the_key():
   np.testing.assert_allclose(
       pgd(key, linear_loss, INSIDE, threat, **options, restarts=3),
       starts[best, jnp.arange(2)], atol=1e-7)
-  assert Attack(0.1, 2) == (0.1, 2, 'random', 1, None)
+  assert Attack(0.1, 2) == (0.1, 2, 'random', 1, None, None)
 
 
 def test_fgsm_is_one_step_of_epsilon():

@@ -237,8 +237,8 @@ def test_objects_are_what_the_config_says():
       'eval.step_size': 0.2, 'eval.num_steps': 7}))
   assert built.objective.name == 'MART'
   assert (built.threat.norm, built.threat.epsilon) == ('L2', 0.5)
-  assert built.attack == (0.1, 3, 'gaussian', 2, 'train')
-  assert built.eval_attack == (0.2, 7, 'random', 1, None)
+  assert built.attack == (0.1, 3, 'gaussian', 2, 'train', None)
+  assert built.eval_attack == (0.2, 7, 'random', 1, None, None)
 
 
 @pytest.mark.parametrize('name', build.OBJECTIVES)

@@ -200,6 +200,7 @@ TABLE = {
         0.03, {'eval.step_size': 0.03, 'judged.steps': [EPS, 0.03, 0.03]}),
     'eval.num_steps': Row(11, {'eval.num_steps': 11}),
     'eval.num_train': Row(10, {'train_n': 10}),
+    'loggers': Row((), {'loggers': ()}),
     'evaluation.attacks': Row(('spsa',), {
         'judged.specs': (['spsa'],), 'judged.images': (24,),
         'judged.batch_size': (64,), 'judged.key': ([0, 0],),
@@ -207,6 +208,12 @@ TABLE = {
         'judged.attack_types': (None,), 'judged.steps': []}),
     'evaluation.attack_dtype': Row(
         'bfloat16', {'judged.attack_types': ('bfloat16',) * 4}),
+    'evaluation.epsilons': Row((0.01, 0.02), {'judged.curves': [
+        ('Linf', (0.01, 0.02), ['apgd-ce', 'apgd-t'], 24)]}),
+    'evaluation.curve_attacks': Row(('square', 'pgd-7'), {
+        'judged.curves': [('Linf', (0.01,), ['square', 'pgd-7'], 24)],
+        'judged.steps': [EPS, STEP, STEP, STEP]},
+        {'evaluation.epsilons': (0.01,)}),
     'evaluation.num_examples': Row(5, {'judged.images': (5,) * 4}),
     'evaluation.batch_size': Row(4, {'judged.batch_size': (4,) * 4}),
     'evaluation.save_examples': Row(True, {'judged.saved': 4}),

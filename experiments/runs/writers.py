@@ -1,0 +1,252 @@
+"""Where metrics go besides `metrics.jsonl`: TensorBoard, W&B, MLflow, or yours.
+
+A writer gets the lines of epochs and of steps. Those of a package that is not
+installed are refused before training.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import importlib.util
+import json
+import numbers
+import os
+import pathlib
+import tempfile
+from typing import Any, Protocol
+
+from experiments.util import atomic, named, paths
+from experiments.util.errors import UserError
+
+
+class Writer(Protocol):
+  """Receives metrics; made by a function of (workdir, name, config, epoch)."""
+
+  def epoch(self, line: Mapping[str, Any]) -> None:
+    """Takes the line of an epoch; line['epoch'] counts from 1."""
+    ...
+
+  def step(self, line: Mapping[str, Any]) -> None:
+    """Takes means over the steps up to line['step']."""
+    ...
+
+  def close(self) -> None:
+    """Writes what is left."""
+    ...
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float]:
+  """The numbers of a line, without 'epoch' and 'step'."""
+  return {
+      name: float(value) for name, value in line.items()
+      if name not in ('epoch', 'step') and isinstance(value, numbers.Real)}
+
+
+class TensorBoard:
+  """TensorBoard events; those for a bucket are written locally and copied."""
+
+  def __init__(
+      self, workdir: paths.Path, name: str, config: Mapping[str, Any],
+      epoch: int) -> None:
+    """Opens an event file that replaces the events of later epochs.
+
+    Args:
+      workdir: the run's folder.
+      name: of the run; not used.
+      config: its fields; not used.
+      epoch: number of completed epochs.
+    """
+    del name, config
+    import tensorboardX  # which imports PyTorch, if that is installed
+
+    self._folder = workdir / 'tensorboard'
+    self._local = (
+        tempfile.TemporaryDirectory() if paths.is_bucket(workdir) else None)
+    self._writer = tensorboardX.SummaryWriter(
+        str(self._local.name if self._local else self._folder),
+        purge_step=epoch + 1)
+
+  def epoch(self, line: Mapping[str, Any]) -> None:
+    """Adds the numbers of an epoch."""
+    for name, value in scalars(line).items():
+      self._writer.add_scalar(name, value, line['epoch'])
+    self._writer.flush()
+    self._copy()
+
+  def step(self, line: Mapping[str, Any]) -> None:
+    """Adds the numbers of steps, under 'step/'."""
+    for name, value in scalars(line).items():
+      self._writer.add_scalar(f'step/{name}', value, line['step'])
+
+  def _copy(self) -> None:
+    if self._local:
+      for file in pathlib.Path(self._local.name).iterdir():
+        with atomic.replacing(self._folder / file.name) as copy:
+          copy.write(file.read_bytes())
+
+  def close(self) -> None:
+    """Writes what is left and closes the file."""
+    self._writer.close()
+    self._copy()
+    if self._local:
+      self._local.cleanup()
+
+
+class WeightsAndBiases:
+  """A run of Weights & Biases, which the same workdir resumes.
+
+  `WANDB_PROJECT` and `WANDB_MODE=offline` work as usual.
+  """
+
+  def __init__(
+      self, workdir: paths.Path, name: str, config: Mapping[str, Any],
+      epoch: int) -> None:
+    """Starts or resumes the run.
+
+    Args:
+      workdir: the run's folder; it keeps the id of the W&B run.
+      name: of the run.
+      config: its fields.
+      epoch: number of completed epochs; not used.
+    """
+    del epoch
+    wandb: Any = importlib.import_module('wandb')
+    path = workdir / 'wandb.json'
+    stored = json.loads(path.read_text())['id'] if path.exists() else None
+    local = tempfile.gettempdir() if paths.is_bucket(workdir) else str(workdir)
+    self._run = wandb.init(
+        project=os.environ.get('WANDB_PROJECT', 'awp_jax'), name=name,
+        dir=local, config=dict(config), id=stored, resume='allow')
+    if stored is None:
+      atomic.write_json(path, {'id': self._run.id})
+    for axis in ('epoch', 'step'):
+      self._run.define_metric(f'{axis}/*', step_metric=axis)
+
+  def _log(self, axis: str, line: Mapping[str, Any]) -> None:
+    self._run.log({
+        axis: line[axis],
+        **{f'{axis}/{name}': value for name, value in scalars(line).items()}})
+
+  def epoch(self, line: Mapping[str, Any]) -> None:
+    """Logs the numbers of an epoch under 'epoch/'."""
+    self._log('epoch', line)
+
+  def step(self, line: Mapping[str, Any]) -> None:
+    """Logs the numbers of steps under 'step/'."""
+    self._log('step', line)
+
+  def close(self) -> None:
+    """Ends the run's process; the workdir can resume it."""
+    self._run.finish()
+
+
+class MLflow:
+  """A run of MLflow, which the same workdir resumes.
+
+  `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` work as usual. Without the
+  first, runs are kept in `mlflow.db` beside the workdir.
+  """
+
+  def __init__(
+      self, workdir: paths.Path, name: str, config: Mapping[str, Any],
+      epoch: int) -> None:
+    """Starts or resumes the run.
+
+    Args:
+      workdir: the run's folder; it keeps the id of the MLflow run.
+      name: of the run.
+      config: its fields.
+      epoch: number of completed epochs; not used.
+    """
+    del epoch
+    mlflow: Any = importlib.import_module('mlflow')
+    place = os.environ.get('MLFLOW_TRACKING_URI') or (
+        f'sqlite:///{pathlib.Path(str(workdir)).absolute().parent}/mlflow.db')
+    self._client = mlflow.MlflowClient(tracking_uri=place)
+    path = workdir / 'mlflow.json'
+    if path.exists():
+      self._id = json.loads(path.read_text())['id']
+      return
+    experiment = os.environ.get('MLFLOW_EXPERIMENT_NAME', 'awp_jax')
+    found = self._client.get_experiment_by_name(experiment)
+    self._id = self._client.create_run(
+        found.experiment_id if found else (
+            self._client.create_experiment(experiment)),
+        run_name=name).info.run_id
+    for field, value in config.items():
+      self._client.log_param(self._id, field, value)
+    atomic.write_json(path, {'id': self._id})
+
+  def epoch(self, line: Mapping[str, Any]) -> None:
+    """Logs the numbers of an epoch under their names."""
+    for name, value in scalars(line).items():
+      self._client.log_metric(self._id, name, value, step=line['epoch'])
+
+  def step(self, line: Mapping[str, Any]) -> None:
+    """Logs the numbers of steps under 'step/'."""
+    for name, value in scalars(line).items():
+      self._client.log_metric(
+          self._id, f'step/{name}', value, step=line['step'])
+
+  def close(self) -> None:
+    """Marks the run as ended; the workdir can go on with it."""
+    self._client.set_terminated(self._id)
+
+
+#: Name -> (writer, the package that it needs).
+WRITERS: dict[str, tuple[Callable[..., Writer], str]] = {
+    'tensorboard': (TensorBoard, 'tensorboardX'),
+    'wandb': (WeightsAndBiases, 'wandb'), 'mlflow': (MLflow, 'mlflow')}
+
+DEFAULT = ('tensorboard',)
+
+
+def check(names: Sequence[str]) -> None:
+  """Raises UserError for an unknown writer or one that is not installed."""
+  if len(set(names)) < len(names):
+    raise UserError(f'loggers has a name more than once: {tuple(names)}.')
+  for name in names:
+    if named.is_external(name):
+      named.load('loggers', named.parse_call(name, 'loggers')[0])
+    elif name not in WRITERS:
+      raise UserError(
+          f'loggers must be of {", ".join(WRITERS)}, or '
+          f'my_package.module:Writer, got {name!r}.')
+    elif importlib.util.find_spec(WRITERS[name][1]) is None:
+      package = WRITERS[name][1]
+      raise UserError(
+          f'loggers: {name!r} needs the package {package}: pip install '
+          f'{package}.')
+
+
+def open_all(
+    names: Sequence[str], workdir: paths.Path, config: Mapping[str, Any],
+    epoch: int) -> list[Writer]:
+  """Opens writers of a run.
+
+  Args:
+    names: of `WRITERS`, or 'package.module:Writer' with options in parentheses:
+      a class or function that is called with those of `workdir`, `name`,
+      `config` and `epoch` that it takes, and returns a `Writer`.
+    workdir: the run's folder.
+    config: its fields by dotted name.
+    epoch: number of completed epochs.
+
+  Returns:
+    The writers.
+
+  Raises:
+    UserError: as `check`, or if a writer of another package fails.
+  """
+  check(names)
+  opened: list[Writer] = []
+  for name in names:
+    offered: dict[str, Any] = {
+        'workdir': workdir, 'name': workdir.name, 'config': config,
+        'epoch': epoch}
+    if named.is_external(name):
+      call, options = named.parse_call(name, 'loggers')
+      opened.append(named.call(
+          'loggers', named.load('loggers', call), call, options=options,
+          offered=offered))
+    else:
+      opened.append(WRITERS[name][0](**offered))
+  return opened
