@@ -166,3 +166,11 @@ def failing():
 
 
 NUMBER = 3
+
+
+def linear(num_classes, image_shape, scale=4.0):
+  """A fixed linear classifier for `evaluate_model.py`."""
+  rng = np.random.default_rng(0)
+  weights = scale * rng.normal(
+      size=(int(np.prod(image_shape)), num_classes)).astype(np.float32)
+  return lambda images: (images.reshape(len(images), -1) - 0.5) @ weights
