@@ -4,17 +4,11 @@ from awp_jax.attacks.apgd import apgd as apgd
 from awp_jax.attacks.apgd import apgd_spec as apgd_spec
 from awp_jax.attacks.autoattack import auto_attack as auto_attack
 from awp_jax.attacks.autoattack import make_specs as make_specs
-from awp_jax.attacks.curve import RobustCurve as RobustCurve
-from awp_jax.attacks.curve import robust_curve as robust_curve
 from awp_jax.attacks.fab import fab as fab
 from awp_jax.attacks.fab import fab_spec as fab_spec
 from awp_jax.attacks.fixed_step import cw_attack as cw_attack
 from awp_jax.attacks.fixed_step import pgd_spec as pgd_spec
 from awp_jax.attacks.fixed_step import transfer_attack as transfer_attack
-from awp_jax.attacks.minimal import MinimalPerturbations as MinimalPerturbations
-from awp_jax.attacks.minimal import (
-    minimal_perturbations as minimal_perturbations,
-)
 from awp_jax.attacks.pgd import fgsm as fgsm
 from awp_jax.attacks.pgd import pgd as pgd
 from awp_jax.attacks.pgd import pgd_with_state as pgd_with_state
@@ -46,6 +40,16 @@ from awp_jax.landscape import filter_normalize as filter_normalize
 from awp_jax.landscape import mean_rise as mean_rise
 from awp_jax.landscape import random_direction as random_direction
 from awp_jax.landscape import robust_measure as robust_measure
+from awp_jax.measures.curve import RobustCurve as RobustCurve
+from awp_jax.measures.curve import robust_curve as robust_curve
+from awp_jax.measures.minimal import (
+    MinimalPerturbations as MinimalPerturbations,
+)
+from awp_jax.measures.minimal import (
+    minimal_perturbations as minimal_perturbations,
+)
+from awp_jax.measures.targeted import TargetedResult as TargetedResult
+from awp_jax.measures.targeted import targeted_attack as targeted_attack
 from awp_jax.objectives import Objective as Objective
 from awp_jax.objectives import adversarial as adversarial
 from awp_jax.objectives import cross_entropy as cross_entropy

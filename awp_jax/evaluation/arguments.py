@@ -41,17 +41,18 @@ def check_images(images: np.ndarray, threat: ThreatModel) -> None:
 
 
 def check_labels(
-    labels: np.ndarray, count: int, num_classes: int) -> None:
+    labels: np.ndarray, count: int, num_classes: int, name: str = 'labels'
+) -> None:
   """Raises ValueError unless labels are `count` integers in [0, C)."""
   if labels.shape != (count,):
     raise ValueError(
-        f'labels must have shape ({count},), one per image, got '
+        f'{name} must have shape ({count},), one per image, got '
         f'{labels.shape}.')
   if not np.issubdtype(labels.dtype, np.integer):
-    raise ValueError(f'labels must be integers, got {labels.dtype}.')
+    raise ValueError(f'{name} must be integers, got {labels.dtype}.')
   if labels.min() < 0 or labels.max() >= num_classes:
     raise ValueError(
-        f'labels must be in [0, {num_classes}), got {labels.min()} to '
+        f'{name} must be in [0, {num_classes}), got {labels.min()} to '
         f'{labels.max()}.')
 
 

@@ -116,11 +116,31 @@ def test_files(watched):
   folder = watched.run.workdir
   names = {path.name for path in folder.iterdir()}
   assert names == {
-      'config.json', 'metrics.jsonl', 'tensorboard', 'curves.png',
+      'config.json', 'metrics.jsonl', 'steps.jsonl', 'tensorboard',
+      'curves.png',
       'summary.json', 'checkpoints', 'report.html', 'figures', '.lock'}
   assert json.loads((folder / 'summary.json').read_text()) == watched.summary
   assert (folder / 'curves.png').read_bytes().startswith(b'\x89PNG')
   assert list((folder / 'tensorboard').glob('*tfevents*'))
+
+
+def test_lines_of_steps(watched):
+  """With a line per step, their means over an epoch are those of its line."""
+  steps = metrics.read_lines(watched.run.workdir / 'steps.jsonl')
+  assert [line['step'] for line in steps] == list(range(1, 1 + len(steps)))
+  per_epoch = watched.run.steps_per_epoch
+  epochs = metrics.read_metrics(watched.run.workdir)
+  assert len(steps) == per_epoch * len(epochs)
+  for number, epoch in enumerate(epochs):
+    own = steps[number * per_epoch:(number + 1) * per_epoch]
+    images = [line['images'] for line in own]
+    assert sum(images) == epoch['images']
+    for name, key in (('loss', 'train_loss'), ('gradient_norm',) * 2,
+                      ('robust_accuracy', 'train_batch_robust_accuracy')):
+      np.testing.assert_allclose(
+          np.average([line[name] for line in own], weights=images),
+          epoch[key], rtol=1e-5)
+    assert own[-1]['learning_rate'] == pytest.approx(epoch['learning_rate'])
 
 
 def test_lines(watched):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import awp_jax
-from awp_jax.attacks import minimal
+from awp_jax.measures import minimal
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
