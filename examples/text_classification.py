@@ -1,16 +1,27 @@
-"""AWP as used in text competitions: clipped per entry, starting after a while.
+"""AWP as used in text competitions, beside FGM and SMART.
 
   python examples/text_classification.py
   python examples/text_classification.py --csv=FILE     # columns: text, label
+  python examples/text_classification.py --methods plain embeddings --bfloat16
 
 A small transformer classifies short texts. Without `--csv` they are the first
 sentences of SciPy's documentation, and the label is the subpackage:
-`Compute the Kolmogorov-Smirnov test ...` -> `stats`. All weights, including
-embeddings, are perturbed by moves clipped to adv_eps |w_ij|:
+`Compute the Kolmogorov-Smirnov test ...` -> `stats`. The methods:
 
-  v = clip( adv_lr |w_l| g_l / |g_l| ),  within +- adv_eps |w_ij|
+  boxed       AWP of all weights by moves clipped to adv_eps |w_ij|,
+              v = clip( adv_lr |w_l| g_l / |g_l| ),  within +- adv_eps |w_ij|.
+  embeddings  the same for the token embeddings alone, chosen by their path.
+  fgm         FGM (Miyato, Dai, Goodfellow 2017) as in competitions: the token
+              embeddings E move by fgm_eps g / |g|, and the gradients at w and
+              at w + v are added.
+  smart       a smoothness term as in SMART (Jiang et al. 2020), which moves
+              inputs and not weights: loss + smart_weight (KL(p || q) + KL(q ||
+              p)), with q at embeddings of the texts moved by one step of PGD
+              within +- smart_eps.
 
-The first `--start` steps are plain steps, at the cost of plain steps.
+All start after `--start` plain steps, at the cost of plain steps, except smart.
+The learning rate rises over the first tenth of the steps. With `--bfloat16` the
+network computes in bfloat16 with float32 weights.
 """
 
 import ast
@@ -34,13 +45,23 @@ import optax
 import scipy
 from sklearn.model_selection import train_test_split
 
-from awp_jax import Method, methods, perturbed_step
+from awp_jax import (
+    Ball,
+    Method,
+    ThreatModel,
+    kl_divergence,
+    methods,
+    perturbed_step,
+    pgd,
+)
 from examples import report
 
 LENGTH = 16  # words read per text
 WORDS = 2000  # words in the vocabulary, at most
 BATCH = 64
 FEWEST = 100  # texts of a subpackage, at least, for a class
+EMBEDDINGS = 'Embed_0/*'  # their path
+METHODS = ('plain', 'boxed', 'embeddings', 'fgm', 'smart')
 
 
 class Texts(NamedTuple):
@@ -120,39 +141,97 @@ class Transformer(nn.Module):
 
   num_classes: int
   features: int = 64
+  dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, words: jax.Array, train: bool = False) -> jax.Array:
-    """Words [B, LENGTH] -> logits [B, num_classes]."""
-    present = words > 0
+  def __call__(
+      self, words: jax.Array, train: bool = False,
+      noise: jax.Array | None = None) -> jax.Array:
+    """Words [B, LENGTH] -> logits [B, num_classes].
+
+    Args:
+      words: indices of words.
+      train: whether dropout is active.
+      noise: added to the embedded words, [B, LENGTH, features], or None.
+    """
+    present, dtype = words > 0, self.dtype
     place = self.param('place', nn.initializers.normal(0.1),
                        (words.shape[1], self.features))
     dropout = nn.Dropout(0.2, deterministic=not train)
-    x = dropout(nn.Embed(WORDS + 2, self.features)(words) + place)
-    y = nn.MultiHeadDotProductAttention(4)(
-        nn.LayerNorm()(x), mask=nn.make_attention_mask(present, present))
+    x = nn.Embed(WORDS + 2, self.features)(words)
+    x = dropout((x + place if noise is None else x + noise + place).astype(
+        dtype))
+    y = nn.MultiHeadDotProductAttention(4, dtype=dtype)(
+        nn.LayerNorm(dtype=dtype)(x),
+        mask=nn.make_attention_mask(present, present))
     x = x + dropout(y)
-    y = nn.Dense(self.features)(
-        nn.gelu(nn.Dense(2 * self.features)(nn.LayerNorm()(x))))
-    x = jnp.where(present[..., None], x + dropout(y), 0).sum(1)
+    y = nn.Dense(self.features, dtype=dtype)(nn.gelu(nn.Dense(
+        2 * self.features, dtype=dtype)(nn.LayerNorm(dtype=dtype)(x))))
+    x = jnp.where(
+        present[..., None], x + dropout(y), 0).sum(1, dtype=jnp.float32)
     x = x / jnp.maximum(present.sum(1, keepdims=True), 1)
     return nn.Dense(self.num_classes)(x)
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'method', 'steps'))
+class Variant(NamedTuple):
+  """How to train.
+
+  Attributes:
+    method: the weight perturbation.
+    smart_weight: of the smoothness term; 0: none.
+    smart_eps: largest change of an embedded word's entry in it.
+  """
+
+  method: Method
+  smart_weight: float = 0.0
+  smart_eps: float = 0.0
+
+
+def smoothness(
+    run: Any, clean: jax.Array, key: jax.Array, eps: float) -> jax.Array:
+  """Symmetric KL [B] of the predictions at clean and at moved embeddings.
+
+  Args:
+    run: noise [B, LENGTH, features] -> logits [B, C].
+    clean: the logits without noise.
+    key: a PRNG key.
+    eps: largest change of an entry.
+  """
+  fixed = jax.lax.stop_gradient(clean)
+  # The box is far away: embeddings are not bounded.
+  noise = pgd(
+      key, lambda noise: kl_divergence(fixed, run(noise)),
+      jnp.zeros((len(clean), LENGTH, Transformer.features)),
+      ThreatModel('Linf', eps, lower=-1e3, upper=1e3), step_size=eps,
+      num_steps=1, start='gaussian')
+  moved = run(noise)
+  return kl_divergence(clean, moved) + kl_divergence(moved, clean)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'variant', 'steps'))
 def train(
     model: Transformer, x: jax.Array, y: jax.Array, key: jax.Array,
-    method: Method, steps: int) -> Any:
+    variant: Variant, steps: int) -> Any:
   """Trains on words [N, LENGTH] and labels [N]; returns the parameters."""
   init_key, loop_key = jax.random.split(key)
   params = model.init(init_key, x[:1])['params']
-  tx = optax.adamw(optax.cosine_decay_schedule(2e-3, steps), weight_decay=0.01)
+  method = variant.method
+  tx = optax.adamw(optax.warmup_cosine_decay_schedule(
+      0.0, 2e-3, max(steps // 10, 1), max(steps, 2)), weight_decay=0.01)
 
   def loss_fn(
       params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
-    logits = model.apply({'params': params}, x, train=True,
+
+    def run(noise: jax.Array | None = None) -> jax.Array:
+      return model.apply({'params': params}, x, train=True, noise=noise,
                          rngs={'dropout': key})
-    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+    logits = run()
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+    if variant.smart_weight:
+      losses += variant.smart_weight * smoothness(
+          run, logits, jax.random.fold_in(key, 1), variant.smart_eps)
+    return losses
 
   def step(carry: Any, key: jax.Array) -> Any:
     batch_key, dropout_key = jax.random.split(key)
@@ -172,39 +251,63 @@ def logits_of(model: Transformer, params: Any, x: jax.Array) -> Any:
 
 
 def accuracy(
-    texts: Texts, method: Method, seed: int, steps: int) -> float:
+    texts: Texts, variant: Variant, seed: int, steps: int, dtype: Any
+) -> float:
   """Trains on four fifths of the texts; returns accuracy on the others."""
   known, held_out = train_test_split(
       np.arange(len(texts.labels)), test_size=0.2, stratify=texts.labels,
       random_state=seed)
   vocabulary = vocabulary_of([texts.texts[i] for i in known])
   x, labels = tokens(texts.texts, vocabulary), texts.labels
-  model = Transformer(len(texts.classes))
+  model = Transformer(len(texts.classes), dtype=dtype)
   params = train(model, jnp.asarray(x[known]), jnp.asarray(labels[known]),
-                 jax.random.key(seed), method, steps)
+                 jax.random.key(seed), variant, steps)
   logits = logits_of(model, params, x[held_out])
   return float((logits.argmax(-1) == labels[held_out]).mean())
 
 
+def variants_of(arguments: Any) -> dict[str, Variant]:
+  """The chosen methods, `plain` always first."""
+  boxed = functools.partial(
+      methods.boxed_awp, arguments.adv_lr, arguments.adv_eps)
+  fgm = Method(
+      'FGM', Ball(arguments.fgm_eps, 'tensor', 'absolute'), mask=EMBEDDINGS,
+      mix=(1, 1))
+  found = {
+      'plain': Variant(methods.boxed_awp(0)),
+      'boxed': Variant(boxed()),
+      'embeddings': Variant(boxed(mask=EMBEDDINGS)),
+      'fgm': Variant(fgm),
+      'smart': Variant(
+          methods.boxed_awp(0), arguments.smart_weight, arguments.smart_eps)}
+  return {
+      name: variant._replace(
+          method=methods.start_after(variant.method, arguments.start))
+      for name, variant in found.items()
+      if name == 'plain' or name in arguments.methods}
+
+
 def compare(arguments: Any) -> Iterator[report.Row]:
-  """Rows without and with AWP."""
+  """Rows of the chosen methods."""
   csv_file = arguments.csv
   texts = read_csv(csv_file) if csv_file else scipy_docs()
   largest = np.max(np.bincount(texts.labels)) / len(texts.labels)
   print(f'{len(texts.labels)} texts of {len(texts.classes)} classes; the '
         f'largest is {100 * largest:.2f} %')
-  boxed = methods.boxed_awp(arguments.adv_lr, arguments.adv_eps)
-  variants = {
-      'plain': methods.boxed_awp(0),
-      'boxed AWP': methods.start_after(boxed, arguments.start)}
+  dtype = jnp.bfloat16 if arguments.bfloat16 else jnp.float32
   yield from report.rows(
-      csv_file.stem if csv_file else 'scipy', variants, arguments.seeds,
-      lambda method, seed: accuracy(texts, method, seed, arguments.steps))
+      csv_file.stem if csv_file else 'scipy', variants_of(arguments),
+      arguments.seeds,
+      lambda variant, seed: accuracy(
+          texts, variant, seed, arguments.steps, dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> list[report.Row]:
-  """Prints test accuracies without and with AWP."""
+  """Prints the test accuracies of all methods."""
   parser = report.Parser(__doc__, seeds=3, steps=400)
+  parser.add_argument(
+      '--methods', nargs='+', choices=METHODS, default=METHODS,
+      help=f'of {", ".join(METHODS)} (default: all)')
   parser.add_argument('--csv', type=pathlib.Path, help='your texts')
   parser.add_argument(
       '--adv_lr', type=report.size, default=1.0,
@@ -215,6 +318,17 @@ def main(argv: Sequence[str] | None = None) -> list[report.Row]:
   parser.add_argument(
       '--start', type=report.count, default=50,
       help='plain steps before AWP starts (default: 50)')
+  parser.add_argument(
+      '--fgm_eps', type=report.size, default=0.5,
+      help='|v| of FGM (default: 0.5)')
+  parser.add_argument(
+      '--smart_weight', type=report.size, default=1.0,
+      help='of the smoothness term (default: 1)')
+  parser.add_argument(
+      '--smart_eps', type=report.size, default=0.01,
+      help='largest change of an entry of an embedded word (default: 0.01)')
+  parser.add_argument(
+      '--bfloat16', action='store_true', help='compute in bfloat16')
   return report.run(parser, compare, argv)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
+import awp_jax
 from examples import (
   equinox_model,
   graph_gcn,
@@ -173,10 +174,55 @@ def test_text_from_csv(tmp_path, capsys):
       writer.writerow(['good', f'a fine, fine day {i % 7}'])
       writer.writerow(['bad', f'a dull, dull night {i % 5}'])
   rows = text_classification.main([
-      f'--csv={path}', '--seeds=1', '--steps=20', '--start=5'])
+      f'--csv={path}', '--seeds=1', '--steps=40', '--start=5'])
   out = capsys.readouterr().out
   assert out.startswith('80 texts of 2 classes; the largest is 50.00 %')
-  check(rows, out, ['mine'], ['plain', 'boxed AWP'], 0.9)
+  check(rows, out, ['mine'], text_classification.METHODS, 0.9)
+
+
+def test_methods_of_text():
+  """Which leaves move, in bfloat16 with float32 weights; SMART's term."""
+  parser = text_classification.report.Parser('', seeds=1, steps=1)
+  arguments = parser.parse_args([])
+  vars(arguments).update(
+      adv_lr=1.0, adv_eps=0.05, fgm_eps=0.5, smart_weight=1.0, smart_eps=0.01,
+      start=0, methods=text_classification.METHODS)
+  variants = text_classification.variants_of(arguments)
+  model = text_classification.Transformer(3, dtype=jnp.bfloat16)
+  words = jnp.ones((2, text_classification.LENGTH), jnp.int32)
+  params = model.init(jax.random.key(0), words)['params']
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {'float32'}
+  assert model.apply({'params': params}, words).dtype == jnp.float32
+
+  def loss_fn(params):
+    return model.apply({'params': params}, words).sum(1)
+
+  moved = {}
+  for name, variant in variants.items():
+    v = awp_jax.find_perturbation(variant.method, loss_fn)(
+        params, variant.method.init(params))
+    moved[name] = [path for path, leaf in zip(
+        awp_jax.perturbation.leaves.leaf_paths(v), jax.tree.leaves(v),
+        strict=True) if np.any(leaf)]
+    if name == 'fgm':
+      np.testing.assert_allclose(
+          np.linalg.norm(v['Embed_0']['embedding']), 0.5, rtol=1e-5)
+  assert moved['plain'] == moved['smart'] == []
+  assert moved['embeddings'] == moved['fgm'] == ['Embed_0/embedding']
+  assert len(moved['boxed']) > 5
+
+  def run(noise):
+    return noise.sum((1, 2))[:, None] * jnp.array([[1.0, 0.0, -1.0]])
+
+  # From equal predictions the noise moves almost to a corner, smart_eps away:
+  # the start is random.
+  clean = jnp.zeros((2, 3))
+  found = text_classification.smoothness(run, clean, jax.random.key(0), 0.01)
+  size = 0.01 * text_classification.LENGTH * model.features
+  p = jax.nn.softmax(jnp.array([size, 0.0, -size]))
+  uniform = jnp.full(3, 1 / 3)
+  corner = jnp.sum((p - uniform) * (jnp.log(p) - jnp.log(uniform)))
+  assert np.all(found <= corner) and np.all(found > 0.9 * corner)
 
 
 def test_equinox_model(capsys):
