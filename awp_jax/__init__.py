@@ -23,8 +23,8 @@ from awp_jax.core.rewriting import cpu_convolutions as cpu_convolutions
 from awp_jax.evaluation.evaluate import EvalOptions as EvalOptions
 from awp_jax.evaluation.evaluate import evaluate as evaluate
 from awp_jax.evaluation.export import SavedExamples as SavedExamples
-from awp_jax.evaluation.export import as_json as as_json
 from awp_jax.evaluation.export import load_examples as load_examples
+from awp_jax.evaluation.export import result_to_dict as result_to_dict
 from awp_jax.evaluation.export import save_examples as save_examples
 from awp_jax.evaluation.protocol import AttackSpec as AttackSpec
 from awp_jax.evaluation.results import AttackResult as AttackResult

@@ -1,13 +1,13 @@
-"""Judges any JAX classifier, or a PyTorch file, on a data set.
+"""Evaluates any JAX classifier, or a PyTorch file, on a data set.
 
   python experiments/evaluate_model.py --model=my_package:load \
-    --dataset=cifar10 --norm=Linf --epsilon=0.03137 --workdir=runs/mine
+    --dataset=cifar10 --norm=Linf --epsilon=8/255 --workdir=runs/mine
 
 `my_package:load` is a function that returns the classifier, a function of
 images [B, H, W, C] in [0, 1] that returns logits [B, classes], with the
 normalization inside. Options go in parentheses, and it gets `num_classes` and
-`image_shape` if it has these arguments. `--torch=FILE` judges a PyTorch file of
-one of the architectures that docs/pytorch.md lists.
+`image_shape` if it has these arguments. `--torch=FILE` evaluates a PyTorch file
+of one of the architectures that docs/pytorch.md lists.
 
 The workdir then holds `result.json`, with the keys of RobustBench's model
 cards, and `examples.npz`, the adversarial images; with `--epsilons`, also
@@ -17,6 +17,7 @@ resumes after an interruption.
 
 import argparse
 from collections.abc import Callable, Sequence
+import fractions
 import hashlib
 import pathlib
 import sys
@@ -32,6 +33,7 @@ import numpy as np
 import awp_jax
 from awp_jax.attacks import autoattack
 from awp_jax.core import checks
+from awp_jax.evaluation import arguments
 from awp_jax.models import torch_exchange
 from awp_jax.threat import NORMS
 from experiments.data import batches, datasets
@@ -47,6 +49,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
   subject.add_argument('--torch', type=pathlib.Path, help='a PyTorch file')
   parser.add_argument(
       '--torch_key', help='entry of the file with the weights')
+  parser.add_argument(
+      '--mean', help='with --torch: subtracted from the pixels, by channel, as '
+      '0.49,0.48,0.45, or 0; only for files that do not hold it')
+  parser.add_argument('--std', help='with --torch: divisors, or 1')
+  parser.add_argument(
+      '--activation', choices=('relu', 'silu'), help='with --torch')
+  parser.add_argument(
+      '--shortcut', choices=('normalized', 'plain'),
+      help='with --torch: of a PreActResNet')
   parser.add_argument(
       '--dataset', default='cifar10',
       help=f'{", ".join(datasets.NAMES)}, or package.module:function')
@@ -64,7 +75,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
       '--num_examples', type=int, default=0,
       help='the first of the test images; 0: all (default)')
   parser.add_argument('--norm', choices=NORMS, default='Linf')
-  parser.add_argument('--epsilon', type=float, default=8 / 255)
+  parser.add_argument(
+      '--epsilon', help='as 0.5 or 8/255; by default 8/255 for Linf')
   parser.add_argument(
       '--version', choices=tuple(autoattack.VERSIONS), default='standard',
       help='of AutoAttack')
@@ -97,32 +109,64 @@ def _from_package(
 
 @user_errors()
 def _from_torch(
-    path: pathlib.Path, key: str | None, dataset: datasets.Dataset
+    options: argparse.Namespace, dataset: datasets.Dataset
 ) -> tuple[Callable[..., Any], Any]:
   """The classifier of a PyTorch file, and facts about it."""
-  state_dict = torch_exchange.read_state_dict(path, key=key)
-  mean, std = torch_exchange.normalization(state_dict) or (
-      tuple(dataset.mean), tuple(dataset.std))
-  model: Any = torch_exchange.model_from_torch(state_dict, mean=mean, std=std)
+  path = options.torch
+  state_dict = torch_exchange.read_state_dict(path, key=options.torch_key)
+  stored = torch_exchange.normalization(state_dict)
+  given = options.mean is not None or options.std is not None
+  if stored is None and not given:
+    raise UserError(
+        f'{path} does not hold the mean and standard deviation of the pixels: '
+        'give --mean and --std, which are 0 and 1 if there is no '
+        'normalization; awp_jax.models.torch_exchange lists those of '
+        f'RobustBench. Those of {dataset.name} are '
+        f'{",".join(f"{x:g}" for x in dataset.mean)} and '
+        f'{",".join(f"{x:g}" for x in dataset.std)}.')
+  if stored is not None and given:
+    raise UserError(f'{path} holds a mean and a std: omit --mean and --std.')
+  mean, std = stored or (
+      _numbers('--mean', options.mean or ''),
+      _numbers('--std', options.std or ''))
+  model: Any = torch_exchange.model_from_torch(
+      state_dict, mean=mean, std=std, activation=options.activation,
+      shortcut=options.shortcut)
   if model.num_classes != dataset.num_classes:
     raise UserError(
         f'{path} classifies into {model.num_classes} classes, {dataset.name} '
         f'has {dataset.num_classes}.')
   variables = torch_exchange.from_torch(state_dict, model)
   return lambda images: model.apply(variables, images, train=False), {
-      'name': path.stem, 'architecture': repr(type(model).__name__),
+      'name': path.stem,
+      'architecture': f'{type(model).__name__}-{model.depth}, width '
+      f'{model.width}, {model.activation}',
       'mean': list(mean), 'std': list(std),
       'weights_sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-  """The numbers of a list like '0.01,0.02'."""
+def _numbers(flag: str, text: str) -> tuple[float, ...]:
+  """The numbers of a list like '0.01,8/255'; at least one."""
   try:
-    return tuple(float(part) for part in text.split(',') if part)
-  except ValueError:
+    return tuple(
+        float(fractions.Fraction(part.strip())) for part in text.split(','))
+  except (ValueError, ZeroDivisionError):
     raise UserError(
-        f"--epsilons must be numbers like '0.01,0.02', got {text!r}."
-    ) from None
+        f"{flag} must be numbers like '0.01,8/255', got {text!r}.") from None
+
+
+def _radii(options: argparse.Namespace) -> tuple[float, tuple[float, ...]]:
+  """Epsilon, and the epsilons of the curve."""
+  if options.epsilon is None and options.norm != 'Linf':
+    raise UserError(f'--norm={options.norm} needs --epsilon.')
+  one = _numbers('--epsilon', options.epsilon or '8/255')
+  if len(one) != 1:
+    raise UserError(f'--epsilon must be one number, got {options.epsilon!r}.')
+  radii = _numbers('--epsilons', options.epsilons) if options.epsilons else ()
+  if any(radius <= 0 for radius in radii) or sorted(set(radii)) != list(radii):
+    raise UserError(
+        f'--epsilons must be rising numbers > 0, got {options.epsilons!r}.')
+  return one[0], radii
 
 
 def _load_data(options: argparse.Namespace) -> datasets.Dataset:
@@ -143,14 +187,15 @@ def _load_data(options: argparse.Namespace) -> datasets.Dataset:
 def _curve(
     workdir: paths.Path, logits_fn: Callable[..., Any], images: np.ndarray,
     labels: np.ndarray, options: argparse.Namespace,
-    settings: awp_jax.EvalOptions) -> None:
+    radii: tuple[float, ...], settings: awp_jax.EvalOptions) -> None:
   """Writes and prints the curve over epsilon."""
   found = awp_jax.robust_curve(
       jax.random.key(options.seed), logits_fn, images, labels, options.norm,
-      _numbers(options.epsilons),
-      attacks=autoattack.VERSIONS[options.version], options=settings)
+      radii, attacks=autoattack.VERSIONS[options.version],
+      options=settings)
   atomic.write_json(workdir / 'curve.json', {
-      'norm': options.norm, 'attacks': options.version,
+      'norm': options.norm,
+      'attacks': list(autoattack.VERSIONS[options.version]),
       'epsilons': found.epsilons.tolist(),
       'robust_accuracy': found.robust_accuracy.tolist(),
       'interval_95': found.intervals.tolist(),
@@ -180,7 +225,7 @@ def _minimal(
         f'correctly classified images: median {middle}')
 
 
-def judge(options: argparse.Namespace) -> dict[str, Any]:
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
   """Evaluates the model and writes the files of the workdir.
 
   Args:
@@ -196,15 +241,18 @@ def judge(options: argparse.Namespace) -> dict[str, Any]:
   workdir = paths.parse(options.workdir)
   if paths.is_bucket(workdir):
     raise UserError(f'--workdir must be a local folder, got {workdir}.')
+  epsilon, radii = _radii(options)
   with user_errors():
-    threat = awp_jax.ThreatModel(options.norm, options.epsilon)
+    threat = awp_jax.ThreatModel(options.norm, epsilon)
     if options.batch_size is not None:
       checks.count('--batch_size', options.batch_size)
   dataset = _load_data(options)
   logits_fn, about = _from_package(options.model, dataset) if (
-      options.model) else _from_torch(options.torch, options.torch_key, dataset)
+      options.model) else _from_torch(options, dataset)
   images = np.asarray(batches.to_pixels(
       jnp.asarray(dataset.x_test), jnp.dtype(jnp.float32)))
+  with user_errors():
+    arguments.check_model_inputs(logits_fn, images, dataset.y_test, threat)
   workdir.mkdir(parents=True, exist_ok=True)
   settings = awp_jax.EvalOptions(
       store=workdir / 'store', verbose=True, batch_size=options.batch_size)
@@ -212,7 +260,7 @@ def judge(options: argparse.Namespace) -> dict[str, Any]:
       jax.random.key(options.seed), logits_fn, images, dataset.y_test, threat,
       version=options.version, options=settings)
   name = about.pop('name')
-  summary = awp_jax.as_json(
+  summary = awp_jax.result_to_dict(
       result, threat, name=name, dataset=dataset.name, about={
           'version': options.version, 'seed': options.seed,
           'data': datasets.describe(dataset), **about})
@@ -222,10 +270,11 @@ def judge(options: argparse.Namespace) -> dict[str, Any]:
   low, high = summary['autoattack_acc_interval_95']
   print(f'\n{name} on {len(dataset.y_test)} images of {dataset.name}: natural '
         f'{summary["clean_acc"]} %, AutoAttack ({options.version}, '
-        f'{options.norm}, epsilon {options.epsilon:.4g}) '
+        f'{options.norm}, epsilon {epsilon:.4g}) '
         f'{summary["autoattack_acc"]} % ({low:.2f} - {high:.2f})')
-  if options.epsilons:
-    _curve(workdir, logits_fn, images, dataset.y_test, options, settings)
+  if radii:
+    _curve(
+        workdir, logits_fn, images, dataset.y_test, options, radii, settings)
   if options.minimal:
     _minimal(workdir, logits_fn, images, dataset.y_test, options)
   return summary
@@ -235,12 +284,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns its exit code, 2 for wrong arguments."""
   options = _parse(argv)
   try:
-    _numbers(options.epsilons)
     if options.version == 'rand':
       raise UserError(
           "--version=rand is for randomized models: use awp_jax.auto_attack "
           'with EvalOptions(takes_key=True).')
-    judge(options)
+    evaluate(options)
   except (UserError, OSError) as error:
     console.complain(error)
     return 2

@@ -140,6 +140,10 @@ def auto_attack(
   checks.one_of('version', version, VERSIONS)
   options = EvalOptions() if options is None else options
   if store is not None:
+    if options.store is not None:
+      raise ValueError(
+          f'store={str(store)!r} and EvalOptions.store={str(options.store)!r} '
+          'were both given.')
     options = dataclasses.replace(options, store=store)
   chosen = VERSIONS[version] if attacks is None else attacks
   if version == 'rand' and not options.takes_key:

@@ -56,6 +56,33 @@ def check_labels(
         f'{labels.max()}.')
 
 
+def check_model_inputs(
+    logits_fn: Callable[..., Array], images: np.ndarray, labels: np.ndarray,
+    threat: ThreatModel, takes_key: bool = False, name: str = 'labels') -> int:
+  """Checks images, the model and labels before anything is compiled.
+
+  Args:
+    logits_fn: images [B, ...] -> logits [B, C].
+    images: [N, ...].
+    labels: integers [N] in [0, C).
+    threat: its box holds the images.
+    takes_key: whether the model takes a key, too.
+    name: of the labels, for errors.
+
+  Returns:
+    The number of classes C.
+
+  Raises:
+    ValueError: for arguments that are not as above.
+  """
+  check_images(images, threat)
+  with jax.default_matmul_precision('float32'):
+    found = trace_model(logits_fn, images.astype(
+        np.result_type(images.dtype, np.float32), copy=False), takes_key)
+  check_labels(labels, len(images), found.num_classes, name)
+  return found.num_classes
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalOptions:
   """How an evaluation batches, resumes and reports.
@@ -72,8 +99,11 @@ class EvalOptions:
       order and of any group size; their examples are not attacked again.
     store: a folder that keeps every finished group of examples. The same call
       with the same folder, after an interruption, resumes with the same result;
-      any other evaluation may use the folder, too. Its attacks need `settings`.
-      See `awp_jax.evaluation.store`.
+      any other evaluation may use the folder, too. A record depends on key,
+      model, weights, images, labels, threat model, attacks and their settings,
+      batch size, `eot_samples`, `attack_fn`, `attack_precision` and versions;
+      the code of an attack of yours is not among them. Attacks need
+      `settings`. See `awp_jax.evaluation.store`.
     verbose: whether to print the number of survivors after each group.
     share: the share of this process, if several divide the examples.
     keep_images: whether the result holds the adversarial examples.

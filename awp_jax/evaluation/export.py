@@ -63,7 +63,12 @@ def save_examples(
     ValueError: as `saved_examples`.
   """
   examples: dict[str, Any] = saved_examples(result)._asdict()
-  np.savez_compressed(path, **examples)
+  if hasattr(path, 'write'):
+    np.savez_compressed(path, **examples)
+    return
+  # Given a path without the suffix .npz, NumPy would write to another file.
+  with open(path, 'wb') as file:
+    np.savez_compressed(file, **examples)
 
 
 def load_examples(path: str | os.PathLike[str] | Any) -> SavedExamples:
@@ -90,10 +95,14 @@ def load_examples(path: str | os.PathLike[str] | Any) -> SavedExamples:
       attacks=tuple(map(str, fields['attacks'])))
 
 
-def as_json(
+def result_to_dict(
     result: AttackResult, threat: ThreatModel, *, name: str, dataset: str,
     about: Mapping[str, Any] | None = None) -> dict[str, Any]:
-  """A summary of plain values, with the keys of RobustBench's model cards.
+  """A summary of plain values.
+
+  'name', 'dataset', 'eps', 'clean_acc' and 'autoattack_acc' are keys of
+  RobustBench's model cards. There eps is text such as '8/255', and name the
+  title of a paper.
 
   Args:
     result: of the evaluation.
@@ -103,9 +112,11 @@ def as_json(
     about: further entries, such as 'weights_sha256', 'link' or 'architecture'.
 
   Returns:
-    'name', 'dataset', 'norm', 'eps', 'clean_acc' and 'autoattack_acc' (in
-    percent, as text), as RobustBench has them, and 'num_examples', intervals,
-    'attacks', 'warnings' and 'judged'.
+    These keys, with accuracies in percent as text; 'norm', 'num_examples',
+    intervals, 'attacks', 'warnings' and 'judged'; and `about`.
+
+  Raises:
+    ValueError: if `about` has one of the other keys.
   """
   count = len(result.robust)
 
@@ -113,7 +124,7 @@ def as_json(
     return [100 * bound for bound in confidence_interval(
         int(hits.sum()), count)]
 
-  return {
+  found = {
       'name': name, 'dataset': dataset, 'norm': threat.norm,
       'eps': float(threat.epsilon),
       'clean_acc': f'{100 * result.natural_accuracy:.2f}',
@@ -128,5 +139,7 @@ def as_json(
            'seconds': report.seconds} for report in result.attacks],
       'warnings': [warning.message for warning in result.warnings],
       'judged': {key: list(value) if isinstance(value, tuple) else value
-                 for key, value in result.judged._asdict().items()},
-      **(about or {})}
+                 for key, value in result.judged._asdict().items()}}
+  if taken := sorted(found.keys() & (about or {}).keys()):
+    raise ValueError(f'about must not have the keys {", ".join(taken)}.')
+  return found | dict(about or {})

@@ -124,7 +124,8 @@ def make(
       slots.batch_sizes(factor * batch_size // num_streams, num_devices)
       for factor in (1, 1 if loops.unrolls() else _FORWARD_BATCH))
   identity = ''
-  if any((options.progress, options.done, options.share, options.store)):
+  if any((options.progress, options.done, options.share)) or (
+      options.store is not None):
     settings = {
         'eot_samples': options.eot_samples, 'batch_size': batch_size,
         'attack_precision': options.attack_precision}

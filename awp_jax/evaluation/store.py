@@ -6,8 +6,10 @@
   folder/<16 digits of the identity>/00000.npz    a `BatchResult`, as arrays
   ...
 
-The identity covers everything that a record depends on, so evaluations of
-several models, or with other settings, share a folder without harm.
+The identity covers everything that a record depends on but the code of attacks:
+key, model, weights, images, labels, threat model, settings, batch size and
+versions. Evaluations of several models, or with other settings, share a folder
+without harm. Use another folder after editing an attack of your own.
 """
 
 from collections.abc import Callable, Sequence
@@ -105,7 +107,7 @@ class _Replacing:
       self._partial.unlink(missing_ok=True)
 
 
-class Lines:
+class ProgressPrinter:
   """Prints a line after each group: attack, survivors, seconds."""
 
   def __init__(self, num_correct: int, num_examples: int) -> None:
@@ -158,6 +160,8 @@ def open_store(
   """
   if options.store is None:
     return None
+  if not str(options.store):
+    raise ValueError("store must be the path of a folder, got ''.")
   if options.share is not None:
     raise ValueError(
         'store is for one process: with share, every process needs the same '
@@ -196,7 +200,7 @@ def reporting(
         record for record in stored.read()
         if (record.attack, record.indices.tobytes()) not in known)
   if options.verbose:
-    lines = Lines(int(correct.sum()), len(correct))
+    lines = ProgressPrinter(int(correct.sum()), len(correct))
     lines.take(done)
     calls.append(lines)
   if options.progress is not None:

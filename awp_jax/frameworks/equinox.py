@@ -26,7 +26,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from awp_jax.frameworks.functions import Functions
+from awp_jax.frameworks.functions import ModelFunctions
 from awp_jax.perturbation import perturbed_step
 from awp_jax.perturbation.base import Method, MethodState
 from awp_jax.perturbation.leaves import Mask, is_weight
@@ -115,7 +115,8 @@ def awp_value_and_grad(
   return value_and_grad
 
 
-def as_functions(model: Any, state: eqx.nn.State | None = None) -> Functions:
+def as_functions(
+    model: Any, state: eqx.nn.State | None = None) -> ModelFunctions:
   """A module as parameters, running statistics and a forward function.
 
   For `TrainState.create`, whose `train_step` attacks inputs and perturbs
@@ -128,7 +129,9 @@ def as_functions(model: Any, state: eqx.nn.State | None = None) -> Functions:
       `model(x, state)`, and with `key=` if its `__call__` has this argument.
       In eval mode it is `eqx.nn.inference_mode(model)`.
     state: the state from `eqx.nn.make_with_state`, for modules with running
-      statistics. Their `axis_name` must be 'batch'.
+      statistics. Their `axis_name` must be 'batch', and on several devices
+      `eqx.nn.BatchNorm` needs mode='batch'; its mode 'ema' fails under `pmap`.
+      Statistics are those of each device.
 
   Returns:
     The functions. `eqx.combine(state.params, model)` returns trained arrays to
@@ -160,4 +163,4 @@ def as_functions(model: Any, state: eqx.nn.State | None = None) -> Functions:
     return logits, (
         moved if state is None else eqx.filter(moved, eqx.is_array))
 
-  return Functions(forward_fn, params, statistics)
+  return ModelFunctions(forward_fn, params, statistics)

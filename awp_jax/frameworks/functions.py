@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from awp_jax.types import ForwardFn, Params
 
 
-class Functions(NamedTuple):
+class ModelFunctions(NamedTuple):
   """The arguments of `TrainState.create` that describe a model.
 
   Attributes:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 import jax
 
-from awp_jax.frameworks.functions import Functions
+from awp_jax.frameworks.functions import ModelFunctions
 from awp_jax.perturbation import perturbed_step
 from awp_jax.perturbation.base import Method, MethodState
 from awp_jax.perturbation.leaves import Mask, is_weight
@@ -141,9 +141,9 @@ def awp_value_and_grad(
     axis_name: str | None = None, wrt: Any = nnx.Param) -> Callable[..., Any]:
   """`nnx.value_and_grad` at the adversarially perturbed weights w + v.
 
-  A drop-in replacement for `nnx.value_and_grad(loss_fn, has_aux=has_aux)`, also
-  inside `nnx.jit`: the returned function takes the same arguments and returns
-  the same structure.
+  A drop-in replacement for `nnx.value_and_grad(loss_fn, has_aux=has_aux)` of a
+  loss whose first argument is a module, also inside `nnx.jit`: the returned
+  function takes the same arguments and returns the same structure.
 
   Args:
     loss_fn: `loss_fn(model, *args, **kwargs)` -> scalar, or (scalar, aux); see
@@ -179,7 +179,7 @@ def awp_value_and_grad(
 _TEMPORARY = nnx.Any(nnx.RngState, nnx.Intermediate)
 
 
-def as_functions(model: nnx.Module) -> Functions:
+def as_functions(model: nnx.Module) -> ModelFunctions:
   """A module as parameters, running statistics and a forward function.
 
   For `TrainState.create`, whose `train_step` attacks inputs and perturbs
@@ -222,7 +222,7 @@ def as_functions(model: nnx.Module) -> Functions:
     return logits, nnx.state(
         network, nnx.Not(nnx.Any(nnx.Param, _TEMPORARY)))
 
-  return Functions(forward_fn, params, batch_stats)
+  return ModelFunctions(forward_fn, params, batch_stats)
 
 
 def _seeded(keys: Any, key: Array) -> Any:

@@ -12,7 +12,7 @@ curve cannot rise:
   >>> curve = robust_curve(
   ...     jax.random.key(0), logits_fn, images, jnp.array([0, 0]), 'Linf',
   ...     (0.1, 0.2, 0.3), attacks=('apgd-ce',))
-  >>> print(curve.robust_accuracy, curve.smallest)
+  >>> print(curve.robust_accuracy, curve.smallest_epsilon)
   [0.5 0.5 0. ] [0.3 0.1]
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 
 from awp_jax.attacks import autoattack
 from awp_jax.core import checks
+from awp_jax.evaluation import arguments
 from awp_jax.evaluation.arguments import EvalOptions
 from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.evaluation.results import AttackResult, confidence_interval
@@ -39,8 +40,9 @@ class RobustCurve(NamedTuple):
     robust_accuracy: fractions of all examples, [E]; never rises.
     intervals: their 95 % confidence intervals, [E, 2].
     natural: which natural images are classified correctly, [N].
-    smallest: the smallest of the epsilons at which the example was broken, [N];
-      0 if its natural image is misclassified, infinity if none broke it.
+    smallest_epsilon: the smallest of the epsilons at which the example was
+      broken, [N]; 0 if its natural image is misclassified, infinity if it never
+      was.
     results: the evaluation at each epsilon, of the survivors of the previous
       one; None if there were none.
   """
@@ -49,7 +51,7 @@ class RobustCurve(NamedTuple):
   robust_accuracy: np.ndarray
   intervals: np.ndarray
   natural: np.ndarray
-  smallest: np.ndarray
+  smallest_epsilon: np.ndarray
   results: tuple[AttackResult | None, ...]
 
 
@@ -75,12 +77,13 @@ def robust_curve(
       is. The model is checked once.
 
   Returns:
-    The curve. `smallest` is an upper bound of the distance to the nearest
-    misclassified point; `minimal_perturbations` bounds it more tightly.
+    The curve. `smallest_epsilon` is an upper bound of the distance to the
+    nearest misclassified point. `minimal_perturbations` searches that point
+    directly; either bound may be the smaller one.
 
   Raises:
     ValueError: if the epsilons are not positive and rising, for unsupported
-      options, or as `auto_attack`.
+      options, or as `auto_attack`; before anything is compiled.
   """
   options = EvalOptions() if options is None else options
   if options.done or options.share:
@@ -93,6 +96,9 @@ def robust_curve(
   if not radii or sorted(set(radii)) != radii:
     raise ValueError(f'epsilons must rise, got {tuple(epsilons)}.')
   images, labels = np.asanyarray(images), np.asarray(labels)
+  arguments.check_model_inputs(
+      logits_fn, images, labels, ThreatModel(norm, radii[-1], lower, upper),
+      options.takes_key)
   remaining = np.arange(len(labels))
   found: list[AttackResult | None] = []
   smallest, natural = np.full(len(labels), np.inf), np.ones(len(labels), bool)
@@ -100,6 +106,9 @@ def robust_curve(
   for epsilon in radii:
     result = None
     if remaining.size:
+      if options.verbose:
+        print(f'epsilon {epsilon:g}, {remaining.size} of {len(labels)} '
+              'examples left:', flush=True)
       result = autoattack.auto_attack(
           key, logits_fn, images[remaining], labels[remaining],
           ThreatModel(norm, epsilon, lower, upper), attacks=attacks,
@@ -108,7 +117,9 @@ def robust_curve(
       if not found:
         natural = result.natural
         smallest[~natural] = 0
-      smallest[remaining[result.natural & ~result.robust]] = epsilon
+      # A randomized model may misclassify the natural image only now.
+      broken = remaining[~result.robust]
+      smallest[broken[natural[broken]]] = epsilon
       remaining = remaining[result.robust]
     found.append(result)
     accuracies.append(remaining.size / len(labels))

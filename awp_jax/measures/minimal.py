@@ -159,22 +159,23 @@ def minimal_perturbations(
   """
   images, labels = np.asanyarray(images), np.asarray(labels)
   checks.one_of('norm', norm, NORMS)
+  if not lower < upper:
+    raise ValueError(
+        f'lower must be below upper, got {lower!r} and {upper!r}.')
   size = int(np.prod(images.shape[1:]))
   # Twice the diameter: nothing in the box is outside the ball by rounding.
   threat = ThreatModel(
       norm, 2 * _diameter(norm, size, upper - lower), lower, upper)
-  arguments.check_images(images, threat)
+  num_classes = arguments.check_model_inputs(
+      logits_fn, images, labels, threat)
   images = images.astype(np.result_type(images.dtype, np.float32), copy=False)
-  with jax.default_matmul_precision(VERDICT_PRECISION):
-    traced = arguments.trace_model(logits_fn, images, False)
-  arguments.check_labels(labels, len(images), traced.num_classes)
   if batch_size is None:
     batch_size = _BATCH if loops.unrolls() else _LARGE_BATCH
   checks.count('batch_size', batch_size)
   spec = fab_spec(
       'fab', targeted=targeted, num_steps=num_steps, num_targets=num_targets)
   model = make_model(
-      logits_fn, traced.num_classes, takes_key=False,
+      logits_fn, num_classes, takes_key=False,
       precision=VERDICT_PRECISION, devices=None)
   attack = spec.build(model, threat)
   batch_size = min(batch_size, len(images))

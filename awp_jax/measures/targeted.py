@@ -23,7 +23,6 @@ import dataclasses
 from typing import NamedTuple
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,7 +30,6 @@ from awp_jax.attacks import autoattack
 from awp_jax.evaluation import arguments
 from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.evaluation.results import AttackResult, RobustnessWarning
-from awp_jax.evaluation.setting import VERDICT_PRECISION
 from awp_jax.threat import ThreatModel
 from awp_jax.types import Array
 
@@ -42,7 +40,7 @@ class TargetedResult(NamedTuple):
   Attributes:
     success: whether an attack reached the target class, or the natural image is
       already there, [N].
-    natural: whether the natural image is classified as the target, [N].
+    natural_success: whether the natural image is classified as the target, [N].
     success_rate: the fraction in `success`.
     adversarial: [N, ...]; the natural image where no attack succeeded, and None
       without `EvalOptions.keep_images`.
@@ -51,7 +49,7 @@ class TargetedResult(NamedTuple):
   """
 
   success: np.ndarray
-  natural: np.ndarray
+  natural_success: np.ndarray
   success_rate: float
   adversarial: np.ndarray | None
   results: dict[int, AttackResult]
@@ -103,11 +101,8 @@ def targeted_attack(
         'targeted_attack supports neither EvalOptions.done nor share; '
         'EvalOptions.store resumes it.')
   images, targets = np.asanyarray(images), np.asarray(targets)
-  arguments.check_images(images, threat)
-  with jax.default_matmul_precision(VERDICT_PRECISION):
-    classes = arguments.trace_model(
-        logits_fn, images, options.takes_key).num_classes
-  arguments.check_labels(targets, len(images), classes, name='targets')
+  arguments.check_model_inputs(
+      logits_fn, images, targets, threat, options.takes_key, 'targets')
   success = np.zeros(len(targets), bool)
   natural = np.zeros(len(targets), bool)
   adversarial = images.copy() if options.keep_images else None

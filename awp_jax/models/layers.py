@@ -61,8 +61,8 @@ class Parts:
   def conv(self, features: int, size: int, stride: int, name: str) -> nn.Conv:
     """A convolution without bias, padded by size // 2 on each side.
 
-    With the padding 'after' and a stride, it is padded by size - 2 after the
-    image alone.
+    With the padding 'after' and stride 2, it is padded by (0, size - 2), which
+    is 'SAME' for images of even size.
     """
     # Explicit padding: 'SAME' pads an even image differently at stride 2.
     pad: Any = size // 2

@@ -26,7 +26,7 @@ SHORTCUTS: dict[str, tuple[str, int]] = {
 
 
 class PreActBlock(nn.Module):
-  """Two 3x3 convolutions; the shortcut projects the normalized input."""
+  """Two 3x3 convolutions; the shortcut projects if shapes differ."""
 
   planes: int
   stride: int

@@ -68,6 +68,8 @@ class ResNet(nn.Module):
     param_dtype: type of the parameters and running statistics.
     axis_name: mapped axis over which batch statistics are averaged in train
       mode, which then needs this axis; None means per-device statistics.
+    remat: whether a backward pass recomputes the activations inside each block
+      instead of storing them. The results are the same.
   """
 
   num_classes: int
@@ -79,6 +81,7 @@ class ResNet(nn.Module):
   dtype: Any = None
   param_dtype: Any = jnp.float32
   axis_name: str | None = None
+  remat: bool = False
 
   def __post_init__(self) -> None:
     if self.depth not in DEPTHS:
@@ -106,10 +109,11 @@ class ResNet(nn.Module):
         axis_name=self.axis_name)
     x = layers.normalize_pixels(x, self.mean, self.std, self.dtype)
     x = parts.activate(parts.conv(self.width, 3, 1, 'conv1')(x), train, 'bn1')
+    block = layers.rematerialized(ResNetBlock) if self.remat else ResNetBlock
     for stage, num_blocks in enumerate(blocks):
       for i in range(num_blocks):
         stride = 2 if stage > 0 and i == 0 else 1
-        x = ResNetBlock(
+        x = block(
             self.width * 2 ** stage, stride, parts, is_bottleneck,
             name=f'layer{stage + 1}_{i}')(x, train)
     x = jnp.mean(x, axis=(1, 2))

@@ -146,13 +146,14 @@ def _attack_inputs(
     logits, batch_stats = run(x_adv, batch_stats)
     return attack_loss(logits, natural, labels), batch_stats
 
-  x_adv, moved = (attack.algorithm or pgd_lib.pgd_with_state)(
+  found = (attack.algorithm or pgd_lib.pgd_with_state)(
       attack_key, loss_fn, batch_stats, images, threat,
       step_size=attack.step_size, num_steps=attack.num_steps, start=start,
       restarts=attack.restarts,
       gradient_floor=objective.gradient_floor * batch_size)
   if attack.algorithm is not None:
-    x_adv = _inside(x_adv, images, threat)
+    found = _checked(found, images, threat)
+  x_adv, moved = found
   if train and attack.restarts == 1:
     # The published attack ends with a forward pass that compares the losses of
     # its restarts, even if there is only one.
@@ -160,15 +161,20 @@ def _attack_inputs(
   return x_adv, moved
 
 
-def _inside(x_adv: Array, images: Array, threat: ThreatModel) -> Array:
+def _checked(
+    found: Any, images: Array, threat: ThreatModel) -> tuple[Array, Any]:
   """The result of an attack of the caller, projected into the threat model."""
-  if jnp.shape(x_adv) != images.shape:
+  is_pair = isinstance(found, tuple) and len(found) == 2
+  if not is_pair or jnp.shape(found[0]) != images.shape:
+    got = (f'inputs of shape {jnp.shape(found[0])}' if is_pair
+           else type(found).__name__)
     raise ValueError(
         'attack.algorithm must return (inputs, state) with inputs of shape '
-        f'{images.shape}, got shape {jnp.shape(x_adv)}.')
+        f'{images.shape}, got {got}.')
+  x_adv, state = found
   # No gradient: the weights are perturbed and trained at fixed inputs.
   return jax.lax.stop_gradient(
-      threat.project(x_adv.astype(images.dtype), images))
+      threat.project(x_adv.astype(images.dtype), images)), state
 
 
 def _attack_fn(
@@ -206,6 +212,10 @@ def _check(
   checks.count('alternations', alternations)
   checks.count('accumulate', accumulate)
   checks.one_of('mode', attack.mode or objective.attack_mode, MODES)
+  if attack.algorithm is not None and not callable(attack.algorithm):
+    raise TypeError(
+        'attack.algorithm must be a function like pgd_with_state, or None, got '
+        f'{attack.algorithm!r}.')
   if perturbation is not None and not isinstance(perturbation, Method):
     raise TypeError(
         'perturbation must be a Method, such as awp_jax.methods.awp(0.01), or '

@@ -12,10 +12,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.name = 'my_network:Net'
   config.model.kwargs.hidden = 16
   config.objective = 'my_loss:half_natural'
-  config.weight_perturbation = 'my_perturbation:in_convolutions(gamma=0.02)'
+  config.weight_perturbation = 'my_perturbation:in_convolutions'
+  config.awp.gamma = 0.02  # passed to it
   config.evaluation.attacks = ('pgd-20', 'my_attack:corner', 'aa-standard')
 
-  # Fields of your own. Parts get the whole config as an argument `config`.
+  # Fields of your own, for parts with an argument `config`.
   config.user.natural_weight = 0.5
 
   config.threat.epsilon = 0.06

@@ -89,7 +89,16 @@ def _method(config: ml_collections.ConfigDict) -> awp_jax.Method:
   """
   name, options = named.parse_call(config.weight_perturbation)
   if named.is_external(name):
-    return _made(config, 'weight_perturbation', awp_jax.Method, {})
+    for option in ('gamma', 'num_steps', 'update_at'):
+      if option in options and config.awp[option] != (
+          base.get_config().awp[option]):
+        raise UserError(
+            f'{option} is set in weight_perturbation='
+            f'{config.weight_perturbation!r} and by awp.{option}='
+            f'{config.awp[option]!r}.')
+    return _made(config, 'weight_perturbation', awp_jax.Method, {
+        'gamma': config.awp.gamma, 'num_steps': config.awp.num_steps,
+        'update_at': config.awp.update_at})
   if name == 'awp':
     awp = config.awp
     if options and 'gamma' not in options and not awp.gamma:

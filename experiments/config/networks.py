@@ -17,7 +17,7 @@ import ml_collections
 
 from awp_jax import models
 from awp_jax.frameworks import nnx as nnx_frameworks
-from awp_jax.frameworks.functions import Functions
+from awp_jax.frameworks.functions import ModelFunctions
 from awp_jax.perturbation.leaves import leaf_paths
 from awp_jax.types import Array
 from experiments.data import datasets
@@ -25,7 +25,7 @@ from experiments.parallel import mapping
 from experiments.util import named
 from experiments.util.errors import UserError, user_errors
 
-MODELS = ('preact_resnet', 'wide_resnet')
+MODELS = ('preact_resnet', 'resnet', 'wide_resnet')
 
 #: Fields of the group `model` that only our networks have.
 _OURS = ('depth', 'width', 'activation')
@@ -131,7 +131,7 @@ class Network:
     return (logits, {'batch_stats': _to_dict(moved)}) if mutable else logits
 
 
-def _functions(module: Any) -> Functions:
+def _functions(module: Any) -> ModelFunctions:
   """An nnx or Equinox module as functions."""
   if isinstance(module, nnx.Module):
     return nnx_frameworks.as_functions(module)
@@ -187,7 +187,7 @@ def build(
         f'model.kwargs are for networks of other packages, not for '
         f'{config.model.name!r}, got {config.model.kwargs.to_dict()}.')
   make: Any = {
-      'preact_resnet': models.PreActResNet,
+      'preact_resnet': models.PreActResNet, 'resnet': models.ResNet,
       'wide_resnet': models.WideResNet}[config.model.name]
   scale = (dataset.mean, dataset.std) if config.model.normalize else (
       (0.0,), (1.0,))
@@ -261,10 +261,12 @@ def _external(
   if not config.model.normalize:
     scale = (0.0,), (1.0,)
   own = named.takes(found, 'mean') and named.takes(found, 'std')
-  offered = {
+  # A parameter of only one of these names means something else.
+  offered: dict[str, Any] = (
+      {'mean': scale[0], 'std': scale[1]} if own else {})
+  offered |= {
       'num_classes': dataset.num_classes,
       'image_shape': tuple(dataset.x_train.shape[1:]),
-      'mean': scale[0], 'std': scale[1],
       'axis_name': mapping.AXIS if config.model.sync_batch_norm else None,
       'remat': config.model.remat,
       'config': ml_collections.FrozenConfigDict(config)}
@@ -284,12 +286,17 @@ def _external(
   network = Network(
       make_fn, (name, repr(sorted(options.items())), repr(offered)), settings,
       scale if config.model.normalize and not own else None)
-  _check_logits(network, name, dataset)
+  if network.filter_axis == 0 and config.model.sync_batch_norm:
+    raise UserError(
+        f'model.sync_batch_norm=True is not for Equinox, got {name!r}: its '
+        'layers average over the images of a device.')
+  _check_logits(network, name, dataset, config.model.sync_batch_norm)
   return network
 
 
 def _check_logits(
-    network: Network, name: str, dataset: datasets.Dataset) -> None:
+    network: Network, name: str, dataset: datasets.Dataset, is_synced: bool
+) -> None:
   """Traces both modes; raises UserError unless there are logits [B, C]."""
   images = jax.ShapeDtypeStruct(
       (2, *dataset.x_train.shape[1:]), jnp.float32)
@@ -303,14 +310,11 @@ def _check_logits(
             rngs={'dropout': key})[0], variables, images, key),
               jax.eval_shape(functools.partial(network.apply, train=False),
                              variables, images)]
-  except NameError as error:
-    # An unbound axis: synchronized statistics, known only when it is mapped.
-    if 'unbound axis' not in str(error):
-      raise
-    return
   except UserError:
     raise
   except Exception as error:
+    if is_synced and 'unbound axis' in str(error):
+      return  # of the devices, which exists only where the step is mapped
     raise UserError(
         f'model.name={name!r}: a pass over images of shape {images.shape} '
         f'failed with {type(error).__name__}: {error} (--debug shows the '

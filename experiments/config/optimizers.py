@@ -161,13 +161,16 @@ def _external(
   """The optimizer of another package that the config names."""
   text, optimizer = config.optimizer.name, config.optimizer
   name, options = named.parse_call(text, 'optimizer.name')
+  defaults = base.get_config().optimizer
+  # Unless they were changed, those of the optimizer itself apply.
+  changed = {field: optimizer[field] for field in ('momentum', 'nesterov', 'b2')
+             if optimizer[field] != defaults[field]}
   made = named.call(
       'optimizer.name', named.load('optimizer.name', name), name,
       options=options, offered={
-          'learning_rate': rate, 'momentum': optimizer.momentum,
-          'nesterov': optimizer.nesterov, 'b2': optimizer.b2,
-          'weight_decay': optimizer.weight_decay, 'mask': mask,
-          'config': ml_collections.FrozenConfigDict(config)})
+          'learning_rate': rate, 'weight_decay': optimizer.weight_decay,
+          'mask': mask, 'config': ml_collections.FrozenConfigDict(config),
+          **changed})
   if not (hasattr(made, 'init') and hasattr(made, 'update')):
     raise UserError(
         f'optimizer.name={text!r} must return an optax optimizer, got '
@@ -183,8 +186,8 @@ def build_optimizer(
   Clipping is applied to the gradient of the loss. Then l1 sign(w) is added for
   weights and, for SGD, wd w. AdamW's decay is decoupled: rate * wd w. All are
   computed at the parameters set by `awp.update_at`. An optimizer of another
-  package gets the schedule, and those of `momentum`, `nesterov`, `b2`,
-  `weight_decay` and `mask` that it takes.
+  package gets the schedule, those of `weight_decay` and `mask` that it takes,
+  and of `momentum`, `nesterov` and `b2` those that the config changes.
 
   Args:
     config: a config with the fields of `experiments/configs/base.py`.

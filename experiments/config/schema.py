@@ -10,7 +10,7 @@ import ml_collections
 from experiments.util.errors import UserError
 
 #: Groups whose fields a config file may choose freely.
-FREE = ('user.', 'model.kwargs.')
+USER_GROUPS = ('user.', 'model.kwargs.')
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -21,8 +21,8 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def is_free(name: str) -> bool:
-  """Whether a field is in one of the groups `FREE`."""
-  return name.startswith(FREE)
+  """Whether a field is in one of the groups `USER_GROUPS`."""
+  return name.startswith(USER_GROUPS)
 
 
 def unknown(name: str, known: Iterable[str]) -> str:
@@ -45,7 +45,7 @@ def check(
 ) -> None:
   """Raises UserError unless `config` has the fields of `known`.
 
-  It may have more in the groups `FREE`, with plain values.
+  It may have more in the groups `USER_GROUPS`, with plain values.
   """
   wanted, given = flatten(known), flatten(config)
   for name, value in given.items():
@@ -63,7 +63,7 @@ def check(
 
 
 def update(config: ml_collections.ConfigDict, values: dict[str, Any]) -> None:
-  """Sets fields by dotted name; those in `FREE` are created if absent.
+  """Sets fields by dotted name; those in `USER_GROUPS` are created if absent.
 
   Raises:
     TypeError: for a value of another type than the field's.

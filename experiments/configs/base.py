@@ -55,12 +55,12 @@ def _add_data(config: ml_collections.ConfigDict) -> None:
 
 def _add_model(config: ml_collections.ConfigDict) -> None:
   config.model = ml_collections.ConfigDict({
-      # preact_resnet, wide_resnet, or a linen, nnx or Equinox module of yours,
-      # my_package.module:Net, with options in parentheses or as fields of
-      # model.kwargs in your config file.
+      # preact_resnet, resnet, wide_resnet, or a linen, nnx or Equinox module of
+      # yours, my_package.module:Net, with options in parentheses or as fields
+      # of model.kwargs in your config file.
       'name': 'preact_resnet',
       'kwargs': ml_collections.ConfigDict(),
-      'depth': 18,  # 10, 18, 34, 50; wide: 6 n + 4
+      'depth': 18,  # 10, 18, 34, 50; wide: 6 n + 4; resnet: 18 to 152
       'width': 64,  # channels of the first stage; wide: the widening factor
       'activation': 'relu',  # relu, silu
       'normalize': True,  # pixels, by the data set's mean and std

@@ -108,7 +108,9 @@ def _external(text: str, config: ml_collections.ConfigDict) -> AttackSpec:
     raise UserError(
         f'{field}: {text!r} must return an awp_jax.AttackSpec, got '
         f'{type(made).__name__}.')
-  return made
+  # Records of another version of the code are not taken over.
+  return made if made.settings is None else made._replace(settings={
+      **made.settings, 'source': named.digest(named.load(field, name))})
 
 
 def load_test_set(run: run_lib.Run) -> tuple[np.ndarray, np.ndarray]:
@@ -269,10 +271,9 @@ def _facts(
   size and versions are included because the library rejects records of others.
   """
   source = {}
-  if named.is_external(name):  # another version of the attack starts anew
-    function, _ = named.parse_call(name, 'evaluation.attacks')
-    source = {'attack_source': named.digest(
-        named.load('evaluation.attacks', function))}
+  if named.is_external(name):  # its settings hold the digest of its code
+    (spec,) = make_specs(name, run.config)
+    source = {'attack_source': (spec.settings or {}).get('source')}
   return model.facts | source | {
       'evaluation': name, 'threat': run.config.threat.to_dict(),
       'step_size': run.config.eval.step_size, 'seed': run.config.seed,

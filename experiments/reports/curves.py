@@ -144,7 +144,7 @@ def plot_varied(
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
   panels = (('robust accuracy, %', (('best', 'best', '-'),
                                     ('final', 'last', '--'))),
-            ('robust generalisation gap, points', (('gap', '', '-'),)))
+            ('robust generalization gap, points', (('gap', '', '-'),)))
   for axis, (label, drawn) in zip(axes, panels, strict=True):
     for number, (name, points) in enumerate(series.items()):
       for key, heading, style in drawn:

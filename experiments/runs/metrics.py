@@ -19,7 +19,7 @@ Lines = Sequence[dict[str, Any]]
 
 
 class MetricsLog:
-  """Writes a line per epoch to `metrics.jsonl`, per look to `steps.jsonl`.
+  """Writes `metrics.jsonl`, a line per epoch, and `steps.jsonl`.
 
   Both go to the run's writers as well. Of several processes the main one
   writes, and all hold the lines of epochs.
@@ -52,7 +52,7 @@ class MetricsLog:
       if steps or self._steps.exists():
         _rewrite(self._steps, steps)
       self._writers = writers.open_all(
-          names, workdir, config or {}, completed_epochs)
+          names, workdir, config or {}, completed_epochs, completed_steps)
 
   def append(self, line: dict[str, Any]) -> None:
     """Adds the line of an epoch; on disk before this returns."""

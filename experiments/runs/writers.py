@@ -18,7 +18,7 @@ from experiments.util.errors import UserError
 
 
 class Writer(Protocol):
-  """Receives metrics; made by a function of (workdir, name, config, epoch)."""
+  """Receives metrics; `open_all` says how it is made."""
 
   def epoch(self, line: Mapping[str, Any]) -> None:
     """Takes the line of an epoch; line['epoch'] counts from 1."""
@@ -41,40 +41,66 @@ def scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-  """TensorBoard events; those for a bucket are written locally and copied."""
+  """TensorBoard events: of epochs in `tensorboard`, of steps below it.
+
+  A resumed run replaces later events, which TensorBoard does for all events of
+  a folder, so epochs and steps need separate ones.
+  """
 
   def __init__(
       self, workdir: paths.Path, name: str, config: Mapping[str, Any],
-      epoch: int) -> None:
-    """Opens an event file that replaces the events of later epochs.
+      epoch: int, step: int) -> None:
+    """Opens event files that replace the events of later epochs and steps.
 
     Args:
       workdir: the run's folder.
       name: of the run; not used.
       config: its fields; not used.
       epoch: number of completed epochs.
+      step: number of completed steps.
     """
     del name, config
-    import tensorboardX  # which imports PyTorch, if that is installed
-
-    self._folder = workdir / 'tensorboard'
-    self._local = (
-        tempfile.TemporaryDirectory() if paths.is_bucket(workdir) else None)
-    self._writer = tensorboardX.SummaryWriter(
-        str(self._local.name if self._local else self._folder),
-        purge_step=epoch + 1)
+    folder = workdir / 'tensorboard'
+    self._epochs = _Events(folder, epoch + 1)
+    self._steps = _Events(folder / 'steps', step + 1)
 
   def epoch(self, line: Mapping[str, Any]) -> None:
     """Adds the numbers of an epoch."""
-    for name, value in scalars(line).items():
-      self._writer.add_scalar(name, value, line['epoch'])
-    self._writer.flush()
-    self._copy()
+    self._epochs.add(scalars(line), line['epoch'])
+    self._epochs.flush()
+    self._steps.flush()
 
   def step(self, line: Mapping[str, Any]) -> None:
     """Adds the numbers of steps, under 'step/'."""
-    for name, value in scalars(line).items():
-      self._writer.add_scalar(f'step/{name}', value, line['step'])
+    self._steps.add({
+        f'step/{name}': value for name, value in scalars(line).items()},
+        line['step'])
+
+  def close(self) -> None:
+    """Writes what is left and closes the files."""
+    self._epochs.close()
+    self._steps.close()
+
+
+class _Events:
+  """One event file; that of a bucket is written locally and copied."""
+
+  def __init__(self, folder: paths.Path, purge_step: int) -> None:
+    import tensorboardX  # which imports PyTorch, if that is installed
+
+    self._folder = folder
+    self._local = (
+        tempfile.TemporaryDirectory() if paths.is_bucket(folder) else None)
+    self._writer = tensorboardX.SummaryWriter(
+        str(self._local.name if self._local else folder), purge_step=purge_step)
+
+  def add(self, values: Mapping[str, float], step: int) -> None:
+    for name, value in values.items():
+      self._writer.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    self._writer.flush()
+    self._copy()
 
   def _copy(self) -> None:
     if self._local:
@@ -83,7 +109,6 @@ class TensorBoard:
           copy.write(file.read_bytes())
 
   def close(self) -> None:
-    """Writes what is left and closes the file."""
     self._writer.close()
     self._copy()
     if self._local:
@@ -98,7 +123,7 @@ class WeightsAndBiases:
 
   def __init__(
       self, workdir: paths.Path, name: str, config: Mapping[str, Any],
-      epoch: int) -> None:
+      epoch: int, step: int) -> None:
     """Starts or resumes the run.
 
     Args:
@@ -106,8 +131,9 @@ class WeightsAndBiases:
       name: of the run.
       config: its fields.
       epoch: number of completed epochs; not used.
+      step: number of completed steps; not used.
     """
-    del epoch
+    del epoch, step
     wandb: Any = importlib.import_module('wandb')
     path = workdir / 'wandb.json'
     stored = json.loads(path.read_text())['id'] if path.exists() else None
@@ -147,7 +173,7 @@ class MLflow:
 
   def __init__(
       self, workdir: paths.Path, name: str, config: Mapping[str, Any],
-      epoch: int) -> None:
+      epoch: int, step: int) -> None:
     """Starts or resumes the run.
 
     Args:
@@ -155,8 +181,9 @@ class MLflow:
       name: of the run.
       config: its fields.
       epoch: number of completed epochs; not used.
+      step: number of completed steps; not used.
     """
-    del epoch
+    del epoch, step
     mlflow: Any = importlib.import_module('mlflow')
     place = os.environ.get('MLFLOW_TRACKING_URI') or (
         f'sqlite:///{pathlib.Path(str(workdir)).absolute().parent}/mlflow.db')
@@ -219,16 +246,17 @@ def check(names: Sequence[str]) -> None:
 
 def open_all(
     names: Sequence[str], workdir: paths.Path, config: Mapping[str, Any],
-    epoch: int) -> list[Writer]:
+    epoch: int, step: int) -> list[Writer]:
   """Opens writers of a run.
 
   Args:
     names: of `WRITERS`, or 'package.module:Writer' with options in parentheses:
       a class or function that is called with those of `workdir`, `name`,
-      `config` and `epoch` that it takes, and returns a `Writer`.
+      `config`, `epoch` and `step` that it takes, and returns a `Writer`.
     workdir: the run's folder.
     config: its fields by dotted name.
     epoch: number of completed epochs.
+    step: number of completed steps.
 
   Returns:
     The writers.
@@ -241,7 +269,7 @@ def open_all(
   for name in names:
     offered: dict[str, Any] = {
         'workdir': workdir, 'name': workdir.name, 'config': config,
-        'epoch': epoch}
+        'epoch': epoch, 'step': step}
     if named.is_external(name):
       call, options = named.parse_call(name, 'loggers')
       opened.append(named.call(

@@ -74,7 +74,7 @@ def read(workdir: paths.Path, name: str) -> Record:
           f'--config.seed={parsed.seed}.')
     for field, value in runner.parse_flags(
         runner.flags_of(parsed.varied)).items():
-      if config.get(field) != value:
+      if not runner.is_same(field, value, config.get(field)):
         raise UserError(
             f'{workdir / name} must hold a run with {field}={value!r}, as its '
             f'name says, got {config.get(field)!r}: rename it.')

@@ -69,7 +69,7 @@ def check_overrides(
     for name, value in given.items():
       if name in workdirs.FREE_FIELDS or name.startswith(workdirs.FREE_GROUPS):
         continue
-      if stored.get(name) != value:
+      if not is_same(name, value, stored.get(name)):
         raise UserError(
             f'{str(workdir / job.name)!r} holds a run with '
             f'{name}={stored.get(name)!r}, not {value!r}; choose another '
@@ -111,7 +111,8 @@ def parse_flags(overrides: Sequence[str]) -> dict[str, Any]:
       counts.
 
   Returns:
-    The values by dotted name.
+    The values by dotted name; in the groups `schema.USER_GROUPS` as text, since
+    only the config file has their types.
 
   Raises:
     UserError: for an unknown field or a value of another type.
@@ -120,7 +121,7 @@ def parse_flags(overrides: Sequence[str]) -> dict[str, Any]:
   for override in overrides:
     name, mark, text = override.removeprefix('--config.').partition('=')
     if schema.is_free(name):  # its type is known to the config file only
-      found[name] = _literal(text)
+      found[name] = text
       continue
     if name not in known:
       raise UserError(schema.unknown(name, known))
@@ -135,12 +136,16 @@ def parse_flags(overrides: Sequence[str]) -> dict[str, Any]:
   return found
 
 
-def _literal(text: str) -> Any:
-  """A number, True, False, None or a tuple as JSON, else the text."""
+def is_same(field: str, value: Any, stored: Any) -> bool:
+  """Whether a value from `parse_flags` is that of a run's stored config."""
+  if not schema.is_free(field) or value == stored:
+    return bool(value == stored)
+  if isinstance(stored, bool):
+    return value.lower() in (('true', '1') if stored else ('false', '0'))
   try:
-    return json.loads(json.dumps(ast.literal_eval(text)))
+    return bool(json.loads(json.dumps(ast.literal_eval(value))) == stored)
   except (SyntaxError, TypeError, ValueError):
-    return text
+    return False
 
 
 class _Stop:

@@ -34,6 +34,8 @@ def collect(groups: Mapping[str, Sequence[Record]]) -> dict[str, Series]:
 def _series(field: str, runs: Sequence[Record]) -> Series:
   by_rest: dict[str, list[Record]] = {}
   for run in runs:
+    if field not in run.config:  # from before the field was added
+      continue
     rest = {name: value for name, value
             in records.result_fields(run.config).items() if name != field}
     by_rest.setdefault(json.dumps(rest, sort_keys=True), []).append(run)

@@ -116,7 +116,7 @@ class Loop:
   def look(self) -> dict[str, float]:
     """The means of the epoch so far, after the guard has checked them.
 
-    Means over the steps since the last look go to `steps.jsonl`.
+    Means over the steps since the last call go to `steps.jsonl`.
 
     Raises:
       Diverged: if a metric or the state is not finite.

@@ -91,17 +91,25 @@ def test_a_pytorch_file(tmp_path, capsys):
   write_state_dict(path, torch_exchange.to_torch(variables, model))
   assert evaluate_model.main([
       f'--torch={path}', DATA, f'--workdir={tmp_path}/run', '--version=fast',
-      '--epsilon=0.001', '--num_examples=4']) == 0
+      '--epsilon=1/1000', '--num_examples=4', '--mean=0.25', '--std=1/2']) == 0
   found = json.loads((tmp_path / 'run' / 'result.json').read_text())
   images, _, labels = logits_and_labels()
   logits = jax.jit(model.apply)(variables, images[:4])
   assert found['clean_acc'] == (
       f'{100 * np.mean(logits.argmax(1) == labels[:4]):.2f}')
-  assert found['mean'] == [0.25] and found['architecture'] == "'PreActResNet'"
+  assert found['mean'] == [0.25]
+  assert found['architecture'] == 'PreActResNet-10, width 2, relu'
+  assert found['eps'] == 0.001
   capsys.readouterr()
-  assert evaluate_model.main([
-      f'--torch={path}', '--dataset=digits', f'--workdir={tmp_path}/b']) == 2
-  assert 'classifies into 2 classes, digits has 10' in capsys.readouterr().err
+  for arguments, shown in (
+      (['--dataset=digits', '--mean=0', '--std=1'],
+       'classifies into 2 classes, digits has 10'),
+      ([DATA], 'does not hold the mean and standard deviation'),
+      ([DATA, '--mean=0'], "--std must be numbers like"),
+      ([DATA, '--mean=0', '--std=1/0'], "got '1/0'")):
+    assert evaluate_model.main([
+        f'--torch={path}', f'--workdir={tmp_path}/b', *arguments]) == 2
+    assert shown in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('arguments, shown', [
@@ -114,7 +122,12 @@ def test_a_pytorch_file(tmp_path, capsys):
     ([f'--model={PARTS}:linear', '--num_examples=25'], 'must be in 0..24'),
     ([f'--model={PARTS}:linear', '--num_examples=-1'], 'must be in 0..24'),
     ([f'--model={PARTS}:linear', '--batch_size=0'], '--batch_size must be'),
-    ([f'--model={PARTS}:linear', '--epsilons=a'], "like '0.01,0.02', got 'a'"),
+    ([f'--model={PARTS}:linear', '--epsilons=a'], "like '0.01,8/255', got 'a'"),
+    ([f'--model={PARTS}:linear', '--epsilons=0.2,0.1'], 'must be rising'),
+    ([f'--model={PARTS}:linear', '--epsilons=0,0.1'], 'must be rising'),
+    ([f'--model={PARTS}:linear', '--epsilon=1,2'], 'must be one number'),
+    ([f'--model={PARTS}:linear', '--norm=L2'], '--norm=L2 needs --epsilon'),
+    ([f'--model={PARTS}:linear(num_classes=1)'], 'logits'),
     ([f'--model={PARTS}:linear', '--version=rand'], 'for randomized models'),
     ([f'--model={PARTS}:linear', '--workdir=gs://a/b'], 'gs://a/b'),
     (['--torch=nowhere.pt'], 'nowhere.pt'),

@@ -72,6 +72,26 @@ def equinox_net(num_classes, image_shape, key, hidden=4, rate=0.1):
   return eqx.nn.make_with_state(Net)(key)
 
 
+def scaled_net(num_classes, std=0.02):
+  """Its std is not that of the pixels."""
+  assert std == 0.02
+  return LinenNet(num_classes)
+
+
+def synced_equinox_net(num_classes, image_shape, key, axis_name):
+  """Claims to synchronize its statistics."""
+  del axis_name
+  return equinox_net(num_classes, image_shape, key)
+
+
+def other_axis_net(num_classes, image_shape, key):
+  """Names the axis of its layers otherwise."""
+  net, state = equinox_net(num_classes, image_shape, key)
+  return eqx.tree_at(
+      lambda tree: tree.norm.axis_name, net, 'other',
+      is_leaf=lambda leaf: isinstance(leaf, str)), state
+
+
 def narrow_net(num_classes, width=2):
   """Takes a width, as our networks do."""
   return LinenNet(num_classes, width)

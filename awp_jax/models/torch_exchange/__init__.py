@@ -40,14 +40,19 @@ the same networks (not every file was tried):
   Kireev2021Effectiveness (`read_state_dict(path, key='last')`) and
   Addepalli2021Towards_PARN18.
 
+These have other layouts, and the normalization of their RobustBench entries:
+
 * PreActResNet-18 of Andriushchenko2020Understanding and Wong2020Fast: no
   normalization before the classifier, and shortcuts of features that are not
-  normalized (`final_norm=False`, `shortcut='plain'`).
+  normalized (`final_norm=False`, `shortcut='plain'`); the means and standard
+  deviations of CIFAR-10 above.
 * DMWideResNet and DMPreActResNet (Gowal2020Uncovering, Gowal2021Improving,
   Rebuffi2021Fixing, Wang2023Better, ...): padded on one side at stride 2
-  (`padding='after'`), with SiLU.
-* ResNet-18 to -152 that normalize after convolutions (Sehwag2021Proxy_R18,
-  Engstrom2019Robustness, ...).
+  (`padding='after'`), with SiLU; the means and standard deviations of CIFAR-10
+  above, of CIFAR-100 (0.5071, 0.4865, 0.4409) and (0.2673, 0.2564, 0.2762).
+* ResNet-18 to -152 that normalize after convolutions: Sehwag2021Proxy_R18 (0
+  and 1), Engstrom2019Robustness (means of CIFAR-10, standard deviations
+  (0.2023, 0.1994, 0.2010)), ...
 
 Rejected, because names differ or a tensor is missing: Pang2020Boosting,
 ImageNet networks, and ensembles.

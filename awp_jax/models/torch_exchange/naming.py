@@ -64,8 +64,23 @@ _DEEPMIND_TOP = {
 
 
 def is_deepmind(model: Network) -> bool:
-  """Whether a model is one of DeepMind's code, with its names."""
-  return getattr(model, 'padding', '') == 'after'
+  """Whether a model is one of DeepMind's code, with its names.
+
+  Raises:
+    ValueError: for a PreActResNet that is like theirs in some ways only, which
+      has no names.
+  """
+  after = getattr(model, 'padding', '') == 'after'
+  if isinstance(model, PreActResNet):
+    theirs = after, model.shortcut == 'plain3'
+    if any(theirs) and not (
+        all(theirs) and model.final_norm and model.depth in (18, 34)):
+      raise ValueError(
+          "a PreActResNet has PyTorch names with padding='after' and "
+          "shortcut='plain3' of depth 18 or 34, or with neither, got "
+          f'padding={model.padding!r}, shortcut={model.shortcut!r}, depth '
+          f'{model.depth}.')
+  return after
 
 
 def _deepmind_modules(model: Network, modules: Sequence[str]) -> list[str]:

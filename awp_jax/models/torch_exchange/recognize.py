@@ -41,7 +41,7 @@ def _preact(shapes: Shapes, options: dict[str, Any]) -> Network:
   block = (preact_resnet.PreActBottleneck if 'layer1.0.conv3.weight' in shapes
            else preact_resnet.PreActBlock)
   if 'bn.weight' not in shapes:
-    options = {'final_norm': False, 'shortcut': 'plain', **options}
+    options = {'shortcut': 'plain', **options, 'final_norm': False}
   return PreActResNet(
       shapes['linear.weight'][0], depth=_preact_depth(block, blocks),
       width=shapes['layer1.0.conv1.weight'][0], **options)
@@ -91,17 +91,25 @@ def _deepmind(shapes: Shapes, options: dict[str, Any]) -> Network:
 
 def model_from_torch(
     state_dict: Mapping[str, Any], *, mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None) -> Network:
+    std: Sequence[float] | None = None, activation: str | None = None,
+    shortcut: str | None = None) -> Network:
   """Infers the network of a state dict from names and shapes.
 
-  They do not determine the activation: it is 'relu', as in the reference, and
-  'silu' for the networks of DeepMind's code, as in RobustBench. For another,
-  use `model.clone(activation='silu')`.
+  They do not determine the activation, nor what the shortcuts of a PreActResNet
+  project. By default these are those of the published robust networks; give
+  them for other networks, since a wrong one changes the logits without an
+  error.
 
   Args:
     state_dict: PyTorch names -> arrays.
     mean: pixel means by channel; None means those in the state dict, else 0.
     std: pixel standard deviations by channel; None likewise, else 1.
+    activation: 'relu' or 'silu'; None means 'relu', and 'silu' for the networks
+      of DeepMind's code, as in RobustBench.
+    shortcut: of a PreActResNet: 'normalized' or 'plain'. None means
+      'normalized', and 'plain' without a last normalization, as in
+      Wong2020Fast. pytorch-cifar's PreActResNet has no last normalization, but
+      normalized shortcuts.
 
   Returns:
     The model. `from_torch` checks that all names and shapes fit.
@@ -116,13 +124,19 @@ def model_from_torch(
         f'mean and std must be given together, got {mean} and {std}.')
   if mean is None or std is None:
     mean, std = normalization(state_dict) or ((0.0,), (1.0,))
-  options = {'mean': tuple(mean), 'std': tuple(std)}
+  options: dict[str, Any] = {'mean': tuple(mean), 'std': tuple(std)}
+  if activation is not None:
+    options['activation'] = activation
   shapes = {name: np.shape(value) for name, value in state_dict.items()}
   names = shapes.keys()
   if {'linear.weight', 'bn1.weight', 'layer1.0.bn2.weight'} <= names:
     return _resnet(shapes, options)
   if {'linear.weight', 'layer1.0.conv1.weight'} <= names:
-    return _preact(shapes, options)
+    return _preact(
+        shapes, options | ({'shortcut': shortcut} if shortcut else {}))
+  if shortcut is not None:
+    raise ValueError(
+        f'shortcut={shortcut!r} is for a PreActResNet, which this is not.')
   if {'logits.weight', 'batchnorm.weight'} <= names and (
       {'init_conv.weight', 'conv_2d.weight'} & names):
     return _deepmind(shapes, options)

@@ -134,6 +134,12 @@ def test_refusals(tmp_path):
     awp_jax.auto_attack(
         KEY, logits_fn, X, Y, THREAT, attacks=(unknown,), store=tmp_path)
   assert list(tmp_path.iterdir()) == []
+  with pytest.raises(ValueError, match="got ''"):
+    run('')
+  with pytest.raises(ValueError, match='were both given'):
+    awp_jax.auto_attack(
+        KEY, logits_fn, X, Y, THREAT, store=tmp_path,
+        options=awp_jax.EvalOptions(store=tmp_path))
   (tmp_path / 'file').write_text('')
   with pytest.raises(OSError):
     run(tmp_path / 'file')
@@ -157,7 +163,7 @@ def test_printed_lines(whole, tmp_path, capsys):
 
 
 def test_lines_count_records_once():
-  shown = store.Lines(36, 40)
+  shown = store.ProgressPrinter(36, 40)
   record = awp_jax.BatchResult(
       'a', np.arange(8), np.arange(8) < 3, np.zeros((3, 12)), np.zeros(3),
       awp_jax.evaluation.results.Anomalies(), 1.0, '')
@@ -183,6 +189,18 @@ def test_saved_examples(whole, tmp_path):
   np.testing.assert_array_equal(wrong, ~found.robust)
 
 
+def test_a_path_without_suffix_is_kept(whole, tmp_path):
+  awp_jax.save_examples(tmp_path / 'examples', whole[0])
+  found = awp_jax.load_examples(str(tmp_path / 'examples'))
+  np.testing.assert_array_equal(found.robust, whole[0].robust)
+
+
+def test_about_adds_keys_only(whole):
+  with pytest.raises(ValueError, match='must not have the keys eps'):
+    awp_jax.result_to_dict(
+        whole[0], THREAT, name='a', dataset='b', about={'eps': 1})
+
+
 def test_files_of_other_contents(tmp_path):
   path = tmp_path / 'x.npz'
   for write in (lambda: path.write_bytes(b'PK nothing'),
@@ -202,7 +220,7 @@ def test_no_images_to_save(tmp_path):
 
 def test_summary(whole):
   result, _ = whole
-  found = json.loads(json.dumps(awp_jax.as_json(
+  found = json.loads(json.dumps(awp_jax.result_to_dict(
       result, THREAT, name='linear', dataset='random',
       about={'weights_sha256': 'abc'})))
   assert found['clean_acc'] == f'{100 * 36 / 40:.2f}'

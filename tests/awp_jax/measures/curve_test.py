@@ -108,6 +108,7 @@ def test_bisection_finds_what_fab_passes(monkeypatch):
     ({'images': (X * 255).astype(np.uint8)}, 'must be floating point'),
     ({'num_steps': 0}, 'num_steps must be'),
     ({'num_targets': 0}, 'num_targets must be'),
+    ({'lower': 1.0, 'upper': 0.0}, 'lower must be below upper'),
     ({'batch_size': 0}, 'batch_size must be')])
 def test_wrong_arguments_of_the_search(change, shown):
   given = {'images': X, 'labels': Y, 'norm': 'Linf'} | change
@@ -132,7 +133,7 @@ def test_the_curve_of_a_linear_model(curve):
       np.mean(exact > epsilon) for epsilon in EPSILONS])
   np.testing.assert_array_equal(curve.natural, exact > 0)
   rises = np.array([*EPSILONS, np.inf])
-  np.testing.assert_array_equal(curve.smallest, np.where(
+  np.testing.assert_array_equal(curve.smallest_epsilon, np.where(
       exact > 0, rises[np.searchsorted(rises, exact)], 0))
   assert (np.diff(curve.robust_accuracy) <= 0).all()
   assert 0 < curve.robust_accuracy[-1] < curve.robust_accuracy[0] <= 0.9
@@ -148,7 +149,7 @@ def test_the_curve_equals_separate_evaluations(curve, number):
       KEY, logits_fn, X, Y, threat, attacks=('apgd-ce',))
   assert alone.robust_accuracy == curve.robust_accuracy[number]
   np.testing.assert_array_equal(
-      alone.robust, curve.smallest > EPSILONS[number])
+      alone.robust, curve.smallest_epsilon > EPSILONS[number])
 
 
 def test_only_survivors_are_attacked(curve):
@@ -164,7 +165,7 @@ def test_nothing_left_to_attack():
   assert found.results[1] is None
   np.testing.assert_array_equal(found.robust_accuracy, [0, 0])
   np.testing.assert_array_equal(
-      found.smallest, [0] * 4 + [5.0] * 4)
+      found.smallest_epsilon, [0] * 4 + [5.0] * 4)
 
 
 def test_a_curve_resumes(tmp_path):
@@ -176,7 +177,7 @@ def test_a_curve_resumes(tmp_path):
       KEY, logits_fn, X, Y, 'Linf', EPSILONS[:2], attacks=('apgd-ce',),
       options=options) for _ in range(2))
   assert seen == ['apgd-ce'] * 2
-  np.testing.assert_array_equal(first.smallest, second.smallest)
+  np.testing.assert_array_equal(first.smallest_epsilon, second.smallest_epsilon)
 
 
 @pytest.mark.parametrize('epsilons, shown', [
@@ -186,3 +187,33 @@ def test_a_curve_resumes(tmp_path):
 def test_wrong_epsilons(epsilons, shown):
   with pytest.raises(ValueError, match=shown):
     awp_jax.robust_curve(KEY, logits_fn, X, Y, 'Linf', epsilons)
+
+
+@pytest.mark.parametrize('labels, shown', [
+    (Y[:20], 'labels must have shape'), (np.r_[Y, Y], 'labels must have shape'),
+    (np.float32(Y), 'labels must be integers'), (Y + 4, 'labels must be in'),
+    (np.int64(3), 'labels must have shape')])
+def test_wrong_labels_of_a_curve(labels, shown):
+  with pytest.raises(ValueError, match=shown):
+    awp_jax.robust_curve(KEY, logits_fn, X, labels, 'Linf', (0.1,))
+
+
+def test_every_broken_example_of_a_randomized_model_has_an_epsilon():
+  """Also those whose natural image is misclassified at a later epsilon only."""
+  def noisy(x, key):
+    return logits_fn(x) + jax.random.normal(key, (len(x), 4))
+
+  found = awp_jax.robust_curve(
+      KEY, noisy, X, Y, 'Linf', (0.005, 0.01, 0.015), attacks=('apgd-ce',),
+      options=awp_jax.EvalOptions(takes_key=True, check_model=False))
+  assert np.mean(np.isinf(found.smallest_epsilon)) == found.robust_accuracy[-1]
+
+
+def test_printed_lines_name_the_epsilon(capsys):
+  awp_jax.robust_curve(
+      KEY, logits_fn, X, Y, 'Linf', (0.05, 0.1), attacks=('apgd-ce',),
+      options=awp_jax.EvalOptions(verbose=True))
+  lines = [line for line in capsys.readouterr().out.splitlines()
+           if line.startswith('epsilon')]
+  assert lines[0] == 'epsilon 0.05, 40 of 40 examples left:'
+  assert lines[1].startswith('epsilon 0.1, ')

@@ -53,14 +53,14 @@ def test_success_where_the_class_is_reachable(found):
   assert 0.2 < found.success_rate < 0.9
   assert found.success_rate == found.success.mean()
   np.testing.assert_array_equal(
-      found.natural, np.argmax(X @ W + BIAS, 1) == TARGETS)
+      found.natural_success, np.argmax(X @ W + BIAS, 1) == TARGETS)
 
 
 def test_examples_are_in_the_ball_and_at_the_target(found):
   assert np.abs(found.adversarial - X).max() <= 0.03 + 1e-6
   reached = np.argmax(found.adversarial @ W + BIAS, 1) == TARGETS
   np.testing.assert_array_equal(reached, found.success)
-  still = ~found.success | found.natural
+  still = ~found.success | found.natural_success
   np.testing.assert_array_equal(found.adversarial[still], X[still])
 
 

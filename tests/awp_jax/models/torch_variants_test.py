@@ -9,8 +9,18 @@ import numpy as np
 import pytest
 
 from awp_jax.models import PreActResNet, ResNet, WideResNet
-from awp_jax.models.torch_exchange import from_torch, model_from_torch
-from tests.helpers.torch_layout import CIFAR, MODELS, prepared
+from awp_jax.models.torch_exchange import (
+    from_torch,
+    model_from_torch,
+    to_torch,
+)
+from tests.helpers.torch_layout import (
+    CIFAR,
+    MODELS,
+    assert_same,
+    prepared,
+    random_variables,
+)
 
 
 class Passes:
@@ -167,3 +177,49 @@ def test_names_are_those_of_robustbench():
 def test_wrong_settings(make, shown):
   with pytest.raises(ValueError, match=shown):
     make()
+
+
+@pytest.mark.parametrize('given', [
+    {'shortcut': 'normalized', 'final_norm': False},
+    {'shortcut': 'plain', 'final_norm': True},
+    {'shortcut': 'plain', 'final_norm': False},
+    {'activation': 'silu'}])
+def test_what_names_do_not_determine_can_be_given(given):
+  model = PreActResNet(5, width=4, **given)
+  variables = random_variables(model)
+  state_dict = to_torch(variables, model)
+  known = {name: value for name, value in given.items() if name != 'final_norm'}
+  assert model_from_torch(state_dict, **known) == model
+  assert_same(from_torch(state_dict, model), variables)
+
+
+def test_a_shortcut_of_another_network_is_refused():
+  _, state_dict = prepared('ResNet-18')
+  with pytest.raises(ValueError, match='is for a PreActResNet'):
+    model_from_torch(state_dict, shortcut='plain')
+
+
+@pytest.mark.parametrize('settings', [
+    {'padding': 'after'}, {'shortcut': 'plain3'},
+    {'padding': 'after', 'shortcut': 'plain3', 'depth': 50},
+    {'padding': 'after', 'shortcut': 'plain3', 'final_norm': False}])
+def test_networks_without_pytorch_names(settings):
+  model = PreActResNet(5, width=4, **settings)
+  with pytest.raises(ValueError, match='has PyTorch names with'):
+    to_torch(random_variables(model), model)
+
+
+def test_rematerialized_resnet():
+  model, variables = MODELS['ResNet-50'], prepared('ResNet-50')[0]
+  x = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
+
+  def loss(network):
+    return lambda params: network.apply(
+        {**variables, 'params': params}, x, train=True,
+        mutable=['batch_stats'])[0].sum()
+
+  plain, again = (jax.jit(jax.grad(loss(network)))(variables['params'])
+                  for network in (model, model.clone(remat=True)))
+  for one, two in zip(
+      jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-3)

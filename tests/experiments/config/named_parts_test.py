@@ -75,8 +75,8 @@ def test_a_broken_module(tmp_path, monkeypatch):
      'label_smoothing=0.1 has no effect'),
     ({'weight_perturbation': f'{PARTS}:wrong'},
      'must return an awp_jax.Method, got dict'),
-    ({'weight_perturbation': f'{PARTS}:perturbation(gamma=-1)'},
-     'failed with ValueError: gamma must be'),
+    ({'weight_perturbation': f'{PARTS}:perturbation(gamma=-1)',
+      'awp__gamma': 0.0}, 'failed with ValueError: gamma must be'),
     ({'attack__name': 'sgd'}, "attack.name must be one of 'pgd', got 'sgd'"),
     ({'attack__name': f'{PARTS}:darken'}, 'must be a function of key, loss_fn'),
     ({'attack__name': f'{PARTS}:scaled_attack'}, 'must be a function of key'),
@@ -112,7 +112,7 @@ def test_refusals_of_the_config(fields, shown):
 def test_parts_of_a_setup():
   setup = build.build(config_with(
       objective=f'{PARTS}:objective(weight=2.0)', label_smoothing=0.25,
-      weight_perturbation=f'{PARTS}:perturbation(gamma=0.5)',
+      weight_perturbation=f'{PARTS}:perturbation(gamma=0.5)', awp__gamma=0.0,
       attack__name=f'{PARTS}:scaled_attack(scale=2.0)'))
   logits, labels = jnp.array([[1.0, -1.0, 0.5]]), jnp.array([1])
   plain = awp_jax.adversarial(0.25)
@@ -123,6 +123,57 @@ def test_parts_of_a_setup():
       'mine', 0.5)
   assert setup.attack.algorithm.keywords == {'scale': 2.0}
   assert setup.eval_attack.algorithm is None
+
+
+def test_gamma_of_the_config_reaches_a_weight_perturbation():
+  text = f'{PARTS}:perturbation'
+  for given, size in (({}, 0.25), ({'num_steps': 3}, 0.25)):
+    built = build.build(config_with(
+        weight_perturbation=text, awp__gamma=0.25, **{
+            f'awp__{name}': value for name, value in given.items()}))
+    assert built.perturbation.ball.size == size
+  with pytest.raises(UserError, match=r'by awp\.gamma=0\.25'):
+    build.build(config_with(
+        weight_perturbation=f'{text}(gamma=0.5)', awp__gamma=0.25))
+
+
+def test_defaults_of_an_optimizer_are_its_own():
+  """optax.lion has b2 = 0.99, the config 0.999."""
+  import optax
+  config = config_with(optimizer__name='optax:lion')
+  params = {'w': jnp.ones(2)}
+  gradients = [{'w': jnp.array([3.0, -1.0])}, {'w': jnp.array([-2.9, 1.1])}]
+  found = []
+  for tx in (optimizers.build_optimizer(config, 3),
+             optax.lion(optimizers.build_schedule(config, 3),
+                        weight_decay=config.optimizer.weight_decay)):
+    state = tx.init(params)
+    for gradient in gradients:
+      updates, state = tx.update(gradient, state, params)
+    found.append(updates['w'])
+  np.testing.assert_allclose(*found, rtol=1e-6)
+
+
+def test_a_parameter_called_std_alone_is_not_that_of_the_pixels():
+  model = networks.build(
+      config_with(model__name=f'{PARTS}:scaled_net'), DATA)
+  plain = networks.build(config_with(model__name=f'{PARTS}:LinenNet'), DATA)
+  images = jax.random.uniform(jax.random.key(1), (6, 4, 4, 1))
+  one, two = (net.init(jax.random.key(0), images, train=False)['params']
+              for net in (model, plain))
+  np.testing.assert_allclose(one['first']['kernel'], two['first']['kernel'])
+
+
+def test_equinox_has_no_synchronized_statistics():
+  with pytest.raises(UserError, match='is not for Equinox'):
+    networks.build(config_with(
+        model__name=f'{PARTS}:synced_equinox_net',
+        model__sync_batch_norm=True), DATA)
+
+
+def test_an_unbound_axis_is_an_error_without_synchronization():
+  with pytest.raises(UserError, match='unbound axis name'):
+    networks.build(config_with(model__name=f'{PARTS}:other_axis_net'), DATA)
 
 
 def test_an_optimizer():

@@ -82,13 +82,23 @@ def test_numbers_of_a_line():
 
 def test_tensorboard_has_both_axes(tmp_path):
   write(log_of(tmp_path, ('tensorboard',)))
-  (events,) = metrics_test.read_events(tmp_path / 'tensorboard').values()
-  found = {(value.tag, event.step): value.simple_value
-           for event in events for value in event.summary.value}
-  assert found == pytest.approx({
-      **{('train_loss', line['epoch']): line['train_loss'] for line in EPOCHS},
+  def read(folder):
+    (events,) = metrics_test.read_events(folder).values()
+    return {(value.tag, event.step): value.simple_value
+            for event in events for value in event.summary.value}
+
+  folder = tmp_path / 'tensorboard'
+  assert read(folder) == {
+      ('train_loss', line['epoch']): line['train_loss'] for line in EPOCHS}
+  assert read(folder / 'steps') == pytest.approx({
       **{('step/loss', line['step']): line['loss'] for line in STEPS},
       **{('step/images', line['step']): 16.0 for line in STEPS}})
+  # A resumed run drops later epochs and steps, each by their own number.
+  log_of(tmp_path, ('tensorboard',), epochs=1, steps=3).close()
+  for place, mark in ((folder, 2), (folder / 'steps', 4)):
+    assert mark in [
+        event.step for events in metrics_test.read_events(place).values()
+        for event in events if event.HasField('session_log')]
 
 
 @pytest.mark.parametrize('names, shown', [

@@ -1,6 +1,6 @@
 """Adaptive attacks on two defenses that only hide gradients.
 
-  python examples/judge/adaptive_attacks.py
+  python examples/evaluation/adaptive_attacks.py
 
 A perceptron is trained on handwritten digits (scikit-learn's, no download) by
 AT, then defended in two ways that do not make it robust:

@@ -1,6 +1,6 @@
 """Loads the networks of `docs/results/evidence` for `evaluate_model.py`.
 
-  cd examples/judge
+  cd examples/evaluation
   python ../../experiments/evaluate_model.py \
     --model='small_networks:load(name="awp")' --workdir=../../runs/small_awp \
     --dataset=cifar10 --image_size=16 --num_test=3000

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples.judge import adaptive_attacks, small_networks
+from examples.evaluation import adaptive_attacks, small_networks
 
 
 @pytest.mark.slow
