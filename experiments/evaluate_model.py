@@ -225,6 +225,20 @@ def _minimal(
         f'correctly classified images: median {middle}')
 
 
+def _check_pass(
+    logits_fn: Callable[..., Any], images: np.ndarray, labels: np.ndarray,
+    threat: awp_jax.ThreatModel) -> None:
+  """Raises UserError unless the classifier can be traced on the images."""
+  try:
+    arguments.check_model_inputs(logits_fn, images, labels, threat)
+  except ValueError as error:
+    raise UserError(str(error)) from error
+  except Exception as error:
+    raise UserError(
+        f'a pass over images of shape {images.shape[1:]} failed with '
+        f'{type(error).__name__}: {error}') from error
+
+
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
   """Evaluates the model and writes the files of the workdir.
 
@@ -251,8 +265,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
       options.model) else _from_torch(options, dataset)
   images = np.asarray(batches.to_pixels(
       jnp.asarray(dataset.x_test), jnp.dtype(jnp.float32)))
-  with user_errors():
-    arguments.check_model_inputs(logits_fn, images, dataset.y_test, threat)
+  _check_pass(logits_fn, images, dataset.y_test, threat)
   workdir.mkdir(parents=True, exist_ok=True)
   settings = awp_jax.EvalOptions(
       store=workdir / 'store', verbose=True, batch_size=options.batch_size)

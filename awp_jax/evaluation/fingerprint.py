@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.extend
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
+from awp_jax.core import equations
 from awp_jax.evaluation import arguments
 from awp_jax.evaluation.protocol import AttackSpec
 from awp_jax.threat import ThreatModel
@@ -30,15 +32,42 @@ def versions() -> dict[str, str]:
           'awp_jax': __version__}
 
 
-def _constants(closed: jax.extend.core.ClosedJaxpr) -> Iterator[Any]:
-  """The constants of a program and of the programs that it calls."""
-  yield from closed.consts
-  for equation in closed.jaxpr.eqns:
-    for value in equation.params.values():
-      inner = value if isinstance(value, (list, tuple)) else [value]
-      for part in inner:
-        if isinstance(part, jax.extend.core.ClosedJaxpr):
-          yield from _constants(part)
+#: Primitives that call Python, whose code is not in the program.
+_CALLBACKS = ('pure_callback', 'io_callback')
+
+
+def _constants(program: Any) -> Iterator[Any]:
+  """The constants of a program and of all programs inside it."""
+  yield from getattr(program, 'consts', ())
+  for equation in program.eqns:
+    for inner in jax.tree.leaves(
+        list(equation.params.values()),
+        is_leaf=lambda value: hasattr(value, 'eqns')):
+      if hasattr(inner, 'eqns'):
+        yield from _constants(inner)
+
+
+def calls_python(closed: jax.extend.core.ClosedJaxpr) -> bool:
+  """Whether a program has a callback, so that its text does not identify it."""
+  return any(equation.primitive.name in _CALLBACKS
+             for equation in equations.walk(closed))
+
+
+def _with_gradient(
+    closed: jax.extend.core.ClosedJaxpr
+) -> list[jax.extend.core.ClosedJaxpr]:
+  """The program, and its gradient if that has rules of its own."""
+  if not any(equation.primitive.name.startswith('custom_vjp')
+             for equation in equations.walk(closed)):
+    return [closed]
+
+  def total(x: Array, *rest: Any) -> Array:
+    logits, = jax.extend.core.jaxpr_as_fun(closed)(x, *rest)
+    return jnp.sum(logits)
+
+  return [closed, jax.make_jaxpr(jax.grad(total))(*(
+      jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+      for aval in closed.in_avals))]
 
 
 def hash_program(closed: jax.extend.core.ClosedJaxpr) -> str:
@@ -66,7 +95,12 @@ def hash_array(values: np.ndarray) -> str:
 
 
 def _setting(name: str, value: Any, traced: arguments.Traced) -> Any:
-  """A value of `AttackSpec.settings` as a plain value; functions are hashed."""
+  """A value of `AttackSpec.settings` as a plain value.
+
+  Functions and arrays are hashed.
+  """
+  if isinstance(value, np.ndarray | np.generic | jax.Array):
+    return hash_array(np.atleast_1d(np.asarray(value)))
   if not callable(value):
     return value
   if name == 'loss':
@@ -94,9 +128,11 @@ def identify(
     settings: other plain values that verdicts depend on.
 
   Returns:
-    A hash, as hexadecimal digits; '' if an attack has no settings.
+    A hash, as hexadecimal digits; '' if an attack has no settings, or the model
+    calls Python code, which cannot be compared.
   """
-  if any(spec.settings is None for spec in specs):
+  if any(spec.settings is None for spec in specs) or calls_python(
+      traced.program):
     return ''
   attacks = [
       [spec.name, spec.num_targets, spec.eot_samples, {
@@ -105,7 +141,9 @@ def identify(
       for spec in specs]
   values = {
       'key': np.asarray(jax.random.key_data(key)).tolist(),
-      'model': hash_program(traced.program), 'images': hash_array(images),
+      'model': [
+          hash_program(part) for part in _with_gradient(traced.program)],
+      'images': hash_array(images),
       'labels': hash_array(labels), 'threat': dataclasses.asdict(threat),
       'attacks': attacks, 'versions': versions(),
       **settings}

@@ -195,14 +195,15 @@ def check_records(
   Args:
     records: of groups of examples.
     attacks: the names of its attacks.
-    identity: of the evaluation; '' if an attack has no settings.
+    identity: of the evaluation; '' if it has none.
     name: where the records come from, for the message.
   """
   for record in records:
     if not identity:
       raise ValueError(
           f'{name} cannot be used: an attack of this evaluation has no '
-          '`settings`. Set them in its AttackSpec.')
+          '`settings`, which its AttackSpec sets, or the model calls Python '
+          'code, which cannot be compared.')
     if record.attack not in attacks:
       raise ValueError(
           f'{name} belongs to another evaluation: it has a record of '

@@ -3,7 +3,7 @@
 `EvalOptions(store=folder)` keeps a file for every finished group of examples:
 
   folder/<16 digits of the identity>/about.json   what the evaluation was
-  folder/<16 digits of the identity>/00000.npz    a `BatchResult`, as arrays
+  folder/<16 digits of the identity>/00000-....npz    a `BatchResult`, as arrays
   ...
 
 The identity covers everything that a record depends on but the code of attacks:
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import secrets
 from typing import Any
 import zipfile
@@ -31,6 +32,8 @@ from awp_jax.evaluation.results import BatchResult
 from awp_jax.threat import ThreatModel
 
 _DIGITS = 16
+
+_NAME = re.compile(r'[0-9]+-[0-9a-f]+\.npz')
 
 
 class Store:
@@ -58,7 +61,7 @@ class Store:
   def read(self) -> list[BatchResult]:
     """The records, in the order of their files; broken files are skipped."""
     found = []
-    for path in sorted(self.folder.glob('[0-9]*.npz')):
+    for path in sorted(self._files()):
       try:
         with path.open('rb') as file, np.load(
             file, allow_pickle=False) as archive:
@@ -70,11 +73,15 @@ class Store:
         found.append(record)
     return found
 
+  def _files(self) -> list[pathlib.Path]:
+    return [path for path in self.folder.glob('*.npz')
+            if _NAME.fullmatch(path.name)]
+
   def append(self, record: BatchResult) -> None:
     """Writes a record; a crash leaves it whole or absent."""
-    names = [path.stem for path in self.folder.glob('[0-9]*.npz')]
-    number = 1 + max((int(name) for name in names), default=-1)
-    path = self.folder / f'{number:05d}.npz'
+    number = 1 + max(map(_number, self._files()), default=-1)
+    # The random digits differ between processes that use one store.
+    path = self.folder / f'{number:05d}-{secrets.token_hex(4)}.npz'
     with _Replacing(path) as file:
       arrays: dict[str, Any] = record.to_arrays()
       np.savez(file, **arrays)
@@ -82,6 +89,10 @@ class Store:
   def _replace(self, name: str, data: bytes) -> None:
     with _Replacing(self.folder / name) as file:
       file.write(data)
+
+
+def _number(path: pathlib.Path) -> int:
+  return int(path.name.partition('-')[0])
 
 
 class _Replacing:
@@ -170,12 +181,28 @@ def open_store(
     unknown = [spec.name for spec in specs if spec.settings is None]
     raise ValueError(
         f'store needs attacks with settings, which {", ".join(unknown)} lacks: '
-        'set them in its AttackSpec.')
+        'set them in its AttackSpec.' if unknown else
+        'store cannot identify a model that calls Python code, as by '
+        'jax.pure_callback.')
   return Store(options.store, identity, {
       'attacks': [spec.name for spec in specs],
       'num_examples': num_examples,
       'norm': threat.norm, 'epsilon': float(threat.epsilon),
       'versions': fingerprint.versions()})
+
+
+def _without_repeats(
+    records: Sequence[BatchResult]) -> tuple[BatchResult, ...]:
+  """The records that hold no example of an earlier one of the same attack."""
+  seen: dict[str, set[int]] = {}
+  kept = []
+  for record in records:
+    known, own = seen.setdefault(record.attack, set()), set(
+        record.indices.tolist())
+    if not known & own:
+      known |= own
+      kept.append(record)
+  return tuple(kept)
 
 
 def reporting(
@@ -195,10 +222,7 @@ def reporting(
       [] if stored is None else [stored.append])
   done = tuple(options.done)
   if stored is not None:
-    known = {(record.attack, record.indices.tobytes()) for record in done}
-    done += tuple(
-        record for record in stored.read()
-        if (record.attack, record.indices.tobytes()) not in known)
+    done = _without_repeats((*done, *stored.read()))
   if options.verbose:
     lines = ProgressPrinter(int(correct.sum()), len(correct))
     lines.take(done)

@@ -20,6 +20,7 @@ with the gradient at w + v.
 """
 
 from collections.abc import Callable
+import functools
 import inspect
 from typing import Any
 
@@ -105,12 +106,14 @@ def awp_value_and_grad(
     ValueError: as `awp_jax.awp_value_and_grad`.
   """
   method = constant_awp(gamma, num_steps, mask)
-  gradient_fn = perturbed_value_and_grad(
-      method, loss_fn, has_aux=has_aux, axis_name=axis_name)
 
   def value_and_grad(model: Any, *args: Any, **kwargs: Any) -> Any:
+    # Bound, so that no keyword of the loss collides with one of ours.
+    gradient_fn = perturbed_value_and_grad(
+        method, functools.partial(loss_fn, **kwargs), has_aux=has_aux,
+        axis_name=axis_name)
     params = eqx.filter(model, eqx.is_inexact_array)
-    return gradient_fn(model, method.init(params), *args, **kwargs)[0]
+    return gradient_fn(model, method.init(params), *args)[0]
 
   return value_and_grad
 

@@ -6,10 +6,12 @@ becomes
 
   loss, grads = awp_value_and_grad(loss_fn, gamma=0.01)(model, batch)
 
-with the gradient at w + v. The model keeps its parameters w. Everything else
-that the loss updates in place (batch statistics, dropout streams, metrics)
-holds what the pass at w + v left: every pass starts from the state before the
-call, so all passes use the same dropout masks and nothing is counted twice.
+with the gradient at w + v. The model keeps its parameters w. Other variables
+that the loss updates in place (batch statistics, dropout streams, metrics), in
+the model or in other arguments, and other arrays of the model hold what the
+pass at w + v left: every pass starts from the state before the call, so all
+passes use the same dropout masks and nothing is counted twice. Modules that the
+loss takes from its closure cannot be updated.
 
   >>> import jax, jax.numpy as jnp
   >>> from flax import nnx
@@ -63,13 +65,17 @@ def _is_parameter(wrt: Any) -> Callable[..., bool]:
   return select
 
 
+def _no_module(model: Any) -> TypeError:
+  return TypeError(
+      'the first argument of the loss must be an nnx.Module, got '
+      f'{type(model).__name__}.')
+
+
 def _split(
     wrt: Any, model: nnx.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Params, _Call]:
   if not isinstance(model, nnx.Module):
-    raise TypeError(
-        'the first argument of the loss must be an nnx.Module, got '
-        f'{type(model).__name__}.')
+    raise _no_module(model)
   graph, params, rest = _split_by(
       (model, args, kwargs), _is_parameter(wrt), ...)
   # Without the position of the model, so that paths are those of its state.
@@ -104,6 +110,24 @@ def perturbed_value_and_grad(
   Raises:
     TypeError: by the returned function, if its first argument is no module.
   """
+  run = _make(method, loss_fn, has_aux, axis_name, wrt)
+
+  def value_and_grad(
+      model: nnx.Module, method_state: MethodState, *args: Any,
+      natural_args: tuple[Any, ...] | None = None,
+      noise_key: Array | None = None, **kwargs: Any) -> Any:
+    return run(model, method_state, args, kwargs, natural_args, noise_key)
+
+  return value_and_grad
+
+
+def _make(
+    method: Method, loss_fn: Callable[..., Any], has_aux: bool,
+    axis_name: str | None, wrt: Any) -> Callable[..., Any]:
+  """The function of `perturbed_value_and_grad`, with keywords in a dict.
+
+  No keyword of the loss can then collide with one of ours.
+  """
 
   def pure_fn(params: Params, call: _Call) -> Any:
     # A copy: the passes must not see what the others updated.
@@ -111,28 +135,30 @@ def perturbed_value_and_grad(
         call.graph, {0: params}, call.rest, copy=True)
     out = loss_fn(model, *args, **kwargs)
     loss, aux = out if has_aux else (out, None)
-    _, _, variables, _ = _split_by(
-        (model, args, kwargs), _is_parameter(wrt), nnx.Variable, ...)
-    return loss, (variables, aux)
+    _, _, rest = _split_by((model, args, kwargs), _is_parameter(wrt), ...)
+    own = rest.get(0, {})
+    others = _split_by((args, kwargs), nnx.Variable, ...)[1]
+    return loss, (own, others, aux)
 
   gradient_fn = perturbed_step.perturbed_value_and_grad(
       method, pure_fn, has_aux=True, axis_name=axis_name)
 
-  def value_and_grad(
-      model: nnx.Module, method_state: MethodState, *args: Any,
-      natural_args: tuple[Any, ...] | None = None,
-      noise_key: Array | None = None, **kwargs: Any) -> Any:
+  def run(
+      model: nnx.Module, method_state: MethodState, args: tuple[Any, ...],
+      kwargs: dict[str, Any], natural_args: tuple[Any, ...] | None = None,
+      noise_key: Array | None = None) -> Any:
     params, call = _split(wrt, model, args, kwargs)
     natural = None
     if natural_args is not None:
       natural = (_split(wrt, model, natural_args, kwargs)[1],)
-    ((loss, (variables, aux)), gradients), method_state = gradient_fn(
+    ((loss, (own, others, aux)), gradients), method_state = gradient_fn(
         params, method_state, call, natural_args=natural, noise_key=noise_key)
-    nnx.update((model, args, kwargs), variables)
+    nnx.update(model, own)
+    nnx.update((args, kwargs), others)
     value = (loss, aux) if has_aux else loss
     return (value, gradients), method_state
 
-  return value_and_grad
+  return run
 
 
 def awp_value_and_grad(
@@ -165,18 +191,23 @@ def awp_value_and_grad(
     TypeError: by the returned function, if its first argument is no module.
   """
   method = constant_awp(gamma, num_steps, mask)
-  gradient_fn = perturbed_value_and_grad(
-      method, loss_fn, has_aux=has_aux, axis_name=axis_name, wrt=wrt)
+  run = _make(method, loss_fn, has_aux, axis_name, wrt)
 
   def value_and_grad(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-    return gradient_fn(
-        model, method.init(nnx.state(model, wrt)), *args, **kwargs)[0]
+    if not isinstance(model, nnx.Module):
+      raise _no_module(model)
+    return run(model, method.init(nnx.state(model, wrt)), args, kwargs)[0]
 
   return value_and_grad
 
 
 #: Variables that neither are parameters nor carry over to the next pass.
 _TEMPORARY = nnx.Any(nnx.RngState, nnx.Intermediate)
+
+
+#: Arguments of `__call__` that set its mode -> their value in train mode.
+_MODES = {'train': True, 'training': True, 'is_training': True,
+          'deterministic': False, 'use_running_average': False}
 
 
 def as_functions(model: nnx.Module) -> ModelFunctions:
@@ -188,15 +219,20 @@ def as_functions(model: nnx.Module) -> ModelFunctions:
     state = TrainState.create(**as_functions(model)._asdict(), tx=tx)
 
   Args:
-    model: called as `model(x)` on a batch, with `train=` and `rngs=` if its
-      `__call__` has these arguments. Without `train`, its modes are set by
-      `model.train()` and `model.eval()`. It is not modified.
+    model: called as `model(x)` on a batch, with `rngs=` and one of `train=`,
+      `training=`, `is_training=`, `deterministic=` and `use_running_average=`
+      if its `__call__` has these arguments. Without the latter, its modes are
+      set by `model.train()` and `model.eval()`. It is not modified.
 
   Returns:
     The functions. `nnx.update(model, state.params, state.batch_stats)` returns
     trained arrays to the module. Statistics are all variables but parameters,
     random streams and intermediates. In every pass all streams are seeded anew
     from the key of the step.
+
+  Raises:
+    ValueError: by the forward function, if the module draws random numbers in
+      evaluation mode.
   """
   graph, params, keys, counts, rest = _split_by(
       model, nnx.Param, nnx.RngKey, nnx.RngCount, ...)
@@ -209,16 +245,21 @@ def as_functions(model: nnx.Module) -> ModelFunctions:
     seeds = keys if key is None else _seeded(keys, key)
     network = nnx.merge(
         graph, params, seeds, counts, temporary, batch_stats, copy=True)
-    options: dict[str, Any] = {}
-    if 'train' in takes:
-      options['train'] = train
-    elif train:
-      network.train()
-    else:
-      network.eval()
+    before = jax.tree.leaves(nnx.state(network, nnx.RngCount))
+    # Both, since layers may follow either.
+    (network.train if train else network.eval)()
+    options: dict[str, Any] = {
+        name: train == is_on for name, is_on in _MODES.items() if name in takes}
     if 'rngs' in takes:
       options['rngs'] = None if key is None else nnx.Rngs(key)
     logits = network(x, **options)
+    if not train and any(
+        new is not old for new, old in zip(
+            jax.tree.leaves(nnx.state(network, nnx.RngCount)), before,
+            strict=True)):
+      raise ValueError(
+          f'{type(model).__name__} draws random numbers in evaluation mode, '
+          'where it must be deterministic.')
     return logits, nnx.state(
         network, nnx.Not(nnx.Any(nnx.Param, _TEMPORARY)))
 

@@ -1,7 +1,8 @@
 """Targeted misclassification: whether inputs can be moved to a given class.
 
-An example counts as broken only where the model outputs its target class t. For
-one target this is untargeted misclassification of a model with two classes,
+An example counts as broken only where the logit of its target class t is larger
+than all others; a tie is no success. For one target this is untargeted
+misclassification of a model with two classes,
 
   g(x) = ( max_{k != t} f_k(x),  f_t(x) ),   label 0,
 

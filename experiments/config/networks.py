@@ -137,11 +137,11 @@ def _functions(module: Any) -> ModelFunctions:
     return nnx_frameworks.as_functions(module)
   try:
     import equinox as eqx
-
-    from awp_jax.frameworks import equinox as eqx_frameworks
   except ImportError:
     pass
   else:
+    from awp_jax.frameworks import equinox as eqx_frameworks
+
     if isinstance(module, eqx.Module):
       return eqx_frameworks.as_functions(module)
     if isinstance(module, tuple) and len(module) == 2 and isinstance(
@@ -319,6 +319,12 @@ def _check_logits(
         f'model.name={name!r}: a pass over images of shape {images.shape} '
         f'failed with {type(error).__name__}: {error} (--debug shows the '
         'traceback).') from error
+  for path, leaf in traverse_util.flatten_dict(
+      variables['params'], sep='/').items():
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise UserError(
+          f'model.name={name!r}: parameters must be floating point, but {path} '
+          f'is {leaf.dtype}.')
   for found in logits:
     if found.shape != (2, dataset.num_classes):
       raise UserError(

@@ -91,8 +91,8 @@ def graft(variables: Any, found: Any, source: str) -> tuple[Any, list[str]]:
     if None in shapes or not set(path.split('/')) & set(CLASSIFIERS):
       raise ValueError(
           f'init_from={source!r} holds another network: {path} has shape '
-          f'{shapes[1] or "(absent)"} there, this run needs '
-          f'{shapes[0] or "(absent)"}.')
+          f'{"(absent)" if shapes[1] is None else shapes[1]} there, this run '
+          f'needs {"(absent)" if shapes[0] is None else shapes[0]}.')
     kept.append(path)
   if kept:
     # A classifier's kernel and bias belong together.

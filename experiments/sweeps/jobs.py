@@ -175,7 +175,10 @@ def parse_varied(texts: Sequence[str]) -> list[Varied]:
 
 
 def _split(text: str) -> list[str]:
-  """Splits at commas outside of brackets and quotes; spaces are stripped."""
+  """Splits at commas outside of brackets and quotes.
+
+  Spaces around a part, and quotes around a whole part, are stripped.
+  """
   parts, depth, quote = [''], 0, ''
   for character in text:
     if quote:
@@ -188,7 +191,9 @@ def _split(text: str) -> list[str]:
       parts.append('')
     else:
       parts[-1] += character
-  return [part.strip() for part in parts]
+  stripped = [part.strip() for part in parts]
+  return [part[1:-1] if re.fullmatch(r"""'[^']*'|"[^"]*\"""", part) else part
+          for part in stripped]
 
 
 def make(

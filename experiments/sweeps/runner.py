@@ -91,7 +91,7 @@ def _check_varied(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
             f'--vary={field}: this field does not change the training.')
       if any(o.startswith(f'--config.{field}=') for o in overrides):
         raise UserError(f'{field} is set by --vary and by --config.{field}.')
-      key = f'{field}={json.dumps(parsed[field])}'
+      key = f'{field}={_plain(parsed[field])}'
       if names.setdefault(key, value) != value:
         raise UserError(
             f'--vary={field} has one value twice, {names[key]!r} and '
@@ -136,6 +136,18 @@ def parse_flags(overrides: Sequence[str]) -> dict[str, Any]:
   return found
 
 
+def _plain(value: Any) -> str:
+  """The same text for values that a config may read as equal: 1 and 1.0."""
+  if isinstance(value, str):
+    try:
+      value = ast.literal_eval(value.capitalize() if value.lower() in (
+          'true', 'false') else value)
+    except (SyntaxError, ValueError):
+      return value
+  is_number = isinstance(value, int | float) and not isinstance(value, bool)
+  return repr(float(value) if is_number else value)
+
+
 def is_same(field: str, value: Any, stored: Any) -> bool:
   """Whether a value from `parse_flags` is that of a run's stored config."""
   if not schema.is_free(field) or value == stored:
@@ -143,6 +155,8 @@ def is_same(field: str, value: Any, stored: Any) -> bool:
   if isinstance(stored, bool):
     return value.lower() in (('true', '1') if stored else ('false', '0'))
   try:
+    if isinstance(stored, int | float):
+      return float(value) == stored
     return bool(json.loads(json.dumps(ast.literal_eval(value))) == stored)
   except (SyntaxError, TypeError, ValueError):
     return False

@@ -32,20 +32,21 @@ class Guard:
         run.dataset.y_train, run.dataset.num_classes)
 
   def start(
-      self, step: int, lines: list[dict[str, Any]], is_suspicious: bool
-  ) -> None:
+      self, step: int, lines: list[dict[str, Any]], is_suspicious: bool,
+      sums: step_lib.Sums) -> None:
     """Starts at a restored state.
 
     Args:
       step: number of completed steps.
       lines: of `metrics.jsonl`.
       is_suspicious: whether a collapse was suspected when it was saved.
+      sums: of the epoch so far, which the last check has seen.
     """
     self._detector = collapse.Detector(
         self._settings, self._chance,
         max(self._settings.grace_steps, self._run.warmup_steps),
         min((line['train_loss'] for line in lines), default=math.inf))
-    self._seen = np.zeros(len(step_lib.Sums._fields))
+    self._seen = np.asarray(jax.device_get(sums), np.float64)
     if is_suspicious:
       self._detector.suspect(step)
 

@@ -60,7 +60,7 @@ class Loop:
         self.run.workdir, self.step // self.run.steps_per_epoch, self.step,
         self.run.config.loggers, schema.flatten(self.run.config))
     self._guard.start(
-        self.step, self.log.lines, bool(notes.get('suspicious')))
+        self.step, self.log.lines, bool(notes.get('suspicious')), self.sums)
     if self.step % self.run.steps_per_epoch == 0 and not self.is_pending:
       self._reset_sums()
 

@@ -123,7 +123,7 @@ def call(
 
   Raises:
     UserError: for an option that the part does not take, a required parameter
-      without a value, or a ValueError or TypeError of the part.
+      without a value, or any exception of the part.
   """
   parameters = parameters_of(found)
   takes_any = any(
@@ -150,7 +150,9 @@ def call(
         f'{", ".join(offered)}.')
   try:
     return found(**given)
-  except (TypeError, ValueError) as error:
+  except UserError:
+    raise
+  except Exception as error:
     raise UserError(
         f'{field}: {name!r} failed with {type(error).__name__}: {error} '
         '(--debug shows the traceback).') from error

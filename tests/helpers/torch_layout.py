@@ -145,6 +145,13 @@ MODELS = {
 }
 
 
+#: What the state dict of a model does not say, for `model_from_torch`.
+GIVEN = {
+    'PreActResNet-18 of Wong': {'shortcut': 'plain'},
+    'DMPreActResNet-18': {'mean': (0.0,), 'std': (1.0,)},
+    'DMWideResNet-16-2': {'mean': (0.0,), 'std': (1.0,)}}
+
+
 def random_variables(model, channels=3, seed=0):
   """Random weights and running statistics that keep activations moderate."""
   rng = np.random.default_rng(seed)

@@ -41,7 +41,13 @@ def _preact(shapes: Shapes, options: dict[str, Any]) -> Network:
   block = (preact_resnet.PreActBottleneck if 'layer1.0.conv3.weight' in shapes
            else preact_resnet.PreActBlock)
   if 'bn.weight' not in shapes:
-    options = {'shortcut': 'plain', **options, 'final_norm': False}
+    if 'shortcut' not in options:
+      raise ValueError(
+          'the names of a PreActResNet without a last normalization do not say '
+          "what its shortcuts project: give shortcut='plain', as in "
+          'Wong2020Fast and Andriushchenko2020Understanding, or '
+          "shortcut='normalized', as in pytorch-cifar.")
+    options = {**options, 'final_norm': False}
   return PreActResNet(
       shapes['linear.weight'][0], depth=_preact_depth(block, blocks),
       width=shapes['layer1.0.conv1.weight'][0], **options)
@@ -106,37 +112,46 @@ def model_from_torch(
     std: pixel standard deviations by channel; None likewise, else 1.
     activation: 'relu' or 'silu'; None means 'relu', and 'silu' for the networks
       of DeepMind's code, as in RobustBench.
-    shortcut: of a PreActResNet: 'normalized' or 'plain'. None means
-      'normalized', and 'plain' without a last normalization, as in
-      Wong2020Fast. pytorch-cifar's PreActResNet has no last normalization, but
-      normalized shortcuts.
+    shortcut: of a PreActResNet: 'normalized' (None) or 'plain'. Required
+      without a last normalization, where both are common.
 
   Returns:
     The model. `from_torch` checks that all names and shapes fit.
 
   Raises:
-    ValueError: if it is none of our networks, or only one of mean and std is
-      given.
+    ValueError: if it is none of our networks, only one of mean and std is
+      given, they are not in units of [0, 1], a network of DeepMind's code,
+      which always normalizes, has none, or a shortcut is needed.
   """
   state_dict = naming.plain_names(state_dict)
   if (mean is None) != (std is None):
     raise ValueError(
         f'mean and std must be given together, got {mean} and {std}.')
   if mean is None or std is None:
-    mean, std = normalization(state_dict) or ((0.0,), (1.0,))
+    stored = normalization(state_dict)
+    if stored is None and 'batchnorm.weight' in state_dict:
+      raise ValueError(
+          "networks of DeepMind's code normalize the pixels, and their files "
+          'do not hold mean and std: give both.')
+    mean, std = stored or ((0.0,), (1.0,))
+  if max(mean) > 1 or max(std) > 1:
+    raise ValueError(
+        f'mean and std must be in units of pixels in [0, 1], got {mean} and '
+        f'{std}.')
   options: dict[str, Any] = {'mean': tuple(mean), 'std': tuple(std)}
   if activation is not None:
     options['activation'] = activation
   shapes = {name: np.shape(value) for name, value in state_dict.items()}
   names = shapes.keys()
-  if {'linear.weight', 'bn1.weight', 'layer1.0.bn2.weight'} <= names:
-    return _resnet(shapes, options)
-  if {'linear.weight', 'layer1.0.conv1.weight'} <= names:
+  is_resnet = {'linear.weight', 'bn1.weight', 'layer1.0.bn2.weight'} <= names
+  if not is_resnet and {'linear.weight', 'layer1.0.conv1.weight'} <= names:
     return _preact(
         shapes, options | ({'shortcut': shortcut} if shortcut else {}))
   if shortcut is not None:
     raise ValueError(
         f'shortcut={shortcut!r} is for a PreActResNet, which this is not.')
+  if is_resnet:
+    return _resnet(shapes, options)
   if {'logits.weight', 'batchnorm.weight'} <= names and (
       {'init_conv.weight', 'conv_2d.weight'} & names):
     return _deepmind(shapes, options)

@@ -64,7 +64,7 @@ def test_records_of_another_evaluation_are_refused(wrap, tmp_path):
   with pytest.raises(ValueError, match='another evaluation'):
     evaluate(**same, options=dataclasses.replace(
         done, attack_precision='bfloat16'))
-  with pytest.raises(ValueError, match=r'has no `settings`\. Set them in'):
+  with pytest.raises(ValueError, match=r'has no `settings`, which its'):
     evaluate(**{**same, 'specs': (spec._replace(settings=None),)}, options=done)
 
 

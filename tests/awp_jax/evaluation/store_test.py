@@ -242,3 +242,75 @@ def test_the_attacks_of_a_resumed_evaluation_compile_nothing_more(
   monkeypatch.setattr(driver, 'Job', None)
   result, _ = run(tmp_path)
   same(result, whole[0])
+
+
+def _custom(weights, scale):
+  @jax.custom_vjp
+  def f(x):
+    return x @ weights
+
+  f.defvjp(lambda x: (x @ weights, None), lambda _, g: (scale * g @ weights.T,))
+  return f
+
+
+WRAPPERS = {
+    'jit': jax.jit, 'checkpoint': jax.checkpoint,
+    'checkpoint of jit': lambda f: jax.checkpoint(jax.jit(f)),
+    'jit of checkpoint of jit': lambda f: jax.jit(
+        jax.checkpoint(jax.jit(f))),
+    'cond': lambda f: lambda x: jax.lax.cond(x[0, 0] > -9, f, f, x),
+    'map': lambda f: lambda x: jax.lax.map(lambda row: f(row[None])[0], x)}
+
+
+@pytest.mark.parametrize('wrap', WRAPPERS.values(), ids=WRAPPERS)
+def test_weights_inside_any_program_are_part_of_the_identity(wrap, tmp_path):
+  """Records of one model must not pass for those of another."""
+  other = W + np.float32(0.25) * np.eye(12, 4, dtype=np.float32)
+  identities = set()
+  for weights in (W, other, W):
+    _, seen = run(tmp_path, fn=wrap(lambda x, w=weights: x @ w))
+    identities |= {record.identity for record in seen}
+  assert len(identities) == 2
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_backward_rule_is_part_of_the_identity(tmp_path):
+  for scale in (1.0, -1.0):
+    _, seen = run(tmp_path, fn=_custom(W, np.float32(scale)))
+    assert seen
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_model_that_calls_python_has_no_identity(tmp_path):
+  def calls(x):
+    return jax.pure_callback(
+        lambda x: np.asarray(x) @ W, jax.ShapeDtypeStruct((len(x), 4), x.dtype),
+        x)
+
+  with pytest.raises(ValueError, match='cannot identify a model that calls'):
+    run(tmp_path, fn=calls)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_foreign_and_repeated_files(whole, tmp_path):
+  """Files of other names are left alone, and repeated records count once."""
+  run(tmp_path)
+  (folder,) = tmp_path.iterdir()
+  first = min(folder.glob('0*.npz'))
+  (folder / '00099-abc.npz').write_bytes(first.read_bytes())
+  (folder / '1x.npz').write_bytes(b'')
+  result, seen = run(tmp_path)
+  same(result, whole[0])
+  assert seen == []
+  first.unlink()
+  (folder / '00099-abc.npz').unlink()
+  assert len(run(tmp_path)[1]) == 1
+
+
+def test_arrays_among_settings(tmp_path):
+  spec = awp_jax.pgd_spec('mine', step_size=0.01, num_steps=1)
+  for value in (np.float32(1), np.ones(3), np.zeros(3), jax.numpy.ones(3)):
+    awp_jax.auto_attack(
+        KEY, logits_fn, X, Y, THREAT, store=tmp_path, attacks=(
+            spec._replace(settings={**spec.settings, 'a': value}),))
+  assert len(list(tmp_path.iterdir())) == 4

@@ -181,3 +181,16 @@ def test_counters_and_flags_of_a_state_keep_their_types():
   assert bool(average.batch_stats['started'])
   np.testing.assert_allclose(
       average.batch_stats['mean'], 0.25 * x.mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize('name', [
+    'noise_key', 'natural_args', 'method_state', 'args', 'kwargs'])
+def test_keywords_of_the_loss_have_any_name(name):
+  def keyword_loss(model, x, y, key, **options):
+    return loss_fn(model, x, y, key)[0] + 100 * options[name]
+
+  given, key = {name: jnp.float32(1)}, jax.random.key(1)
+  got = awp_eqx.awp_value_and_grad(keyword_loss, gamma=0)(
+      Net(), X, Y, key, **given)
+  assert same(got, eqx.filter_value_and_grad(keyword_loss)(
+      Net(), X, Y, key, **given))

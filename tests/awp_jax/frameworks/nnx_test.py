@@ -244,3 +244,81 @@ def test_forward_function_of_a_module_with_arguments():
   trained, _ = functions.forward_fn(
       functions.params, functions.batch_stats, x, True, jax.random.key(0))
   assert np.ptp(evaluated, axis=0).max() == 0 < np.ptp(trained, axis=0).max()
+
+
+@pytest.mark.parametrize('name, in_training', [
+    ('train', True), ('training', True), ('is_training', True),
+    ('deterministic', False), ('use_running_average', False)])
+def test_every_name_of_the_mode(name, in_training):
+  """The default of each argument is the wrong mode for evaluation."""
+  class Named(nnx.Module):
+
+    def __init__(self):
+      self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def run(self, x, mode):
+      return self.dropout(x, deterministic=mode != in_training)
+
+  scope = {}
+  exec(f'def call(self, x, {name}={in_training}): return self.run(x, {name})',
+       scope)
+  Named.__call__ = scope['call']
+  functions = awp_nnx.as_functions(Named())
+  x = jnp.ones((4, 8))
+  evaluated, _ = functions.forward_fn(
+      functions.params, functions.batch_stats, x, False, None)
+  np.testing.assert_array_equal(evaluated, x)
+  trained, _ = functions.forward_fn(
+      functions.params, functions.batch_stats, x, True, jax.random.key(0))
+  assert set(np.unique(trained)) == {0.0, 2.0}
+
+
+def test_random_numbers_in_evaluation_are_refused():
+  class Noisy(nnx.Module):
+
+    def __init__(self):
+      self.rngs = nnx.Rngs(0)
+
+    def __call__(self, x):
+      return x + jax.random.normal(self.rngs(), x.shape)
+
+  functions = awp_nnx.as_functions(Noisy())
+  for wrap in (lambda f: f, jax.jit):
+    with pytest.raises(ValueError, match='Noisy draws random numbers in eval'):
+      wrap(lambda x: functions.forward_fn(
+          functions.params, functions.batch_stats, x, False, None)[0])(
+              jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize('name', [
+    'noise_key', 'natural_args', 'method_state', 'args', 'kwargs'])
+def test_keywords_of_the_loss_have_any_name(name):
+  scope = {'plain_loss': plain_loss}
+  exec(f'def loss(model, x, y, {name}): '
+       f'return plain_loss(model, x, y) + 100 * {name}', scope)
+  given = {name: jnp.float32(1)}
+  got = awp_nnx.awp_value_and_grad(scope['loss'], gamma=0)(
+      Net(), X, Y, **given)
+  assert got[0] > 100
+  assert same(got, nnx.value_and_grad(scope['loss'])(Net(), X, Y, **given))
+
+
+def test_arrays_of_the_model_are_updated_too():
+  class Counting(nnx.Module):
+
+    def __init__(self):
+      self.linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+      self.calls = nnx.data(jnp.zeros(()))
+
+    def __call__(self, x):
+      self.calls = self.calls + 1
+      return self.linear(x)
+
+  def loss(model, x):
+    return model(x).mean()
+
+  for _ in range(2):
+    model = Counting()
+    awp_nnx.awp_value_and_grad(loss, gamma=0.1)(model, jnp.ones((4, 3)))
+    awp_nnx.awp_value_and_grad(loss, gamma=0.1)(model, jnp.ones((4, 3)))
+  assert model.calls == 2

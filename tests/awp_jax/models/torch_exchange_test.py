@@ -19,6 +19,7 @@ from awp_jax.models.torch_exchange import (
 )
 from tests.helpers.torch_layout import (
   CIFAR,
+  GIVEN,
   MODELS,
   assert_same,
   prepared,
@@ -45,7 +46,7 @@ def test_round_trip_through_a_file_is_exact(name, tmp_path):
   again = read_state_dict(tmp_path / 'a.pth')
   assert list(again) == list(state_dict)
   assert_same(again, state_dict)
-  found = model_from_torch(again)
+  found = model_from_torch(again, **GIVEN.get(name, {}))
   assert found == model
   assert_same(from_torch(again, found), variables)
   assert [path.name for path in tmp_path.iterdir()] == ['a.pth']
@@ -209,7 +210,14 @@ def test_networks_that_are_not_ours(small):
   _, state_dict = prepared('DMWideResNet-16-2')
   with pytest.raises(ValueError, match=r'WideResNet has \(2, 2, 3\) blocks'):
     model_from_torch(state_dict | {
-        'layer.2.block.2.conv_0.weight': np.zeros((128, 128, 3, 3))})
+        'layer.2.block.2.conv_0.weight': np.zeros((128, 128, 3, 3))}, **CIFAR)
+  with pytest.raises(ValueError, match='do not hold mean and std: give both'):
+    model_from_torch(state_dict)
+  with pytest.raises(ValueError, match='in units of pixels'):
+    model_from_torch(state_dict, mean=(125.0,), std=(63.0,))
+  _, state_dict = prepared('PreActResNet-18 of Wong')
+  with pytest.raises(ValueError, match="give shortcut='plain', as in"):
+    model_from_torch(state_dict)
 
 
 # Against PyTorch, if it is installed.

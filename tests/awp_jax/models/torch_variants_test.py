@@ -16,6 +16,7 @@ from awp_jax.models.torch_exchange import (
 )
 from tests.helpers.torch_layout import (
     CIFAR,
+    GIVEN,
     MODELS,
     assert_same,
     prepared,
@@ -142,7 +143,7 @@ def test_logits_equal_those_of_pytorch(name, side):
   theirs = torch.from_numpy(((x - mean) / std).transpose(0, 3, 1, 2).copy())
   logits = PASSES[name](Passes(torch, tensors), theirs).numpy()
   arrays = {key: value.numpy() for key, value in tensors.items()}
-  found = model_from_torch(arrays, **CIFAR)
+  found = model_from_torch(arrays, **{**GIVEN.get(name, {}), **CIFAR})
   assert found == MODELS[name].clone(**CIFAR)
   ours = np.asarray(jax.jit(found.apply)(from_torch(arrays, found), x))
   scale = np.abs(logits).max()
@@ -188,7 +189,7 @@ def test_what_names_do_not_determine_can_be_given(given):
   model = PreActResNet(5, width=4, **given)
   variables = random_variables(model)
   state_dict = to_torch(variables, model)
-  known = {name: value for name, value in given.items() if name != 'final_norm'}
+  known = {key: value for key, value in given.items() if key != 'final_norm'}
   assert model_from_torch(state_dict, **known) == model
   assert_same(from_torch(state_dict, model), variables)
 

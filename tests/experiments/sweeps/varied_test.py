@@ -21,6 +21,7 @@ from tests.experiments.sweeps import runner_test
     (['a=f(x=1,y=[2,3]), g("p,)q", 4),(1,)'],
      [(('a', 'f(x=1,y=[2,3])'),), (('a', 'g("p,)q", 4)'),), (('a', '(1,)'),)]),
     (['a=b=c'], [(('a', 'b=c'),)]),
+    (['a="x,y",\'z\''], [(('a', 'x,y'),), (('a', 'z'),)]),
 ])
 def test_combinations(texts, combined):
   assert jobs.parse_varied(texts) == combined
@@ -103,6 +104,8 @@ def test_a_sweep(config, fake, tmp_path, capsys):
     (['--vary=awp.gama=1,2'], "'awp.gama'. Did you mean 'awp.gamma'"),
     (['--vary=awp.gamma=1,x'], 'awp.gamma=x'),
     (['--vary=awp.gamma=0.01,1e-2'], "one value twice, '0.01' and '1e-2'"),
+    (['--vary=user.x=1,1.0'], "one value twice, '1' and '1.0'"),
+    (['--vary=user.x=true,True'], 'one value twice'),
     (['--vary=seed=0,1'], 'set seeds with --seeds'),
     (['--vary=log_every_steps=1,2'], 'does not change the training'),
     (['--vary=evaluation.num_examples=1,2'], 'does not change the training'),
@@ -181,3 +184,19 @@ def test_figure(tmp_path, monkeypatch):
       'f', {'s': {'a': {'gap': [1.0]}, 'b': {'gap': [2.0]}}},
       tmp_path / 'x.png')
   assert drawn[-1] == ([0, 1], [1.0, 2.0], [0.0, 0.0], 's')
+
+
+@pytest.mark.parametrize('text, stored', [
+    ('1', '1'), ('1', 1), ('1', 1.0), ('true', True), ('False', False),
+    ('inf', float('inf')), ('1e-2', 0.01), ('None', 'None'), ('None', None),
+    ('(1, 2)', [1, 2]), ('a b', 'a b')])
+def test_free_fields_are_compared_as_the_config_reads_them(text, stored):
+  assert runner.is_same('user.x', text, stored)
+  assert not runner.is_same('user.x', f'{text}0', stored)
+
+
+def test_a_run_from_before_a_field_was_added():
+  runs = [run('x', 0), run('x', 0, (('user.w', '1'),), **{'user.w': 1.0}),
+          run('x', 0, (('user.w', '2'),), **{'user.w': 2.0})]
+  (series,) = varied.collect(records.group(runs)).values()
+  assert list(series['x']) == [1.0, 2.0]
