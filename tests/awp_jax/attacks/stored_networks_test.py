@@ -4,8 +4,8 @@ The stored verdicts are those of `evaluate_model.py` on all 3,000 images, with
 jax 0.12. The images are read from AWP_TEST_DATA.
 """
 
+import functools
 import json
-import os
 import pathlib
 
 import jax
@@ -22,16 +22,18 @@ FOLDER = pathlib.Path(__file__).resolve().parents[3] / 'docs/results/evidence'
 COUNT = 12
 
 
-@pytest.fixture(scope='module')
-def images():
-  place = pathlib.Path(os.environ.get('AWP_TEST_DATA', ''), 'tfds')
-  if 'AWP_TEST_DATA' not in os.environ or not place.is_dir():
-    pytest.skip('CIFAR-10 is read from $AWP_TEST_DATA/tfds, which is not set')
+@functools.cache
+def load(folder):
   data = datasets.load(
-      'cifar10', data_dir=str(place), num_test=3000, image_size=16,
+      'cifar10', data_dir=str(folder), num_test=3000, image_size=16,
       progress=False)
-  return data.x_test.astype(np.float32) / 255 if (
-      data.x_test.dtype == np.uint8) else data.x_test, data.y_test
+  assert data.x_test.dtype == np.float32  # averaged over squares of pixels
+  return data.x_test, data.y_test
+
+
+@pytest.fixture
+def images(data_folder):
+  return load(data_folder / 'tfds')
 
 
 def stored(name):
