@@ -113,14 +113,14 @@ def _setting(name: str, value: Any, traced: arguments.Traced) -> Any:
 
 
 def identify(
-    key: Array, traced: arguments.Traced, images: np.ndarray,
+    key: Array, models: Sequence[arguments.Traced], images: np.ndarray,
     labels: np.ndarray, threat: ThreatModel, specs: Sequence[AttackSpec],
     settings: dict[str, Any]) -> str:
   """The identity of an evaluation.
 
   Args:
     key: a PRNG key.
-    traced: the model.
+    models: the model, and that of the attacks if it is another one.
     images: [N, ...].
     labels: [N].
     threat: the threat model.
@@ -131,18 +131,19 @@ def identify(
     A hash, as hexadecimal digits; '' if an attack has no settings, or the model
     calls Python code, which cannot be compared.
   """
-  if any(spec.settings is None for spec in specs) or calls_python(
-      traced.program):
+  if any(spec.settings is None for spec in specs) or any(
+      calls_python(traced.program) for traced in models):
     return ''
   attacks = [
       [spec.name, spec.num_targets, spec.eot_samples, {
-          name: _setting(name, value, traced)
+          name: _setting(name, value, models[0])
           for name, value in (spec.settings or {}).items()}]
       for spec in specs]
   values = {
       'key': np.asarray(jax.random.key_data(key)).tolist(),
-      'model': [
-          hash_program(part) for part in _with_gradient(traced.program)],
+      'models': [
+          [hash_program(part) for part in _with_gradient(traced.program)]
+          for traced in models],
       'images': hash_array(images),
       'labels': hash_array(labels), 'threat': dataclasses.asdict(threat),
       'attacks': attacks, 'versions': versions(),

@@ -65,6 +65,23 @@ class Setting(NamedTuple):
   identity: str
 
 
+def _identity(
+    key: Array, traced: Traced, attack_traced: Traced, images: np.ndarray,
+    labels: np.ndarray, threat: ThreatModel, specs: Sequence[AttackSpec],
+    options: EvalOptions, batch_size: int) -> str:
+  """The identity of an evaluation; '' if nothing needs it."""
+  if options.store is None and not any(
+      (options.progress, options.done, options.share)):
+    return ''
+  models = [traced]
+  if options.attack_fn is not None:
+    models.append(attack_traced)
+  return fingerprint.identify(
+      key, models, images, labels, threat, specs, {
+          'eot_samples': options.eot_samples, 'batch_size': batch_size,
+          'attack_precision': options.attack_precision})
+
+
 def make(
     key: Array, logits_fn: Callable[..., Array], traced: Traced,
     attack_traced: Traced, images: np.ndarray, labels: np.ndarray,
@@ -123,21 +140,13 @@ def make(
   sizes, forward_sizes = (
       slots.batch_sizes(factor * batch_size // num_streams, num_devices)
       for factor in (1, 1 if loops.unrolls() else _FORWARD_BATCH))
-  identity = ''
-  if any((options.progress, options.done, options.share)) or (
-      options.store is not None):
-    settings = {
-        'eot_samples': options.eot_samples, 'batch_size': batch_size,
-        'attack_precision': options.attack_precision}
-    if options.attack_fn is not None:
-      settings['attack_fn'] = fingerprint.hash_program(attack_traced.program)
-    identity = fingerprint.identify(
-        key, traced, images, labels, threat, specs, settings)
   verdict_settings = VerdictSettings(
       verdict_model, threat, key, sizes[0],
       min(size for size in sizes if size >= sizes[0] // _FEW),
       functools.partial(sharding.shard, devices=options.devices))
   return Setting(
       key, model, verdict_settings, images, labels, sizes, forward_sizes,
-      group_size, num_streams, options.attack_fn is not None,
-      attack_traced, identity)
+      group_size, num_streams, options.attack_fn is not None, attack_traced,
+      _identity(
+          key, traced, attack_traced, images, labels, threat, specs, options,
+          batch_size))

@@ -126,6 +126,25 @@ def _bisect(
   return loops.repeat_pieces(_HALVINGS, halve, (none, none + 1, best))[2]
 
 
+def _searcher(
+    model: Model, attack: BoundAttack, threat: ThreatModel, num_targets: int,
+    num_steps: int) -> Callable[..., tuple[Array, _Best]]:
+  """(key, images, labels) -> whether they are misclassified, nearest points."""
+
+  def search(key: Array, x: Array, y: Array) -> tuple[Array, _Best]:
+    keys = jax.random.split(key, len(y))
+    logits = model.logits(x, keys)
+    others = jnp.where(
+        jax.nn.one_hot(y, logits.shape[-1], dtype=bool), -jnp.inf, logits)
+    targets = jnp.argsort(-others, axis=-1)[:, :num_targets]
+    examples = Examples(x, y, targets, keys, jnp.zeros_like(y))
+    best = _search(attack, threat, num_steps, examples)
+    return misclassified(logits, y), _bisect(model, threat, examples, best)
+
+  # On CPUs the pieces are compiled separately.
+  return search if loops.unrolls() else jax.jit(search)
+
+
 def minimal_perturbations(
     key: Array, logits_fn: Callable[..., Array], images: Array | np.ndarray,
     labels: Array | np.ndarray, norm: Norm, *, num_steps: int = 100,
@@ -180,19 +199,8 @@ def minimal_perturbations(
   attack = spec.build(model, threat)
   batch_size = min(batch_size, len(images))
 
-  def search(key: Array, x: Array, y: Array) -> tuple[Array, _Best]:
-    keys = jax.random.split(key, len(y))
-    logits = model.logits(x, keys)
-    others = jnp.where(
-        jax.nn.one_hot(y, logits.shape[-1], dtype=bool), -jnp.inf, logits)
-    targets = jnp.argsort(-others, axis=-1)[:, :max(spec.num_targets, 1)]
-    examples = Examples(x, y, targets, keys, jnp.zeros_like(y))
-    best = _search(attack, threat, num_steps, examples)
-    return misclassified(logits, y), _bisect(model, threat, examples, best)
-
-  if not loops.unrolls():
-    search = jax.jit(search)
-
+  search = _searcher(
+      model, attack, threat, max(spec.num_targets, 1), num_steps)
   distances, adversarial = np.empty(len(images)), images.copy()
   natural = np.empty(len(images), bool)
   for begin in range(0, len(images), batch_size):

@@ -99,7 +99,7 @@ def test_identity_depends_on_every_setting_of_an_attack(one, other):
 
   def identity_of(spec):
     return fingerprint.identify(
-        KEY, traced, images, np.zeros(2, int), ThreatModel('Linf', 0.1),
+        KEY, [traced], images, np.zeros(2, int), ThreatModel('Linf', 0.1),
         (spec,), {})
 
   assert identity_of(one) == identity_of(one) != ''

@@ -287,8 +287,9 @@ def test_a_model_that_calls_python_has_no_identity(tmp_path):
         lambda x: np.asarray(x) @ W, jax.ShapeDtypeStruct((len(x), 4), x.dtype),
         x)
 
-  with pytest.raises(ValueError, match='cannot identify a model that calls'):
-    run(tmp_path, fn=calls)
+  for options in ({'fn': calls}, {'attack_fn': calls}):
+    with pytest.raises(ValueError, match='cannot identify a model that calls'):
+      run(tmp_path, **options)
   assert list(tmp_path.iterdir()) == []
 
 

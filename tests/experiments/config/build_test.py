@@ -88,7 +88,7 @@ def test_no_momentum_is_plain_descent():
     ({'threat__norm': 'Linfty'}, "'Linf', 'L2'", "got 'Linfty'"),
     ({'objective': 'TRADE'}, "'AT', 'TRADES', 'MART'", "mean 'TRADES'"),
     ({'dataset': 'cifr10'}, "'cifar10'", "Did you mean 'cifar10'"),
-    ({'model__name': 'resnet'}, "'preact_resnet'", "got 'resnet'"),
+    ({'model__name': 'resnet18'}, "'preact_resnet'", "got 'resnet18'"),
     ({'model__dtype': 'float8'}, "'bfloat16'", "got 'float8'"),
     ({'model__param_dtype': 'int8'}, "'float32'", "got 'int8'"),
     ({'model__dtype': 'float64'}, 'float64', 'JAX_ENABLE_X64=1'),

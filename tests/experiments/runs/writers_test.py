@@ -124,8 +124,15 @@ def test_an_option_that_a_writer_does_not_take(tmp_path):
     log_of(tmp_path, (f'{PARTS}:Kept(wait=1)',))
 
 
+def optional(name):
+  """A package that need not be installed, or skips."""
+  if importlib.util.find_spec(name) is None:
+    pytest.skip(f'an optional logger is not installed: {name}')
+  return importlib.import_module(name)
+
+
 def test_mlflow_keeps_the_curves_in_a_local_store(tmp_path, monkeypatch):
-  mlflow = pytest.importorskip('mlflow')
+  mlflow = optional('mlflow')
   monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
   folder = tmp_path / 'run'
   folder.mkdir()
@@ -148,7 +155,7 @@ def test_mlflow_keeps_the_curves_in_a_local_store(tmp_path, monkeypatch):
 
 
 def test_wandb_keeps_the_curves_offline(tmp_path, monkeypatch):
-  wandb = pytest.importorskip('wandb')
+  wandb = optional('wandb')
   for name, value in (
       ('WANDB_MODE', 'offline'), ('WANDB_SILENT', 'true'),
       ('WANDB_CACHE_DIR', str(tmp_path / 'cache')),
