@@ -38,6 +38,14 @@ def plain(value):
   return value
 
 
+def flat_curve(*args, **_):
+  """A curve at 1 over the epsilons of `robust_curve`'s arguments."""
+  one = np.ones(len(args[5]))
+  return awp_jax.RobustCurve(
+      np.array(args[5]), one, np.stack([one, one], 1), np.ones(1, bool),
+      np.ones(1), ())
+
+
 def of_evaluation(run, monkeypatch):
   """The arguments of the library's `evaluate`."""
   asked = []
@@ -55,19 +63,11 @@ def of_evaluation(run, monkeypatch):
         robust=stands, natural=stands, attacks=(result,), warnings=(),
         adversarial=images)
 
-  def curve(key, logits_fn, images, labels, norm, epsilons, *, attacks, **_):
-    curves.append((
-        norm, epsilons, [spec.name for spec in attacks], len(labels)))
-    one = np.ones(len(epsilons))
-    return awp_jax.RobustCurve(
-        np.array(epsilons), one, np.stack([one, one], 1), np.ones(1, bool),
-        np.ones(1), ())
-
-  curves = []
+  curves = Spy(flat_curve)
   fixed = Spy(fixed_step.pgd_spec)
   with monkeypatch.context() as patch:
     for owner, name, value in (
-        (awp_jax, 'robust_curve', curve),
+        (awp_jax, 'robust_curve', curves),
         (evaluate_lib, 'evaluate', judge), (fixed_step, 'pgd_spec', fixed),
         (restore, 'load_variables', lambda *_: [('best', 1, {})]),
         (precision, 'network', lambda model, dtype=None: dtype or model),
@@ -87,7 +87,9 @@ def of_evaluation(run, monkeypatch):
       'judged.specs': specs, 'judged.images': images, 'judged.saved': saved,
       'judged.batch_size': batch_size, 'judged.threat': threat,
       'judged.attack_types': types,
-      'judged.key': key, 'judged.curves': curves,
+      'judged.key': key, 'judged.curves': [
+          (args[4], args[5], [spec.name for spec in kwargs['attacks']],
+           len(args[3])) for args, kwargs in curves.calls],
       'judged.subjects': list(found['subjects']),
       'judged.steps': [
           kwargs['step_size'] for _, kwargs in fixed.calls]}
