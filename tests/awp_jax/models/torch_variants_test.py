@@ -211,7 +211,7 @@ def test_networks_without_pytorch_names(settings):
 
 
 def test_rematerialized_resnet():
-  model, variables = MODELS['ResNet-50'], prepared('ResNet-50')[0]
+  model, variables = MODELS['ResNet-18'], prepared('ResNet-18')[0]
   x = np.random.default_rng(0).uniform(size=(2, 8, 8, 3)).astype(np.float32)
 
   def loss(network):
