@@ -110,7 +110,10 @@ def parse(argv: list[str]) -> list[str]:
   except (flags.Error, AttributeError, LookupError, OSError, TypeError,
           ValueError) as error:
     _check_names(argv)
-    _fail(_without_traceback(str(error)))
+    # The text of a KeyError would be that of a string literal.
+    _fail(_without_traceback(str(
+        error.args[0] if isinstance(error, KeyError) and error.args
+        else error)))
   if rest[1:]:
     _fail(f'unknown arguments: {" ".join(rest[1:])}')
   if flags.FLAGS['verbosity'].using_default_value:

@@ -107,9 +107,11 @@ def pair_rows(found: pairs.Differences) -> list[list[str]]:
 def _interval(value: pairs.Interval | None, count: int) -> str:
   if value is None:
     return '-'
-  text = f'{value.mean:+.2f}'
+  # Adding 0 turns a rounded -0 into +0.
+  mean, low, high = (round(x, 2) + 0.0 for x in value[:3])
+  text = f'{mean:+.2f}'
   if value.size > 1:
-    text += f' ({value.low:+.2f} to {value.high:+.2f})'
+    text += f' ({low:+.2f} to {high:+.2f})'
   return text if value.size == count else (
       f'{text}, {value.size} of {count} pairs')
 

@@ -32,6 +32,10 @@ def versions() -> dict[str, str]:
           'awp_jax': __version__}
 
 
+#: Functions of `jax.nn` whose gradients have rules. They are in most models,
+#: and tracing the gradient takes seconds.
+_OF_JAX = ('relu', 'relu6', 'silu', '_softmax')
+
 #: Primitives that call Python, whose code is not in the program.
 _CALLBACKS = ('pure_callback', 'io_callback')
 
@@ -53,21 +57,31 @@ def calls_python(closed: jax.extend.core.ClosedJaxpr) -> bool:
              for equation in equations.walk(closed))
 
 
+def _has_rule(equation: Any) -> bool:
+  """Whether an equation has a gradient of its own that is not one of JAX's."""
+  name = equation.primitive.name
+  return name.startswith('custom_vjp') or (
+      name.startswith('custom_jvp')
+      and equation.params.get('name') not in _OF_JAX)
+
+
 def _with_gradient(
     closed: jax.extend.core.ClosedJaxpr
 ) -> list[jax.extend.core.ClosedJaxpr]:
   """The program, and its gradient if that has rules of its own."""
-  if not any(equation.primitive.name.startswith('custom_vjp')
-             for equation in equations.walk(closed)):
+  if not any(map(_has_rule, equations.walk(closed))):
     return [closed]
 
   def total(x: Array, *rest: Any) -> Array:
     logits, = jax.extend.core.jaxpr_as_fun(closed)(x, *rest)
     return jnp.sum(logits)
 
-  return [closed, jax.make_jaxpr(jax.grad(total))(*(
-      jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-      for aval in closed.in_avals))]
+  try:
+    return [closed, jax.make_jaxpr(jax.grad(total))(*(
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+        for aval in closed.in_avals))]
+  except Exception:  # no attack can use a gradient that cannot be traced
+    return [closed]
 
 
 def hash_program(closed: jax.extend.core.ClosedJaxpr) -> str:
@@ -112,6 +126,19 @@ def _setting(name: str, value: Any, traced: arguments.Traced) -> Any:
   return hash_program(jax.make_jaxpr(value)(*specs))
 
 
+def _checked_setting(
+    attack: str, name: str, value: Any, traced: arguments.Traced) -> Any:
+  """`_setting`, with one error for values that cannot be identified."""
+  try:
+    found = _setting(name, value, traced)
+    json.dumps(found)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+        f'settings[{name!r}] of attack {attack!r} must be a plain value, an '
+        f'array or a function of inputs, got {value!r}: {error}') from error
+  return found
+
+
 def identify(
     key: Array, models: Sequence[arguments.Traced], images: np.ndarray,
     labels: np.ndarray, threat: ThreatModel, specs: Sequence[AttackSpec],
@@ -136,7 +163,7 @@ def identify(
     return ''
   attacks = [
       [spec.name, spec.num_targets, spec.eot_samples, {
-          name: _setting(name, value, models[0])
+          name: _checked_setting(spec.name, name, value, models[0])
           for name, value in (spec.settings or {}).items()}]
       for spec in specs]
   values = {

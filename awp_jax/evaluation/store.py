@@ -141,8 +141,7 @@ class ProgressPrinter:
     if not stored:
       print(
           f'{name}: {self._done[name]} attacked, {self._robust} of '
-          f'{self._total} robust ({100 * self._robust / self._total:.2f} %), '
-          f'{self._seconds[name]:.0f} s', flush=True)
+          f'{self._total} robust, {self._seconds[name]:.0f} s', flush=True)
 
   def take(self, records: Sequence[BatchResult]) -> None:
     """Counts stored records."""

@@ -11,7 +11,8 @@ that the loss updates in place (batch statistics, dropout streams, metrics), in
 the model or in other arguments, and other arrays of the model hold what the
 pass at w + v left: every pass starts from the state before the call, so all
 passes use the same dropout masks and nothing is counted twice. Modules that the
-loss takes from its closure cannot be updated.
+loss takes from its closure cannot be updated, and changes of other attributes,
+as by `model.train()`, are not kept: set the mode before the call.
 
   >>> import jax, jax.numpy as jnp
   >>> from flax import nnx
@@ -135,10 +136,10 @@ def _make(
         call.graph, {0: params}, call.rest, copy=True)
     out = loss_fn(model, *args, **kwargs)
     loss, aux = out if has_aux else (out, None)
-    _, _, rest = _split_by((model, args, kwargs), _is_parameter(wrt), ...)
-    own = rest.get(0, {})
-    others = _split_by((args, kwargs), nnx.Variable, ...)[1]
-    return loss, (own, others, aux)
+    # Together, so that parameters shared with an argument are left out.
+    _, _, variables, arrays = _split_by(
+        (model, args, kwargs), _is_parameter(wrt), nnx.Variable, ...)
+    return loss, (variables, arrays.get(0, {}), aux)
 
   gradient_fn = perturbed_step.perturbed_value_and_grad(
       method, pure_fn, has_aux=True, axis_name=axis_name)
@@ -151,10 +152,10 @@ def _make(
     natural = None
     if natural_args is not None:
       natural = (_split(wrt, model, natural_args, kwargs)[1],)
-    ((loss, (own, others, aux)), gradients), method_state = gradient_fn(
+    ((loss, (variables, own, aux)), gradients), method_state = gradient_fn(
         params, method_state, call, natural_args=natural, noise_key=noise_key)
+    nnx.update((model, args, kwargs), variables)
     nnx.update(model, own)
-    nnx.update((args, kwargs), others)
     value = (loss, aux) if has_aux else loss
     return (value, gradients), method_state
 

@@ -90,6 +90,9 @@ def robust_curve(
     raise ValueError(
         'robust_curve supports neither EvalOptions.done nor share; '
         'EvalOptions.store resumes it.')
+  for name, value in (('epsilons', epsilons), ('attacks', attacks)):
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+      raise ValueError(f'{name} must be a sequence, got {value!r}.')
   radii = [float(epsilon) for epsilon in epsilons]
   for epsilon in radii:
     checks.positive('epsilons', epsilon)

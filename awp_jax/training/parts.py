@@ -56,6 +56,22 @@ def mean(num_parts: int, tree: Any) -> Any:
       if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf[-1], tree)
 
 
+def device_mean(tree: Any, axis_name: str | None) -> Any:
+  """The mean over the devices on every leaf; unchanged without an axis.
+
+  Counters and flags, which are equal on all devices, keep their dtypes.
+  """
+  if axis_name is None:
+    return tree
+
+  def mean(leaf: Array) -> Array:
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+      return jax.lax.pmean(leaf, axis_name)
+    return jax.lax.pmax(jnp.asarray(leaf, int), axis_name).astype(leaf.dtype)
+
+  return jax.tree.map(mean, tree)
+
+
 def each(num_parts: int, fn: Callable[..., Any], *args: Any) -> Any:
   """`fn` of each part, one after the other.
 

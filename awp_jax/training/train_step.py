@@ -79,17 +79,14 @@ class TrainMetrics(NamedTuple):
   unperturbed_loss: Array
 
 
-def _mean(tree: Any, axis_name: str | None) -> Any:
-  """Means over the devices; counters and flags, which are equal, stay so."""
-  if axis_name is None:
-    return tree
-
-  def mean(leaf: Array) -> Array:
-    if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-      return jax.lax.pmean(leaf, axis_name)
-    return jax.lax.pmax(jnp.asarray(leaf, int), axis_name).astype(leaf.dtype)
-
-  return jax.tree.map(mean, tree)
+def _per_example(
+    objective: Objective, name: str, losses: Array, labels: Array) -> Array:
+  """The losses of an objective; raises ValueError unless they are [B]."""
+  if jnp.shape(losses) != (len(labels),):
+    raise ValueError(
+        f'{name} of objective {objective.name!r} must return losses of shape '
+        f'({len(labels)},), one per example, got {jnp.shape(losses)}.')
+  return losses
 
 
 def _weight_loss(
@@ -113,7 +110,8 @@ def _weight_loss(
           state, params, batch_stats, images[name], train=True,
           key=dropout_key)
     adversarial = logits['adversarial']
-    losses = objective.train_loss(adversarial, logits.get('natural'), labels)
+    losses = _per_example(objective, 'train_loss', objective.train_loss(
+        adversarial, logits.get('natural'), labels), labels)
     return losses, (batch_stats, objectives.is_correct(adversarial, labels))
 
   return loss_fn
@@ -144,7 +142,9 @@ def _attack_inputs(
 
   def loss_fn(x_adv: Array, batch_stats: Any) -> tuple[Array, Any]:
     logits, batch_stats = run(x_adv, batch_stats)
-    return attack_loss(logits, natural, labels), batch_stats
+    losses = attack_loss(logits, natural, labels)
+    return _per_example(
+        objective, 'attack_loss', losses, labels), batch_stats
 
   found = (attack.algorithm or pgd_lib.pgd_with_state)(
       attack_key, loss_fn, batch_stats, images, threat,
@@ -330,7 +330,8 @@ def train_step(
         batch_stats, images, dropout_key)
   metrics = TrainMetrics(
       loss=out.loss,
-      robust_accuracy=_mean(jnp.mean(is_right, dtype=jnp.float32), axis_name),
+      robust_accuracy=parts.device_mean(
+          jnp.mean(is_right, dtype=jnp.float32), axis_name),
       gradient_norm=leaves.global_norm(out.gradients),
       perturbation_ratio=leaves.relative_norm(
           out.perturbation, state.params, method.chosen(state.params)),
@@ -338,5 +339,5 @@ def train_step(
   return state.replace(
       step=state.step + 1, params=params, opt_state=opt_state,
       memory=out.state.memory,
-      batch_stats=_mean(
+      batch_stats=parts.device_mean(
           parts.mean(accumulate, batch_stats), axis_name)), metrics

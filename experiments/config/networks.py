@@ -315,10 +315,13 @@ def _check_logits(
   except Exception as error:
     if is_synced and 'unbound axis' in str(error):
       return  # of the devices, which exists only where the step is mapped
+    hint = '' if network.filter_axis else (
+        ' An Equinox module with a state is made by eqx.nn.make_with_state, '
+        "returns (logits, state), and names the axis of its layers 'batch'.")
     raise UserError(
         f'model.name={name!r}: a pass over images of shape {images.shape} '
         f'failed with {type(error).__name__}: {error} (--debug shows the '
-        'traceback).') from error
+        f'traceback).{hint}') from error
   for path, leaf in traverse_util.flatten_dict(
       variables['params'], sep='/').items():
     if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -193,6 +193,8 @@ def _curve(
       'epsilons': found.epsilons.tolist(),
       'robust_accuracy': found.robust_accuracy.tolist(),
       'interval_95': found.intervals.tolist(),
+      'seconds': [sum(attack.seconds for attack in result.attacks)
+                  if result else 0.0 for result in found.results],
       'judged_by': precision.judged_by()}
 
 

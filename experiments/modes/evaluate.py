@@ -18,7 +18,7 @@ from experiments.evaluation import attacks
 from experiments.parallel import processes
 from experiments.runs import precision, restore
 from experiments.runs import run as run_lib
-from experiments.util import atomic, console, paths
+from experiments.util import atomic, console, named, paths
 from experiments.util.errors import user_errors
 
 
@@ -27,6 +27,9 @@ def check(config: ml_collections.ConfigDict, workdir: paths.Path) -> None:
   """Raises ValueError if the evaluation cannot run; reads no data."""
   settings = config.evaluation
   attacks.check_names(settings.attacks)
+  for name in settings.attacks:
+    if named.is_external(name):  # before hours of other attacks
+      attacks.make_specs(name, config)
   checks.count('evaluation.num_examples', settings.num_examples, minimum=0)
   checks.count('evaluation.batch_size', settings.batch_size, minimum=0)
   checks.one_of('evaluation.attack_dtype', settings.attack_dtype,
@@ -134,15 +137,17 @@ def _keep_others(values: dict[str, Any], path: paths.Path) -> None:
   values['subjects'] = {**before['subjects'], **values['subjects']}
 
 
-def _curve_rows(entry: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
-  """The curve over epsilon of a model, as (epsilon, accuracy and interval)."""
+def _curve_rows(
+    entry: dict[str, Any]) -> list[tuple[str, dict[str, Any], float]]:
+  """The curve over epsilon of a model, as rows of the table."""
   curve = entry.get('curve')
   if curve is None:
     return []
-  return [(epsilon, {'accuracy': share, 'interval_95': interval})
-          for epsilon, share, interval in zip(
+  return [(f'epsilon {epsilon:.4g}',
+           {'accuracy': share, 'interval_95': interval}, seconds)
+          for epsilon, share, interval, seconds in zip(
               curve['epsilons'], curve['robust_accuracy'],
-              curve['interval_95'], strict=True)]
+              curve['interval_95'], curve['seconds'], strict=True)]
 
 
 def _table(subjects: dict[str, Any]) -> str:
@@ -151,8 +156,7 @@ def _table(subjects: dict[str, Any]) -> str:
     lines = [('natural', entry['natural'], 0.0)] + [
         (label, values['robust'], values['seconds'])
         for label, values in entry['evaluations'].items()]
-    lines += [(f'epsilon {epsilon:.4g}', values, 0.0)
-              for epsilon, values in _curve_rows(entry)]
+    lines += _curve_rows(entry)
     for label, values, seconds in lines:
       low, high = (100 * bound for bound in values['interval_95'])
       rows.append([

@@ -16,7 +16,7 @@ from experiments.config import build, networks, optimizers, schema
 from experiments.data import arrays, batches, datasets, extra_images
 from experiments.parallel import processes
 from experiments.runs import checkpoints, warm_start, workdirs, writers
-from experiments.util import atomic, paths
+from experiments.util import atomic, named, paths
 from experiments.util.errors import UserError
 
 
@@ -150,8 +150,26 @@ def prepare(
   run = Run(
       config, folder, built, dataset, validation, model, num_devices, extra)
   _check_data(run)
+  if named.is_external(config.weight_perturbation) or (
+      'mask' in config.weight_perturbation):
+    _check_mask(run)
   processes.on_main(lambda: workdirs.claim(folder, config))
   return run
+
+
+def _check_mask(run: Run) -> None:
+  """Raises UserError if the weight perturbation does not fit the network."""
+  images = jax.ShapeDtypeStruct(
+      (1, *run.dataset.x_train.shape[1:]), jnp.float32)
+  params = jax.eval_shape(
+      functools.partial(run.model.init, train=False), jax.random.key(0),
+      images)['params']
+  try:
+    run.setup.perturbation.chosen(params)
+  except ValueError as error:
+    raise UserError(
+        f'weight_perturbation={run.config.weight_perturbation!r} does not fit '
+        f'{run.config.model.name!r}: {error}') from error
 
 
 def _check_processes(config: ml_collections.ConfigDict) -> None:

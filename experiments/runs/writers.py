@@ -168,7 +168,8 @@ class MLflow:
   """A run of MLflow, which the same workdir resumes.
 
   `MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` work as usual. Without the
-  first, runs are kept in `mlflow.db` beside the workdir.
+  first, runs are kept in `mlflow.db` beside the workdir, or in the current
+  folder for one in a bucket.
   """
 
   def __init__(
@@ -185,8 +186,10 @@ class MLflow:
     """
     del epoch, step
     mlflow: Any = importlib.import_module('mlflow')
+    beside = pathlib.Path() if paths.is_bucket(workdir) else (
+        pathlib.Path(str(workdir)).parent)
     place = os.environ.get('MLFLOW_TRACKING_URI') or (
-        f'sqlite:///{pathlib.Path(str(workdir)).absolute().parent}/mlflow.db')
+        f'sqlite:///{beside.absolute()}/mlflow.db')
     self._client = mlflow.MlflowClient(tracking_uri=place)
     path = workdir / 'mlflow.json'
     if path.exists():

@@ -43,7 +43,7 @@ def flat_curve(*args, **_):
   one = np.ones(len(args[5]))
   return awp_jax.RobustCurve(
       np.array(args[5]), one, np.stack([one, one], 1), np.ones(1, bool),
-      np.ones(1), ())
+      np.ones(1), (None,) * len(one))
 
 
 def of_evaluation(run, monkeypatch):

@@ -159,7 +159,7 @@ def test_printed_lines(whole, tmp_path, capsys):
   first = records[0].indices.size + sum(
       record.indices.size for record in records[1:4])
   assert lines[0].startswith(f'apgd-ce: {first} attacked, ')
-  assert f'of 40 robust ({100 * survivors[0] / 40:.2f} %)' in lines[0]
+  assert f'{survivors[0]} of 40 robust, ' in lines[0]
 
 
 def test_lines_count_records_once():
@@ -279,6 +279,53 @@ def test_a_backward_rule_is_part_of_the_identity(tmp_path):
     _, seen = run(tmp_path, fn=_custom(W, np.float32(scale)))
     assert seen
   assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_forward_rule_is_part_of_the_identity(tmp_path):
+  """As of a straight-through estimator."""
+  for scale in (0.5, 1.0):
+    @jax.custom_jvp
+    def identity(x):
+      return x
+
+    identity.defjvp(
+        lambda primals, tangents, s=scale: (primals[0], s * tangents[0]))
+    _, seen = run(tmp_path, fn=lambda x, f=identity: f(x) @ W,
+                  check_model=False)
+    assert seen
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.filterwarnings('ignore::awp_jax.RobustnessWarning')
+def test_a_gradient_that_cannot_be_traced_needs_no_identity(tmp_path):
+  @jax.custom_vjp
+  def looped(x):
+    return jax.lax.while_loop(lambda c: c[1] < 1, lambda c: (c[0], c[1] + 1),
+                              (x, 0))[0]
+
+  looped.defvjp(lambda x: (looped(x), x), lambda x, g: (jax.lax.while_loop(
+      lambda c: True, lambda c: c, g),))
+  images = X.reshape(40, 2, 2, 3)
+
+  def fn(x):
+    return jax.lax.while_loop(
+        lambda c: c[1] < 1, lambda c: (c[0], c[1] + 1), (looped(x), 0)
+    )[0].reshape(len(x), -1) @ W
+
+  result = awp_jax.auto_attack(
+      KEY, fn, images, Y, THREAT, store=tmp_path,
+      attacks=(awp_jax.square_spec('square', num_queries=5),))
+  assert len(result.robust) == 40
+
+
+@pytest.mark.parametrize('value', [
+    [np.ones(3)], lambda a, b: a, jax.random.key(0), object()])
+def test_settings_that_cannot_be_compared(value, tmp_path):
+  spec = awp_jax.pgd_spec('mine', step_size=0.01, num_steps=1)
+  with pytest.raises(ValueError, match=r"settings\['a'\] of attack 'mine'"):
+    awp_jax.auto_attack(
+        KEY, logits_fn, X, Y, THREAT, store=tmp_path, attacks=(
+            spec._replace(settings={**spec.settings, 'a': value}),))
 
 
 def test_a_model_that_calls_python_has_no_identity(tmp_path):

@@ -322,3 +322,18 @@ def test_arrays_of_the_model_are_updated_too():
     awp_nnx.awp_value_and_grad(loss, gamma=0.1)(model, jnp.ones((4, 3)))
     awp_nnx.awp_value_and_grad(loss, gamma=0.1)(model, jnp.ones((4, 3)))
   assert model.calls == 2
+
+
+@pytest.mark.parametrize('share', [
+    lambda model: model, lambda model: model.layers[0],
+    lambda model: nnx.List([model])], ids=['model', 'part', 'holder'])
+def test_parameters_shared_with_an_argument_keep_their_values(share):
+  model = Net(rate=0.0)
+  w = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+
+  def loss(model, other, x, y):
+    del other
+    return plain_loss(model, x, y)
+
+  awp_nnx.awp_value_and_grad(loss, gamma=0.5)(model, share(model), X, Y)
+  assert same(nnx.state(model, nnx.Param), w)

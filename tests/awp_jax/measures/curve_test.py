@@ -183,6 +183,7 @@ def test_a_curve_resumes(tmp_path):
 @pytest.mark.parametrize('epsilons, shown', [
     ((), 'must rise'), ((0.1, 0.1), 'must rise'), ((0.2, 0.1), 'must rise'),
     ((0.0, 0.1), 'must be a finite number > 0'),
+    (0.1, 'must be a sequence'), ('0.1', 'must be a sequence'),
     ((float('nan'),), 'must be a finite number > 0')])
 def test_wrong_epsilons(epsilons, shown):
   with pytest.raises(ValueError, match=shown):

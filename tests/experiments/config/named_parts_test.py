@@ -355,3 +355,42 @@ def test_free_fields_are_plain(value):
   other.mine = ml_collections.ConfigDict({'a': 1})
   with pytest.raises(UserError, match='belong in the group user'):
     schema.check(other, base.get_config())
+
+
+def test_a_mask_that_does_not_fit_the_network_is_one_line(tmp_path):
+  from experiments.runs import run as run_lib
+  config = config_with(
+      dataset=f'{PARTS}:blobs', model__name=f'{PARTS}:equinox_net',
+      batch_size=8, eval__batch_size=8, num_train=0, num_test=0,
+      weight_perturbation='awp(gamma=0.1, mask="first/kernel")')
+  with pytest.raises(UserError, match=r'does not fit .*first/weight') as caught:
+    run_lib.prepare(config, tmp_path / 'run')
+  assert not list((tmp_path / 'run').glob('*.json'))
+  assert '\n' not in str(caught.value)
+
+
+def test_an_attack_that_is_none_is_refused_before_the_others(tmp_path):
+  from experiments.modes import evaluate
+  config = config_with(evaluation__attacks=('pgd-2', f'{PARTS}:coner'))
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(UserError, match="no such name"):
+    evaluate.check(config, tmp_path)
+
+
+def test_losses_of_another_shape_are_refused():
+  """[B, C] instead of [B] would train on a mean over classes."""
+  objective = awp_jax.adversarial()._replace(
+      name='mine', train_loss=lambda z, _, y: -jax.nn.log_softmax(z))
+  import optax
+  state = awp_jax.TrainState.create(
+      forward_fn=lambda params, stats, x, train, key: (x @ params['w'], stats),
+      params={'w': jnp.ones((4, 3))}, tx=optax.sgd(0.1))
+  batch = jnp.ones((2, 4)) / 2, jnp.array([0, 1])
+  for changed, name in ((objective, 'train_loss'), (objective._replace(
+      attack_loss=lambda z, _, y: jnp.sum(z)), 'attack_loss')):
+    with pytest.raises(
+        ValueError, match=f"{name} of objective 'mine' must return losses"):
+      awp_jax.train_step(
+          state, batch, jax.random.key(0), objective=changed,
+          threat=awp_jax.ThreatModel('Linf', 0.1),
+          attack=awp_jax.Attack(0.1, 1))
