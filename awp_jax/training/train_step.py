@@ -315,9 +315,8 @@ def train_step(
       ascent_fn, descent_fn, as_published, accumulate)
   # All devices share one noise draw, so the device index is not folded in.
   noise_key = jax.random.fold_in(key, 2**32 - 1)
-  start: Any = attack.start
   out = alternation.descend(inputs, alternation.alternate(
-      inputs, parts.split(accumulate, start),
+      inputs, parts.split(accumulate, attack.start),
       parts.copies(accumulate, state.batch_stats), attack_key, noise_key,
       alternations))
   batch_stats, is_right = out.aux

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from experiments.config import schema
 from experiments.reports import comparison
 from experiments.runs import checkpoints, metrics, workdirs
-from experiments.sweeps import jobs, published, runner
+from experiments.sweeps import flags, jobs, published, runner
 from experiments.util import paths
 from experiments.util.errors import UserError
 
@@ -72,9 +72,9 @@ def read(workdir: paths.Path, name: str) -> Record:
           f'{workdir / name} must hold a run of seed {parsed.seed}, as its '
           f'name says, got seed {config["seed"]!r}: rename it, or train with '
           f'--config.seed={parsed.seed}.')
-    for field, value in runner.parse_flags(
-        runner.flags_of(parsed.varied)).items():
-      if not runner.is_same(field, value, config.get(field)):
+    for field, value in flags.parse_flags(
+        flags.flags_of(parsed.varied)).items():
+      if not flags.is_same(field, value, config.get(field)):
         raise UserError(
             f'{workdir / name} must hold a run with {field}={value!r}, as its '
             f'name says, got {config.get(field)!r}: rename it.')

@@ -5,7 +5,6 @@ failed, go to `cifar10_awp+L2-seed0.stderr` next to that folder. The process
 holds a lock on this file while it runs, so two sweeps never run the same job.
 """
 
-import ast
 from collections.abc import Callable, Sequence
 import fcntl
 import json
@@ -16,22 +15,13 @@ import subprocess
 import sys
 from typing import IO, Any, NamedTuple
 
-from absl import flags
-from ml_collections.config_flags import tuple_parser
-
-from experiments.config import schema
-from experiments.configs import base
-from experiments.runs import metrics, workdirs
-from experiments.sweeps.jobs import Job, Varied, parse_name
+from experiments.runs import metrics
+from experiments.sweeps import flags as sweep_flags
+from experiments.sweeps.jobs import Job, parse_name
 from experiments.util import paths
 from experiments.util.errors import UserError
 
 MAIN = pathlib.Path(__file__).resolve().parents[1] / 'main.py'
-
-#: How main.py reads a field, by the type of its default; text is kept.
-_PARSERS: dict[type, Any] = {
-    bool: flags.BooleanParser(), int: flags.IntegerParser(),
-    float: flags.FloatParser(), tuple: tuple_parser.TupleParser()}
 
 _EXIT = re.compile(r'exit code (-?[0-9]+)')
 
@@ -48,118 +38,6 @@ class State(NamedTuple):
   kind: str
   epochs: int
   error: str = ''
-
-
-def check_overrides(
-    jobs: Sequence[Job], workdir: paths.Path, overrides: Sequence[str]
-) -> None:
-  """Raises UserError if a run already exists with other values or fields.
-
-  An unfinished run would reject them itself. A finished one is not started, so
-  the table would show it as if it had the new values.
-  """
-  overrides = [o for o in overrides if o.startswith('--config.')]
-  parse_flags(overrides)
-  _check_varied(jobs, overrides)
-  for job in jobs:
-    if not (workdir / job.name / 'config.json').exists():
-      continue
-    given = parse_flags([*overrides, *flags_of(job.varied)])
-    stored = workdirs.stored_fields(workdir / job.name)
-    for name, value in given.items():
-      if name in workdirs.FREE_FIELDS or name.startswith(workdirs.FREE_GROUPS):
-        continue
-      if not is_same(name, value, stored.get(name)):
-        raise UserError(
-            f'{str(workdir / job.name)!r} holds a run with '
-            f'{name}={stored.get(name)!r}, not {value!r}; choose another '
-            '--workdir.')
-
-
-def _check_varied(jobs: Sequence[Job], overrides: Sequence[str]) -> None:
-  """Raises UserError unless varied fields distinguish the jobs."""
-  names: dict[str, str] = {}
-  for job in jobs:
-    for (field, value), flag in zip(
-        job.varied, flags_of(job.varied), strict=True):
-      parsed = parse_flags([flag])
-      if field == 'seed':
-        raise UserError('--vary=seed: set seeds with --seeds=0,1,2.')
-      if field in workdirs.FREE_FIELDS or field.startswith(
-          workdirs.FREE_GROUPS):
-        raise UserError(
-            f'--vary={field}: this field does not change the training.')
-      if any(o.startswith(f'--config.{field}=') for o in overrides):
-        raise UserError(f'{field} is set by --vary and by --config.{field}.')
-      key = f'{field}={_plain(parsed[field])}'
-      if names.setdefault(key, value) != value:
-        raise UserError(
-            f'--vary={field} has one value twice, {names[key]!r} and '
-            f'{value!r}.')
-
-
-def flags_of(varied: Varied) -> list[str]:
-  """The flags of `main.py` for varied fields."""
-  return [f'--config.{field}={value}' for field, value in varied]
-
-
-def parse_flags(overrides: Sequence[str]) -> dict[str, Any]:
-  """The fields that flags of `main.py` set, as JSON and read as it does.
-
-  Args:
-    overrides: such as '--config.epochs=2'; of two for one field the last
-      counts.
-
-  Returns:
-    The values by dotted name; in the groups `schema.USER_GROUPS` as text, since
-    only the config file has their types.
-
-  Raises:
-    UserError: for an unknown field or a value of another type.
-  """
-  known, found = schema.flatten(base.get_config()), {}
-  for override in overrides:
-    name, mark, text = override.removeprefix('--config.').partition('=')
-    if schema.is_free(name):  # its type is known to the config file only
-      found[name] = text
-      continue
-    if name not in known:
-      raise UserError(schema.unknown(name, known))
-    kind = type(known[name])
-    if not mark and kind is bool:
-      text = 'true'
-    try:
-      value = _PARSERS[kind].parse(text) if kind in _PARSERS else text
-    except (TypeError, ValueError) as error:
-      raise UserError(f'{override}: {error}') from error
-    found[name] = json.loads(json.dumps(value))
-  return found
-
-
-def _plain(value: Any) -> str:
-  """The same text for values that a config may read as equal: 1 and 1.0."""
-  if isinstance(value, str):
-    try:
-      value = ast.literal_eval(value.capitalize() if value.lower() in (
-          'true', 'false') else value)
-    except (SyntaxError, ValueError):
-      return value
-  is_number = isinstance(value, int | float) and not isinstance(value, bool)
-  return repr(float(value) if is_number else value)
-
-
-def is_same(field: str, value: Any, stored: Any) -> bool:
-  """Whether a value from `parse_flags` is that of a run's stored config."""
-  if not schema.is_free(field) or value == stored:
-    return bool(value == stored)
-  if isinstance(stored, bool):
-    return value.lower() in (('true', '1') if stored else ('false', '0'))
-  try:
-    if isinstance(stored, int | float):
-      return float(value) == stored
-    return bool(json.loads(json.dumps(ast.literal_eval(value))) == stored)
-  except (SyntaxError, TypeError, ValueError):
-    return False
 
 
 class _Stop:
@@ -230,7 +108,7 @@ def _run_one(
     code = stop.wait(subprocess.Popen(
         [sys.executable, str(main), f'--config={job.config}',
          f'--workdir={folder}', f'--config.seed={job.seed}', *overrides,
-         *flags_of(job.varied)],
+         *sweep_flags.flags_of(job.varied)],
         stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True))
     if code and not stop.name:
       stderr.write(f'\nexit code {code}\n')
@@ -266,7 +144,7 @@ def run_jobs(
         'table: start each with main.py, in a folder there called '
         f'{jobs[0].name} and so on, and make the table with --only_table.')
   workdir.mkdir(parents=True, exist_ok=True)
-  check_overrides(jobs, workdir, overrides)
+  sweep_flags.check_overrides(jobs, workdir, overrides)
   with _Stop() as stop:
     for job in jobs:
       if stop.name is None:

@@ -16,7 +16,7 @@ from PIL import Image
 import pytest
 
 from experiments import table
-from experiments.sweeps import jobs, runner
+from experiments.sweeps import flags, jobs, runner
 from experiments.util.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -167,20 +167,20 @@ def test_flags_mean_what_they_mean_to_the_run(
   (tmp_path / job.name / 'config.json').write_text(
       json.dumps({name: stored, 'data_dir': 'x', 'evaluation.batch_size': 1}))
   free = ['--config.data_dir=y', '--config.evaluation.batch_size=2', '--debug']
-  runner.check_overrides([job], tmp_path, free)
+  flags.check_overrides([job], tmp_path, free)
   given = [f'--config.{name}={text}']
   if not says:
-    runner.check_overrides([job], tmp_path, given)
+    flags.check_overrides([job], tmp_path, given)
   else:
     with pytest.raises(UserError) as raised:
-      runner.check_overrides([job], tmp_path, given)
+      flags.check_overrides([job], tmp_path, given)
     assert says in str(raised.value)
 
 
 @pytest.mark.parametrize('field', ['evaluation.nonsense', 'awp.decay_at'])
 def test_unknown_and_obsolete_fields_are_refused(field, tmp_path):
   with pytest.raises(UserError, match=f'unknown field {field!r}'):
-    runner.check_overrides([], tmp_path, [f'--config.{field}=3'])
+    flags.check_overrides([], tmp_path, [f'--config.{field}=3'])
 
 
 @pytest.mark.parametrize('flag, shown', [
@@ -197,7 +197,7 @@ def test_flags_are_compared_with_the_config_of_an_older_run(
   (tmp_path / job.name / 'config.json').write_text(json.dumps(
       {'seed': 3, 'model.normalise': True, 'awp.decay_at': 'natural'}))
   with pytest.raises(UserError) as raised:
-    runner.check_overrides([job], tmp_path, [f'--config.{flag}'])
+    flags.check_overrides([job], tmp_path, [f'--config.{flag}'])
   assert shown in str(raised.value)
 
 
@@ -206,7 +206,7 @@ def test_every_run_and_every_flag_is_compared(tmp_path):
   (tmp_path / old.name).mkdir()
   (tmp_path / old.name / 'config.json').write_text('{"epochs": 1}')
   with pytest.raises(UserError, match='a run with epochs=1'):
-    runner.check_overrides(
+    flags.check_overrides(
         [new, old], tmp_path, ['--config.data_dir=y', '--config.epochs=2'])
 
 
@@ -304,7 +304,7 @@ def test_real_runs(folder, monkeypatch, capfd):
 
 
 def test_a_bare_flag_is_true_and_the_last_flag_counts():
-  found = runner.parse_flags([
+  found = flags.parse_flags([
       '--config.model.normalize', '--config.epochs=1', '--config.epochs=2'])
   assert found == {'model.normalize': True, 'epochs': 2}
 

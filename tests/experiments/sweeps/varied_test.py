@@ -7,7 +7,7 @@ from PIL import Image
 import pytest
 
 from experiments import table
-from experiments.sweeps import jobs, records, runner, varied
+from experiments.sweeps import flags, jobs, records, runner, varied
 from experiments.util.errors import UserError
 from tests.experiments.sweeps import runner_test
 
@@ -191,8 +191,8 @@ def test_figure(tmp_path, monkeypatch):
     ('inf', float('inf')), ('1e-2', 0.01), ('None', 'None'), ('None', None),
     ('(1, 2)', [1, 2]), ('a b', 'a b')])
 def test_free_fields_are_compared_as_the_config_reads_them(text, stored):
-  assert runner.is_same('user.x', text, stored)
-  assert not runner.is_same('user.x', f'{text}0', stored)
+  assert flags.is_same('user.x', text, stored)
+  assert not flags.is_same('user.x', f'{text}0', stored)
 
 
 def test_a_run_from_before_a_field_was_added():
@@ -200,3 +200,21 @@ def test_a_run_from_before_a_field_was_added():
           run('x', 0, (('user.w', '2'),), **{'user.w': 2.0})]
   (series,) = varied.collect(records.group(runs)).values()
   assert list(series['x']) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize('vary, shown', [
+    ('user.wieght=1.0,2.0', "has no field 'user.wieght', only user.weight"),
+    ('user.weight=a,1.0', "--vary=user.weight: 'a'"),
+    ('model.kwargs.x=1,2', "has no field 'model.kwargs.x'")])
+def test_own_fields_are_checked_before_the_first_run(
+    vary, shown, fake, tmp_path, capsys):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+      'from experiments.configs import base\n'
+      'def get_config():\n  config = base.get_config()\n'
+      '  config.user.weight = 0.5\n  return config\n')
+  arguments = [f'--configs={path}', f'--workdir={tmp_path}/runs']
+  assert table.main([*arguments, f'--vary={vary}'], fake) == 2
+  assert shown in capsys.readouterr().err
+  assert not (tmp_path / 'runs' / 'calls').exists()
+  assert table.main([*arguments, '--vary=awp.gamma=0.1,0.2'], fake) == 0
