@@ -27,8 +27,8 @@ def load(folder):
   data = datasets.load(
       'cifar10', data_dir=str(folder), num_test=3000, image_size=16,
       progress=False)
-  assert data.x_test.dtype == np.float32  # averaged over squares of pixels
-  return data.x_test, data.y_test
+  assert data.x_test.dtype == np.uint8
+  return data.x_test.astype(np.float32) / 255, data.y_test
 
 
 @pytest.fixture
