@@ -102,7 +102,7 @@ class EvalOptions:
       any other evaluation may use the folder, too. A record depends on key,
       model, weights, images, labels, threat model, attacks and their settings,
       batch size, `eot_samples`, `attack_fn`, `attack_precision` and versions;
-      the code of an attack of yours is not among them. Attacks need
+      the code of your own attack is not among them. Attacks need
       `settings`. See `awp_jax.evaluation.store`.
     verbose: whether to print the number of survivors after each group.
     share: the share of this process, if several divide the examples.

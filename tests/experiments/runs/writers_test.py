@@ -23,7 +23,7 @@ STEPS = [{'step': step, 'loss': 3.0 / step, 'images': 16.0}
 
 
 class Kept:
-  """A writer of one's own, which keeps what it gets."""
+  """A user's writer that records every call."""
 
   made: ClassVar[list] = []
 
