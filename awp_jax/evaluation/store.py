@@ -156,7 +156,8 @@ def open_store(
 
   Args:
     options: of the evaluation.
-    identity: of the evaluation; '' if an attack has no settings.
+    identity: of the evaluation; '' if an attack has no settings, or the model
+      calls Python code.
     specs: its attacks.
     threat: its threat model.
     num_examples: N.
