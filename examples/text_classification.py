@@ -223,8 +223,9 @@ def train(
       params: Any, x: jax.Array, y: jax.Array, key: jax.Array) -> jax.Array:
 
     def run(noise: jax.Array | None = None) -> jax.Array:
-      return model.apply({'params': params}, x, train=True, noise=noise,
-                         rngs={'dropout': key})
+      found: Any = model.apply({'params': params}, x, train=True, noise=noise,
+                               rngs={'dropout': key})
+      return found
 
     logits = run()
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)

@@ -11,6 +11,7 @@ They are PreActResNet-18 of width 16, trained by AT and AT-AWP on CIFAR-10 at
 
 from collections.abc import Callable
 import pathlib
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -37,4 +38,9 @@ def load(name: str) -> Callable[[jax.Array], jax.Array]:
     variables = traverse_util.unflatten_dict(
         {path: jnp.asarray(archive[path], jnp.float32) for path in archive},
         sep='/')
-  return lambda images: model.apply(variables, images, train=False)
+
+  def logits(images: jax.Array) -> jax.Array:
+    found: Any = model.apply(variables, images, train=False)
+    return found
+
+  return logits

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 
-def test_data():
+def test_data() -> None:
   data = my_data.stripes(noise=0.0, num_train=8, num_test=4)
   assert data['x_train'].shape == (8, 12, 12, 1)
   # Rows of class 1 do not change from the top to the bottom.
@@ -20,7 +20,7 @@ def test_data():
   np.testing.assert_allclose(first, np.broadcast_to(first[0], (12, 12)))
 
 
-def test_network():
+def test_network() -> None:
   net = my_network.Net(num_classes=4, hidden=4)
   images = jnp.ones((2, 12, 12, 1))
   variables = net.init(jax.random.key(0), images, train=False)
@@ -31,7 +31,7 @@ def test_network():
   assert chosen['out'] == {'bias': False, 'kernel': False}
 
 
-def test_loss():
+def test_loss() -> None:
   config = ml_collections.FrozenConfigDict(
       {'user': {'natural_weight': 0.25}})
   objective = my_loss.half_natural(config)
@@ -44,5 +44,5 @@ def test_loss():
         {'user': {'natural_weight': 2.0}}))
 
 
-def test_config():
+def test_config() -> None:
   assert my_config.get_config().user.natural_weight == 0.5
