@@ -204,18 +204,24 @@ def average_gradients(model: Model, eot_samples: int) -> Model:
   if eot_samples == 1:
     return model
 
+  # The host may run the loop below, so what is done in each draw is compiled.
+  fold = jax.jit(jax.vmap(jax.random.fold_in, (0, None)))
+
+  @jax.jit
+  def add(total: Gradients, new: Gradients) -> Gradients:
+    return Gradients(
+        total.gradient + new.gradient / eot_samples,
+        new.losses.astype(jnp.float32), new.broken,
+        either(total.nonfinite, new.nonfinite))
+
   def gradients(
       loss: str | LogitsLoss, images: Array, labels: Array, targets: Array,
       keys: Array) -> Gradients:
 
     def draw(carry: tuple[Array, Gradients]) -> tuple[Array, Any]:
       turn, total = carry
-      fresh = jax.vmap(jax.random.fold_in, (0, None))(keys, turn)
-      new = model.gradients(loss, images, labels, targets, fresh)
-      return turn + 1, Gradients(
-          total.gradient + new.gradient / eot_samples,
-          new.losses.astype(jnp.float32), new.broken,
-          either(total.nonfinite, new.nonfinite))
+      new = model.gradients(loss, images, labels, targets, fold(keys, turn))
+      return turn + 1, add(total, new)
 
     none = jnp.zeros(labels.shape, bool)
     begin = Gradients(

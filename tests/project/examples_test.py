@@ -174,10 +174,11 @@ def test_text_from_csv(tmp_path, capsys):
       writer.writerow(['good', f'a fine, fine day {i % 7}'])
       writer.writerow(['bad', f'a dull, dull night {i % 5}'])
   rows = text_classification.main([
-      f'--csv={path}', '--seeds=1', '--steps=40', '--start=5'])
+      f'--csv={path}', '--seeds=1', '--steps=40', '--start=5', '--methods',
+      'boxed', 'smart'])
   out = capsys.readouterr().out
   assert out.startswith('80 texts of 2 classes; the largest is 50.00 %')
-  check(rows, out, ['mine'], text_classification.METHODS, 0.9)
+  check(rows, out, ['mine'], ['plain', 'boxed', 'smart'], 0.9)
 
 
 def test_methods_of_text():
@@ -199,7 +200,7 @@ def test_methods_of_text():
 
   moved = {}
   for name, variant in variants.items():
-    v = awp_jax.find_perturbation(variant.method, loss_fn)(
+    v = jax.jit(awp_jax.find_perturbation(variant.method, loss_fn))(
         params, variant.method.init(params))
     moved[name] = [path for path, leaf in zip(
         awp_jax.perturbation.leaves.leaf_paths(v), jax.tree.leaves(v),

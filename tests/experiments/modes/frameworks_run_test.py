@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from experiments.modes import evaluate, landscape, train
-from experiments.reports import page
 from experiments.runs import checkpoints
 from experiments.runs import run as run_lib
 from experiments.training import loop
@@ -47,7 +46,9 @@ def weights(run, kind='last'):
 def test_a_whole_run(kind, tmp_path, monkeypatch):
   """Training, a kill and its resumption, evaluation, landscape, report."""
   whole = run_lib.prepare(config_of(kind), tmp_path / 'whole')
-  summary = train.train(whole)
+  with monkeypatch.context() as patch:
+    train_test.without_report(patch)
+    summary = train.train(whole)
   assert 0.7 < summary['best']['natural_accuracy'] <= 1
 
   usual = loop.Loop.end_epoch
@@ -59,10 +60,12 @@ def test_a_whole_run(kind, tmp_path, monkeypatch):
 
   stopped = run_lib.prepare(config_of(kind), tmp_path / 'stopped')
   with monkeypatch.context() as patch:
-    patch.setattr(loop.Loop, 'end_epoch', end_epoch)
-    with pytest.raises(Killed):
-      train.train(stopped)
-  train.train(run_lib.prepare(config_of(kind), tmp_path / 'stopped'))
+    train_test.without_report(patch)
+    with patch.context() as inner:
+      inner.setattr(loop.Loop, 'end_epoch', end_epoch)
+      with pytest.raises(Killed):
+        train.train(stopped)
+    train.train(run_lib.prepare(config_of(kind), tmp_path / 'stopped'))
   for ours, theirs in zip(weights(stopped), weights(whole), strict=True):
     np.testing.assert_array_equal(ours, theirs)
 
@@ -74,7 +77,6 @@ def test_a_whole_run(kind, tmp_path, monkeypatch):
   for entry in found['evaluations'].values():
     assert (tmp_path / 'whole' / entry['examples']).is_file()
   landscape.run_all(config_of(kind), tmp_path / 'whole', [])
-  page.write_or_warn(run, 'landscape')
   text = (tmp_path / 'whole' / 'report.html').read_text()
   assert 'evaluation_attack(num_steps=2)' in text
   measured = json.loads((tmp_path / 'whole' / 'landscape.json').read_text())

@@ -278,7 +278,8 @@ TINY = [f'--config.{field}' for field in (
 
 @pytest.mark.slow
 def test_real_runs(folder, monkeypatch, capfd):
-  monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
+  monkeypatch.setenv('XLA_FLAGS', os.environ['XLA_FLAGS'].replace(
+      '--xla_force_host_platform_device_count=8', ''))
   arguments = [f'--configs={CONFIGS}/digits_at.py', f'--workdir={folder}']
   assert table.main([*arguments, *TINY], runner.MAIN) == 0
   out, err = capfd.readouterr()
