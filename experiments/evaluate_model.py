@@ -301,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise UserError(
           "--version=rand is for randomized models: use awp_jax.auto_attack "
           'with EvalOptions(takes_key=True).')
-    evaluate(options)
+    with console.ended_by_signals(options.workdir):
+      evaluate(options)
   except (UserError, OSError) as error:
     console.complain(error)
     return 2

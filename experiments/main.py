@@ -6,6 +6,7 @@
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 import traceback
@@ -188,7 +189,7 @@ def main(argv: list[str]) -> None:
   """Runs the mode in the flags, together with the other processes."""
   del argv
   from experiments.parallel import processes
-  from experiments.util import xla
+  from experiments.util import console, xla
   from experiments.util.errors import UserError
 
   try:
@@ -200,7 +201,10 @@ def main(argv: list[str]) -> None:
         automatic=_DISTRIBUTED.value, catches_sigterm=_MODE.value == 'train')
   except (UserError, OSError) as error:
     _fail(error)
-  with processes.together():
+  is_alone = processes.count() == 1 and _MODE.value != 'compile'
+  with processes.together(), (
+      console.ended_by_signals(workdir) if is_alone
+      else contextlib.nullcontext()):
     _run_mode(config, workdir)
 
 

@@ -30,7 +30,7 @@ from awp_jax.core import checks
 from experiments.config import build
 from experiments.data import batches, extra_images
 from experiments.modes import evaluate
-from experiments.runs import checkpoints, precision, restore, workdirs
+from experiments.runs import precision, reading, restore, workdirs
 from experiments.runs import run as run_lib
 from experiments.util import atomic, console, paths
 from experiments.util.errors import UserError, user_errors
@@ -250,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument(
       '--images', type=path, required=True, help='.npz or pickle')
   parser.add_argument('--output', type=path, required=True, help='an .npz')
-  parser.add_argument('--checkpoint', choices=checkpoints.KINDS, default='best')
+  parser.add_argument('--checkpoint', choices=reading.KINDS, default='best')
   parser.add_argument(
       '--torch_checkpoint', type=path,
       help="use this file instead of the run's checkpoints")

@@ -16,7 +16,7 @@ from awp_jax.perturbation import engine
 from awp_jax.perturbation import leaves as leaf_utils
 from awp_jax.types import Array
 from experiments.data import batches
-from experiments.runs import checkpoints, precision, restore
+from experiments.runs import precision, reading, restore
 from experiments.runs import run as run_lib
 from experiments.util import atomic
 
@@ -184,7 +184,7 @@ def measure(run: run_lib.Run) -> Probe:
   Raises:
     ValueError: if there is no best checkpoint or it cannot be read.
   """
-  step = checkpoints.Reader(run.workdir, 'best').step()
+  step = reading.Reader(run.workdir, 'best').step()
   path = run.workdir / 'figures' / 'probe.npz'
   if path.exists():
     with path.open('rb') as file, np.load(

@@ -4,7 +4,8 @@ Training starts from the last checkpoint if there is one. It writes
 `metrics.jsonl`, TensorBoard events, `curves.png`, checkpoints, `summary.json`
 and the report. The host only dispatches compiled steps and fetches metrics once
 per `log_every_steps`. The state at the end of an epoch is written while it is
-evaluated, so a run stopped late in the evaluation repeats only that.
+evaluated, so a run stopped in the evaluation, which then ends early, repeats
+only that.
 
 A run that collapses, or whose numbers become non-finite, is stopped, or returns
 to the last good state with a smaller gamma (`config.guard`). No checkpoint is
@@ -20,7 +21,7 @@ from experiments.parallel import processes
 from experiments.reports import curves, page
 from experiments.runs import metrics, workdirs
 from experiments.runs import run as run_lib
-from experiments.training import signals, training_data
+from experiments.training import signals, step, training_data
 from experiments.training.collapse import Collapsed, Diverged
 from experiments.training.loop import Loop
 from experiments.util import atomic
@@ -80,11 +81,11 @@ def train(run: run_lib.Run) -> dict[str, Any] | None:
 
   Raises:
     Diverged: if numbers become non-finite; the last checkpoint is good.
-    checkpoints.CheckpointError: for a checkpoint of another run.
+    reading.CheckpointError: for a checkpoint of another run.
     workdirs.WorkdirBusy: if another process trains in the folder.
   """
   with _locked(run), signals.StopRequest() as stop:
-    loop = Loop(run)
+    loop = Loop(run, lambda: stop.name is not None)
     try:
       if loop.step:
         loop.progress.say(f'resuming from step {loop.step} of {loop.total}')
@@ -128,6 +129,8 @@ def _run_steps(loop: Loop, stop: signals.StopRequest) -> bool:
         loop.end_epoch()
       else:
         _run_step(loop, stop)
+    except step.Interrupted:
+      pass
     except Diverged as error:
       loop.go_back(error)
     if stop.name is not None:

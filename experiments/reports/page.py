@@ -17,7 +17,7 @@ import jinja2
 from experiments.config import networks, schema
 from experiments.evaluation import probe
 from experiments.reports import figures, gallery, panels, tables
-from experiments.runs import checkpoints, metrics
+from experiments.runs import metrics, reading
 from experiments.runs import run as run_lib
 from experiments.util import atomic, paths
 
@@ -79,7 +79,7 @@ def _context(run: run_lib.Run, mode: str) -> dict[str, Any]:
   summary, evaluation, landscape = (
       read_json(run.workdir / f'{part}.json')
       for part in ('summary', 'evaluation', 'landscape'))
-  has_best = checkpoints.Reader(run.workdir, 'best').step() is not None
+  has_best = reading.Reader(run.workdir, 'best').step() is not None
   probed = probe.measure(run) if has_best else None
   cards, magnification = (
       gallery.draw(folder, probed, run.setup.threat, run.dataset.name)

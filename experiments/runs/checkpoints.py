@@ -1,56 +1,58 @@
 """Checkpoints of the last and the best state of a run, written atomically.
 
-The trainer saves and cleans up through `Checkpoints`, in all of its processes
-together; files are written in the background, while training goes on. All
-other code reads through `Reader`, which changes nothing in the folder, so a run
-can be evaluated while it trains.
+The trainer saves and cleans up here, in all of its processes together; files
+are written in the background, while training goes on. All other code reads
+through `reading`. Two checkpoints of each kind are kept, so that there is one
+to go back to if the newest is damaged.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
-from typing import Any, NamedTuple
+import functools
+import gc
+import secrets
+from typing import Any
+import warnings
 
-import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.parallel import processes
-from experiments.runs import mirrors
+from experiments.runs import mirrors, reading, seals
 from experiments.util import paths
-from experiments.util.errors import UserError
 
-#: Sub-folders of a workdir's `checkpoints/`.
-KINDS = ('best', 'last')
+#: Complete checkpoints that are kept of each kind.
+KEPT = 2
 
-#: A local step without this file is incomplete or partly removed.
-_COMPLETE = '_CHECKPOINT_METADATA'
-
-
-class CheckpointError(UserError):
-  """There is no checkpoint that this run can resume from."""
+#: Characters of a reason that are printed; orbax's may take pages.
+_LONGEST = 300
 
 
 class Checkpoints:
-  """The newest checkpoint of one kind in a workdir, for its trainer.
+  """The newest checkpoints of one kind in a workdir, for its trainer.
 
-  Opening it removes the incomplete checkpoints of a killed trainer. A new
-  checkpoint replaces the old one only once it is complete, so a process killed
-  at any moment leaves a valid one.
+  Opening them removes the incomplete checkpoints of a killed trainer. Of the
+  complete ones the newest two are kept: a process killed at any moment leaves a
+  valid one, and if the newest turns out to be damaged there is another. A
+  damaged checkpoint is set aside: moved to `checkpoints/set_aside/`, or
+  removed from a bucket, where folders cannot be moved.
   """
 
   def __init__(self, workdir: paths.Path, kind: str) -> None:
     """Opens `workdir/checkpoints/<kind>`, which need not exist."""
     self.folder = paths.absolute(workdir / 'checkpoints' / kind)
     self._mirror = (
-        mirrors.Mirror(self.folder) if mirrors.is_needed(self.folder) else None)
+        mirrors.Mirror(self.folder, KEPT)
+        if mirrors.is_needed(self.folder) else None)
     processes.on_main(lambda: _remove_parts(self.folder))
     self._failed = False
     self._pending: tuple[int, Any] | None = None
-    self._checkpointer = ocp.training.Checkpointer(
-        self._mirror.local if self._mirror else self.folder,
-        cleanup_tmp_directories=True,
-        preservation_policy=(
-            ocp.training.preservation_policies.LatestN(n=1)))
+    self._place = self._mirror.local if self._mirror else self.folder
+    self._checkpointer = self._open()
+
+  def _open(self) -> ocp.training.Checkpointer:
+    return ocp.training.Checkpointer(
+        self._place, cleanup_tmp_directories=True, preservation_policy=(
+            ocp.training.preservation_policies.LatestN(n=KEPT)))
 
   def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
     """Starts to write a pytree of arrays and JSON-like notes.
@@ -72,7 +74,7 @@ class Checkpoints:
       return
     with self._writing(step):
       response = self._checkpointer.save_async(
-          step, tree, custom_metadata=notes)
+          step, tree, custom_metadata=seals.sealed(tree, notes))
       if response is None:
         raise ValueError(f'orbax skipped it, after step {self._latest()}')
       self._pending = step, response
@@ -101,7 +103,7 @@ class Checkpoints:
         yield
     except (OSError, ValueError) as error:  # raised for a full disk
       self._failed = True
-      raise CheckpointError(
+      raise reading.CheckpointError(
           f'the checkpoint of step {step} could not be written to '
           f'{self.folder}: {error}. Once this is fixed, the same command '
           'resumes from the last complete checkpoint.') from error
@@ -116,7 +118,7 @@ class Checkpoints:
     return None if latest is None else latest.step
 
   def load(self, like: Any) -> tuple[Any, dict[str, Any]]:
-    """Reads the checkpoint.
+    """Reads the newest checkpoint that is whole; sets damaged ones aside.
 
     Args:
       like: a pytree with the expected structure, shapes and dtypes.
@@ -125,16 +127,95 @@ class Checkpoints:
       The pytree, with arrays placed as in `like`, and the notes.
 
     Raises:
-      CheckpointError: if there is none, or its arrays are of another model.
+      CheckpointError: if there is none, it may not be read, or its arrays are
+        of another model.
     """
     self.finish()
-    latest = self._checkpointer.latest
-    if latest is None:
-      raise CheckpointError(f'there is no checkpoint in {self.folder}.')
-    metadata = self._checkpointer.metadata(latest)
-    check_same(like, metadata.metadata, self.folder)
-    tree = self._checkpointer.load(latest, like)
-    return tree, dict(metadata.custom_metadata or {})
+    while (step := self._latest()) is not None:
+      found = self._try(step, functools.partial(self._load, like))
+      if found is not None:
+        return found
+    raise reading.CheckpointError(f'there is no checkpoint in {self.folder}.')
+
+  def _load(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
+    place = self._place / str(step)
+    stored = self._checkpointer.metadata(step).metadata
+    try:
+      reading.check_same(like, stored, self.folder)
+    except reading.CheckpointError:
+      self._read(step)  # raises if it is damaged instead
+      raise
+    tree = self._checkpointer.load(step, like)
+    return tree, seals.checked(tree, reading.stored_notes(place))
+
+  def drop_unusable(self, newest: int) -> int | None:
+    """Sets aside what is damaged or newer than the state training starts from.
+
+    Args:
+      newest: the step of that state.
+
+    Returns:
+      The step of the newest checkpoint that is left, or None.
+
+    Raises:
+      CheckpointError: as `load`.
+    """
+    self.finish()
+    while (step := self._latest()) is not None:
+      if step > newest:
+        self._set_aside(step, f'it is newer than step {newest}')
+      elif self._try(step, self._read):
+        return step
+    return None
+
+  def _read(self, step: int) -> reading.Stored:
+    return reading.read_step(self._place / str(step))
+
+  def _try(self, step: int, read: Callable[[int], Any]) -> Any:
+    """Calls `read` in all processes; sets a damaged checkpoint aside.
+
+    Args:
+      step: of the checkpoint, passed to `read`.
+      read: reads it, with any exception if it is damaged.
+
+    Returns:
+      The result of `read`, or None if the checkpoint was damaged.
+
+    Raises:
+      CheckpointError: if `read` raises it, or may not read the files.
+    """
+    found, reason = None, ''
+    try:
+      found = read(step)
+    except reading.CheckpointError:
+      raise
+    except Exception as error:  # orbax and tensorstore have many
+      reason = ' '.join(str(error).split()) or type(error).__name__
+      if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
+        raise reading.CheckpointError(
+            f'the checkpoint of step {step} in {self.folder} cannot be read: '
+            f'{reason}') from error
+    reasons = [text for text in processes.gather(reason) if text]
+    if not reasons:
+      return found
+    with warnings.catch_warnings():
+      # A failed read leaves coroutines behind, which warn when collected.
+      warnings.simplefilter('ignore', RuntimeWarning)
+      gc.collect()
+    self._set_aside(step, reasons[0])
+    return None
+
+  def _set_aside(self, step: int, reason: str) -> None:
+    """Moves a checkpoint to `checkpoints/set_aside`, and says so."""
+    self._checkpointer.close()
+    place = processes.from_main(lambda: _move_away(self.folder, step))
+    if self._mirror:
+      paths.remove_tree(self._mirror.local / str(step))
+    self._checkpointer = self._open()
+    if processes.is_main():
+      print(
+          f'the checkpoint of step {step} in {self.folder} is not used: '
+          f'{reason[:_LONGEST]}. It {place}.', flush=True)
 
   def close(self) -> None:
     """Finishes, and closes the checkpointer.
@@ -151,139 +232,23 @@ class Checkpoints:
         self._mirror.close()
 
 
-class Stored(NamedTuple):
-  """A checkpoint that was read.
-
-  Attributes:
-    step: number of completed steps.
-    tree: nested dicts and lists of NumPy arrays.
-    notes: the plain values stored with it.
-  """
-
-  step: int
-  tree: Any
-  notes: dict[str, Any]
-
-
-class Reader:
-  """Reads the newest complete checkpoint of one kind.
-
-  The trainer may save at the same time, in another process. Do not read in the
-  process that is saving: orbax numbers its operations per process, so the save
-  could hang. Nothing is written, removed or locked.
-  """
-
-  def __init__(self, workdir: paths.Path, kind: str) -> None:
-    """Sets the folder `workdir/checkpoints/<kind>`, which need not exist."""
-    self.folder = paths.absolute(workdir / 'checkpoints' / kind)
-
-  def step(self) -> int | None:
-    """The step of the newest complete checkpoint, or None."""
-    listed = None
-    while True:
-      before, listed = listed, sorted(
-          int(step.name) for step in self.folder.glob('[0-9]*')
-          if step.name.isdecimal())
-      complete = [n for n in listed if _is_complete(self.folder / str(n))]
-      # All that were listed may have been replaced since.
-      if complete or listed == before:
-        return max(complete, default=None)
-
-  def notes(self) -> dict[str, Any]:
-    """The notes of the newest checkpoint; {} if there is none."""
-    return {} if self.step() is None else self._newest(_notes)
-
-  def read(self) -> Stored:
-    """Reads the newest complete checkpoint, of any network.
-
-    Raises:
-      CheckpointError: if there is none, or it cannot be read.
-    """
-    return self._newest(_read)
-
-  def _newest(self, read: Callable[[paths.Path], Any]) -> Any:
-    """Calls `read` until the checkpoint is still the newest afterwards.
-
-    The trainer removes a checkpoint as soon as a newer one is complete, so a
-    concurrent read may be partial.
-    """
-    step = self.step()
-    while step is not None:
-      found, failure = None, None
-      try:
-        found = read(self.folder / str(step))
-      except Exception as error:
-        failure = error
-      before, step = step, self.step()
-      if step == before:
-        if failure is None:
-          return found
-        raise CheckpointError(
-            f'the checkpoint of step {step} in {self.folder} cannot be read: '
-            f'{failure}') from failure
-    raise CheckpointError(f'there is no checkpoint in {self.folder}.')
-
-
-def _alone() -> ocp.Context:
-  """The context for reading in one process, without waiting for others."""
-  own, context = processes.index(), ocp.Context()
-  context.multiprocessing.primary_host = own
-  context.multiprocessing.active_processes = {own}
-  context.multiprocessing.barrier_sync_key_prefix = f'reader-{own}'
-  return context
-
-
-def _notes(path: paths.Path) -> dict[str, Any]:
-  with _alone(), mirrors.readable(path) as place:
-    return dict(ocp.metadata(place).custom_metadata or {})
-
-
-def _read(path: paths.Path) -> Stored:
-  # As NumPy arrays: the devices that wrote them may not exist here.
-  with _alone(), mirrors.readable(path) as place:
-    metadata = ocp.metadata(place)
-    like = jax.tree.map(
-        lambda leaf: np.empty(leaf.shape, leaf.dtype),
-        metadata.metadata, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-    return Stored(
-        int(path.name), ocp.load(place, like),
-        dict(metadata.custom_metadata or {}))
-
-
-def read_variables(workdir: paths.Path, kind: str) -> Stored:
-  """Reads the weights to evaluate: the moving average, if there is one.
-
-  Args:
-    workdir: folder of a run, which may be training.
-    kind: 'best' or 'last'.
-
-  Returns:
-    The checkpoint, with its tree reduced to 'params' and 'batch_stats'.
-
-  Raises:
-    CheckpointError: if there is none, or it cannot be read.
-  """
-  stored = Reader(workdir, kind).read()
-  network = stored.tree.get('average') or stored.tree
-  return stored._replace(tree={
-      'params': network['params'],
-      'batch_stats': network.get('batch_stats') or {}})
-
-
-def check_same(like: Any, stored: Any, folder: paths.Path) -> None:
-  """Raises CheckpointError unless both have the same names and shapes."""
-  wanted, found = _shapes(like), _shapes(stored)
-  for name in sorted(wanted.keys() | found.keys()):
-    if wanted.get(name) != found.get(name):
-      raise CheckpointError(
-          f'the checkpoint in {folder} is of another model: {name!r} has shape '
-          f'{found.get(name, "(absent)")} there, this run needs '
-          f'{wanted.get(name, "(absent)")}.')
-
-
-def _is_complete(step: paths.Path) -> bool:
-  return (step / (
-      mirrors.MARKER if paths.is_bucket(step) else _COMPLETE)).exists()
+def _move_away(folder: paths.Path, step: int) -> str:
+  """Moves the files of a step out of the folder; says what became of them."""
+  source = folder / str(step)
+  try:
+    if paths.is_bucket(folder):
+      with paths.errors(folder):
+        paths.remove_tree(source)
+      return 'was removed'
+    target = folder.parent / 'set_aside' / (
+        f'{folder.name}-{step}-{secrets.token_hex(4)}')
+    target.parent.mkdir(exist_ok=True)
+    source.rename(target)
+  except OSError as error:
+    raise reading.CheckpointError(
+        f'the checkpoint {source} cannot be used, nor moved away: {error}.'
+    ) from None
+  return f'was moved to {target}'
 
 
 def _remove_parts(folder: paths.Path) -> None:
@@ -291,13 +256,5 @@ def _remove_parts(folder: paths.Path) -> None:
   if paths.is_bucket(folder) and not mirrors.is_needed(folder):
     return  # orbax removes steps without its marker itself
   for step in folder.glob('[0-9]*'):
-    if step.name.isdecimal() and not _is_complete(step):
+    if step.name.isdecimal() and not reading.is_complete(step):
       paths.remove_tree(step)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-  return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
-      for path, leaf in leaves if hasattr(leaf, 'shape')}

@@ -69,6 +69,26 @@ class MetricsLog:
     for writer in self._writers:
       writer.step(line)
 
+  def exclude_lost(self, kept: int, select_on: str) -> bool:
+    """Excludes epochs from `best_line` whose checkpoint was lost.
+
+    Args:
+      kept: the epoch of the best checkpoint on the disk; 0 without one.
+      select_on: as in `best_line`.
+
+    Returns:
+      Whether the best epoch is a later one, and later ones were excluded.
+    """
+    best = best_line(self.lines, select_on)
+    if best is None or not _is_candidate(best) or best['epoch'] <= kept:
+      return False
+    self.lines = [
+        line | {'lost': 1} if line['epoch'] > kept else line
+        for line in self.lines]
+    if self._is_main:
+      _rewrite(self._path, self.lines)
+    return True
+
   def close(self) -> None:
     """Closes the writers."""
     for writer in self._writers:
@@ -110,15 +130,19 @@ def evaluated(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
   return [line for line in lines if 'test_robust_accuracy' in line]
 
 
+def _is_candidate(line: dict[str, Any]) -> bool:
+  return not line.get('suspicious') and not line.get('lost')
+
+
 def best_line(
     lines: Sequence[dict[str, Any]], select_on: str) -> dict[str, Any] | None:
   """The first line with the highest robust accuracy on `select_on`.
 
-  Epochs that ended with a suspected collapse are excluded. If there are no
-  others, returns the last evaluated line.
+  Epochs that ended with a suspected collapse are excluded, and those whose
+  state was lost. If there are no others, returns the last evaluated line.
   """
   shown = evaluated(lines)
-  candidates = [line for line in shown if not line.get('suspicious')]
+  candidates = [line for line in shown if _is_candidate(line)]
   if not candidates:
     return shown[-1] if shown else None
   return max(candidates, key=lambda line: line[f'{select_on}_robust_accuracy'])

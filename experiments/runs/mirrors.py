@@ -26,17 +26,18 @@ def is_needed(folder: paths.Path) -> bool:
 
 
 class Mirror:
-  """The newest checkpoint in a bucket, and its copy in a temporary folder.
+  """The newest checkpoints in a bucket, copied to a temporary folder.
 
   Attributes:
     local: the temporary folder, for orbax to read and write.
   """
 
-  def __init__(self, folder: paths.Path) -> None:
-    """Copies the newest complete checkpoint to the temporary folder.
+  def __init__(self, folder: paths.Path, kept: int) -> None:
+    """Copies the newest complete checkpoints to the temporary folder.
 
     Args:
       folder: with one folder per step, named by its number; need not exist.
+      kept: how many of them to copy and to keep, at least 1.
 
     Raises:
       UserError: if there are several processes, each with its own disk.
@@ -46,15 +47,14 @@ class Mirror:
           f'{folder}: {processes.count()} processes cannot write checkpoints '
           'there together; choose a --workdir in gs:// or a folder that all '
           'processes share.')
-    self._folder = epath.Path(folder)
+    self._folder, self._kept = epath.Path(folder), kept
     self._temporary = tempfile.TemporaryDirectory()
     self.local = pathlib.Path(self._temporary.name)
-    steps = _steps(self._folder)
-    if steps:
-      _download(self._folder / str(steps[-1]), self.local)
+    for step in _steps(self._folder)[-kept:]:
+      _download(self._folder / str(step), self.local)
 
   def upload(self, step: int) -> None:
-    """Copies a checkpoint to the bucket and removes the older ones.
+    """Copies a checkpoint to the bucket and removes those of too many.
 
     Args:
       step: of a complete checkpoint in `local`.
@@ -63,7 +63,6 @@ class Mirror:
       OSError: if the bucket cannot be written to.
     """
     source, target = self.local / str(step), self._folder / str(step)
-    older = [other for other in _steps(self._folder) if other != step]
     for file in sorted(source.rglob('*')):
       name = file.relative_to(source).as_posix()
       if file.is_file() and name != MARKER:
@@ -71,7 +70,7 @@ class Mirror:
           copy.write(file.read_bytes())
     atomic.write_text(target / MARKER, 'complete\n')
     with paths.errors(self._folder):
-      for other in older:
+      for other in _steps(self._folder)[:-self._kept]:
         (self._folder / str(other) / MARKER).unlink()
         (self._folder / str(other)).rmtree()
 

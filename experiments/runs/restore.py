@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from awp_jax.models import torch_exchange
 from experiments.config import networks, schema
-from experiments.runs import checkpoints, precision
+from experiments.runs import precision, reading
 from experiments.runs import run as run_lib
 from experiments.util import digests
 from experiments.util.errors import UserError, user_errors
@@ -50,7 +50,7 @@ class RestoredModel(NamedTuple):
 
 
 def restore_models(
-    run: run_lib.Run, kinds: Sequence[str] = checkpoints.KINDS
+    run: run_lib.Run, kinds: Sequence[str] = reading.KINDS
 ) -> Iterator[RestoredModel]:
   """Loads the models to evaluate, one at a time.
 
@@ -76,7 +76,7 @@ def restore_models(
 
 
 def load_variables(
-    run: run_lib.Run, kinds: Sequence[str] = checkpoints.KINDS
+    run: run_lib.Run, kinds: Sequence[str] = reading.KINDS
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
   """Loads the variables to evaluate from a run's checkpoints.
 
@@ -95,8 +95,8 @@ def load_variables(
   like = jax.eval_shape(
       functools.partial(run.model.init, train=False), jax.random.key(0), image)
   for kind in kinds:
-    stored = checkpoints.read_variables(run.workdir, kind)
-    checkpoints.check_same(
+    stored = reading.read_variables(run.workdir, kind)
+    reading.check_same(
         like, stored.tree, run.workdir / 'checkpoints' / kind)
     yield kind, stored.step, precision.variables(stored.tree)
 

@@ -15,7 +15,7 @@ import awp_jax
 from experiments.config import build, networks, optimizers, schema
 from experiments.data import arrays, batches, datasets, extra_images
 from experiments.parallel import processes
-from experiments.runs import checkpoints, warm_start, workdirs, writers
+from experiments.runs import reading, warm_start, workdirs, writers
 from experiments.util import atomic, named, paths
 from experiments.util.errors import UserError
 
@@ -233,7 +233,7 @@ def reopen(
   _check_processes(config)
   dataset, validation = _load_data(config)
   now = _crc32(dataset.x_train, dataset.y_train)
-  then = checkpoints.Reader(folder, 'last').notes().get(
+  then = reading.Reader(folder, 'last').notes().get(
       'training_data_crc32', now)
   if now != then:
     raise UserError(

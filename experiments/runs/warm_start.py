@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from awp_jax.models import torch_exchange
-from experiments.runs import checkpoints
+from experiments.runs import reading
 from experiments.util import paths
 from experiments.util.errors import user_errors
 
@@ -50,7 +50,7 @@ def read(path: str) -> dict[str, Any]:
   check(path)
   place = paths.parse(path)
   if place.is_dir():
-    return checkpoints.read_variables(place, 'best').tree
+    return reading.read_variables(place, 'best').tree
   state_dict = torch_exchange.read_state_dict(place)
   # The run's config sets the normalization of pixels, not the file.
   model = torch_exchange.model_from_torch(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from experiments.config import schema
 from experiments.reports import comparison
-from experiments.runs import checkpoints, metrics, workdirs
+from experiments.runs import metrics, reading, workdirs
 from experiments.sweeps import flags, jobs, published, runner
 from experiments.util import paths
 from experiments.util.errors import UserError
@@ -145,7 +145,7 @@ def read_autoattack(folder: paths.Path) -> tuple[float | None, str]:
     return None, (
         'AutoAttack attacked in bfloat16 only'
         if 'aa-standard-bfloat16' in evaluations else '')
-  step = checkpoints.Reader(folder, 'best').step()
+  step = reading.Reader(folder, 'best').step()
   if step is not None and subject['origin']['step'] != step:
     return None, (
         f'AutoAttack evaluated step {subject["origin"]["step"]}, but the best '

@@ -1,5 +1,6 @@
 """The state of a training run on the host, between its compiled steps."""
 
+from collections.abc import Callable
 import time
 from typing import Any
 
@@ -32,13 +33,17 @@ class Loop:
     progress: console output.
   """
 
-  def __init__(self, run: run_lib.Run) -> None:
+  def __init__(
+      self, run: run_lib.Run,
+      is_stopping: Callable[[], bool] = lambda: False) -> None:
     """Restores the last checkpoint, or starts anew.
 
     Args:
       run: the run.
+      is_stopping: whether the run is to stop; evaluations then end early.
     """
     self.run = run
+    self._is_stopping = is_stopping
     self.total = run.config.epochs * run.steps_per_epoch
     self._saving = Saving(run)
     self.last = self._saving.last
@@ -59,6 +64,12 @@ class Loop:
     self.log = metrics.MetricsLog(
         self.run.workdir, self.step // self.run.steps_per_epoch, self.step,
         self.run.config.loggers, schema.flatten(self.run.config))
+    kept = self._saving.best_step // self.run.steps_per_epoch
+    if self.log.exclude_lost(kept, self.run.config.select_on):
+      print(
+          'the best state of this run was lost with its checkpoint: the best '
+          f'epoch is chosen anew from epochs up to {kept} and those to come',
+          flush=True)
     self._guard.start(
         self.step, self.log.lines, bool(notes.get('suspicious')), self.sums)
     if self.step % self.run.steps_per_epoch == 0 and not self.is_pending:
@@ -157,7 +168,11 @@ class Loop:
         f'{self._guard.factor:g} times the size in the config.')
 
   def end_epoch(self) -> None:
-    """Evaluates, saves the best state and writes the epoch's line."""
+    """Evaluates, saves the best state and writes the epoch's line.
+
+    Raises:
+      step.Interrupted: if the run is to stop. The epoch is then still pending.
+    """
     config = self.run.config
     line = self._epoch_line()
     self._reset_sums()
@@ -178,7 +193,8 @@ class Loop:
     started = time.perf_counter()
     if (line['epoch'] % config.eval.every_epochs == 0
         or line['epoch'] == config.epochs):
-      line |= step_lib.evaluate(self.run, self._eval_fn, self.state)
+      line |= step_lib.evaluate(
+          self.run, self._eval_fn, self.state, self._is_stopping)
       self._guard.check_finite(self.step, line)
       if warning := epochs.nonfinite_warning(line):
         self.progress.say(warning)

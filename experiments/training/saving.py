@@ -6,7 +6,7 @@ import jax
 
 import awp_jax
 from experiments.parallel import placement, processes
-from experiments.runs import checkpoints
+from experiments.runs import checkpoints, reading
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
 from experiments.util import digests
@@ -18,6 +18,8 @@ class Saving:
   Attributes:
     last: the checkpoint that training resumes from.
     best: the checkpoint with the highest robust accuracy.
+    best_step: the step of the best checkpoint when `restore` was called; 0 if
+      there was none.
   """
 
   def __init__(self, run: run_lib.Run) -> None:
@@ -29,13 +31,14 @@ class Saving:
     self._run, self._order = run, run.order
     self.last = checkpoints.Checkpoints(run.workdir, 'last')
     self.best = checkpoints.Checkpoints(run.workdir, 'best')
+    self.best_step = 0
 
   def restore(self) -> tuple[awp_jax.TrainState, step_lib.Sums, dict[str, Any]]:
     """The state to continue from, on all devices.
 
     Returns:
-      State, sums and notes of the last checkpoint. Without a checkpoint, the
-      initial state, zero sums and no notes.
+      State, sums and notes of the newest checkpoint that is whole. Without a
+      checkpoint, the initial state, zero sums and no notes.
 
     Raises:
       CheckpointError: if the checkpoint belongs to other images or another
@@ -53,6 +56,7 @@ class Saving:
       sums = step_lib.zero_sums()
       if message:
         print(message, flush=True)
+    self.best_step = self.best.drop_unusable(int(state.step)) or 0
     if processes.count() > 1:
       processes.check_equal('the state that they start from', {
           'step': int(state.step),
@@ -65,7 +69,7 @@ class Saving:
     now = self._order
     then = {name: notes.get(name) for name in now}
     if then != now:
-      raise checkpoints.CheckpointError(
+      raise reading.CheckpointError(
           f'the checkpoint in {self.last.folder} was written with {then}, this '
           f'run has {now}: use the same images and devices '
           f'({notes.get("num_devices")}, now {self._run.num_devices}), or '
@@ -121,7 +125,7 @@ class Saving:
     """A sentence on the last checkpoint, for an error."""
     try:
       step = self.last.step()
-    except checkpoints.CheckpointError as error:
+    except reading.CheckpointError as error:
       return str(error)
     return ('No state was saved before.' if step is None else
             f'The state of step {step} is in {self.last.folder}.')

@@ -12,7 +12,7 @@ from experiments.parallel import processes
 class StopRequest:
   """Context that records the first SIGTERM or SIGINT.
 
-  A second signal has its usual effect.
+  A second signal has the effect it had outside of the context.
 
   One of several processes may get the signal, but all must stop at the same
   step. JAX catches SIGTERM in every process and lets them agree on a step.

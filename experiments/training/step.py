@@ -153,9 +153,18 @@ def make_eval_fn(
   return mapping.over_devices(step, rows=(1, 2, 3), devices=devices)
 
 
+class Interrupted(Exception):
+  """An evaluation ended early, because the run is to stop."""
+
+
+def _goes_on() -> bool:
+  return False
+
+
 def evaluate_split(
     run: run_lib.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState,
-    images: np.ndarray, labels: np.ndarray, key: Any) -> dict[str, float]:
+    images: np.ndarray, labels: np.ndarray, key: Any,
+    is_stopping: Callable[[], bool] = _goes_on) -> dict[str, float]:
   """Natural and robust accuracy and loss on one split.
 
   Args:
@@ -165,14 +174,23 @@ def evaluate_split(
     images: [N, H, W, C].
     labels: [N].
     key: a PRNG key; each batch folds in its number.
+    is_stopping: whether to end early, asked before each batch.
 
   Returns:
     Means by name; accuracies in [0, 1]. 'nonfinite' is the share of examples
     with non-finite logits or gradients, on which the attack was weaker.
+
+  Raises:
+    Interrupted: if it ended early.
   """
   size = run.config.eval.batch_size
-  pending = []
+  pending: list[awp_jax.EvalMetrics] = []
   for number in range(math.ceil(len(images) / size)):
+    # Two batches are under way: enough to keep devices busy, and few enough to
+    # stop soon.
+    jax.block_until_ready(pending[-2:-1])
+    if is_stopping():
+      raise Interrupted
     part = slice(number * size, (number + 1) * size)
     x, y = images[part], labels[part]
     valid = np.arange(size) < len(x)
@@ -192,8 +210,8 @@ def evaluate_split(
 
 
 def evaluate(
-    run: run_lib.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState
-) -> dict[str, float]:
+    run: run_lib.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState,
+    is_stopping: Callable[[], bool] = _goes_on) -> dict[str, float]:
   """`evaluate_split` on each split; names are prefixed with the split's."""
   num_train = min(run.config.eval.num_train, len(run.dataset.x_train))
   chosen = np.linspace(
@@ -208,6 +226,7 @@ def evaluate(
   metrics: dict[str, float] = {}
   for number, (split, (images, labels)) in enumerate(splits.items()):
     values = evaluate_split(
-        run, eval_fn, state, images, labels, jax.random.fold_in(key, number))
+        run, eval_fn, state, images, labels, jax.random.fold_in(key, number),
+        is_stopping)
     metrics |= {f'{split}_{name}': value for name, value in values.items()}
   return metrics

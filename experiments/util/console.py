@@ -1,14 +1,49 @@
-"""Argument parsing, one-line errors and text tables of the commands."""
+"""Argument parsing, one-line messages and text tables of the commands."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
+import os
+import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def complain(error: object) -> None:
   """Prints an error to stderr, on one line."""
   print('error:', ' '.join(str(error).split()), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def ended_by_signals(workdir: object) -> Iterator[None]:
+  """Context in which SIGTERM or Ctrl-C ends the process with a line.
+
+  It is for commands whose files are whole at any moment: nothing is cleaned up
+  and no thread is waited for. The exit status is 128 plus the signal's number,
+  as in a shell.
+
+  Args:
+    workdir: where the files are, for the line.
+
+  Yields:
+    Nothing.
+  """
+
+  def leave(number: int, frame: Any) -> None:
+    del frame
+    print(f'\n{signal.Signals(number).name}: stopped; run the same command to '
+          f'go on with what is in {workdir}.', flush=True)
+    os._exit(128 + number)
+
+  old: dict[signal.Signals, Any] = {}
+  for number in (signal.SIGTERM, signal.SIGINT):
+    if signal.getsignal(number) != signal.SIG_IGN:  # respects nohup
+      old[number] = signal.signal(number, leave)
+  try:
+    yield
+  finally:
+    for number, handler in old.items():
+      signal.signal(number, handler)
 
 
 class Parser(argparse.ArgumentParser):

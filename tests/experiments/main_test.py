@@ -147,7 +147,7 @@ def wait_for(condition, process):
 
 def arrays_of(folder, kind):
   """{path: array} of the newest checkpoint."""
-  (step,) = saved_steps(folder, kind)
+  step = max(saved_steps(folder, kind))
   tree = ocp.load(folder / 'checkpoints' / kind / str(step))
 
   def flatten(tree, prefix=''):
@@ -198,7 +198,7 @@ def test_run_prints_its_own_lines_only(uninterrupted):
   assert len(re.findall('^epoch ', out, re.M)) == 3
   assert 'results in runs/digits_awp' in out
   # The default folder has the name of the config.
-  assert saved_steps(folder, 'last') == [12]
+  assert sorted(saved_steps(folder, 'last')) == [9, 12]
   stored = json.loads((folder / 'config.json').read_text())
   assert (stored['num_train'], stored['awp.gamma']) == (64, 0.01)
 
@@ -235,7 +235,7 @@ def test_killed_and_stopped_run_ends_bit_identical(command, uninterrupted):
   assert 'resuming from step 6 of 12' in out and 'epoch 1/3' not in out
   saved = re.search(r'^SIGTERM: saved step (\d+) of 12 in (\S+);', out, re.M)
   assert saved and saved[2] == str(folder)
-  (step,) = saved_steps(folder, 'last')
+  step = max(saved_steps(folder, 'last'))
   assert 6 < step == int(saved[1]) <= 12
   assert not (folder / 'summary.json').exists()
 

@@ -77,6 +77,10 @@ class Stores:
         del like
         return stores.kept[kind][1:]
 
+      def drop_unusable(self, newest):
+        assert (self.step() or 0) <= newest
+        return self.step()
+
       def close(self):
         pass
 
@@ -99,6 +103,10 @@ class Lines:
   def append(self, line):
     self.lines.append(line)
     type(self).kept.append(line)
+
+  def exclude_lost(self, kept, select_on):
+    assert metrics.best_line(self.lines, select_on) is None or kept
+    return False
 
   def append_step(self, line):
     assert line['step'] > 0 and line['images'] > 0
@@ -215,7 +223,7 @@ def of_train_step(run, monkeypatch):
 def of_eval_step(run, monkeypatch):
   step = Spy(lambda *_, **__: awp_jax.EvalMetrics(*(
       jnp.ones(()) for _ in awp_jax.EvalMetrics._fields)))
-  counts = Spy(lambda run, fn, state, images, labels, key: {
+  counts = Spy(lambda run, fn, state, images, labels, key, stops: {
       'n': len(images), 'key': np.asarray(jax.random.key_data(key))})
   with monkeypatch.context() as patch:
     patch.setattr(awp_jax, 'eval_step', step)
@@ -264,7 +272,8 @@ def of_loop(run, monkeypatch, diverge_at=None):
 
   log = type('Log', (Lines,), {'kept': []})
 
-  def evaluate(run, fn, state):
+  def evaluate(run, fn, state, is_stopping):
+    assert not is_stopping()
     epoch = int(state.step) // run.steps_per_epoch - 1
     evaluated.append(int(state.step))
     return {f'{split}_{kind}': values[epoch % 4]

@@ -20,7 +20,7 @@ from experiments import main
 from experiments.config import networks
 from experiments.parallel import watch
 from experiments.reports import page
-from experiments.runs import checkpoints
+from experiments.runs import reading
 from experiments.training import loop
 from tests.experiments.modes.train_test import TinyNet
 
@@ -67,7 +67,7 @@ if __name__ == '__main__':
   import_tensorboard()
   watch.PATIENCE = 5.0
   # Reports have their own tests. As they do, one process reads a checkpoint.
-  page.write_or_warn = lambda run, mode: checkpoints.Reader(
+  page.write_or_warn = lambda run, mode: reading.Reader(
       run.workdir, 'last').read()
   networks.build = lambda config, dataset: TinyNet()
   app.run(main.main, flags_parser=main.parse)

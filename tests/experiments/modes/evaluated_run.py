@@ -36,7 +36,8 @@ def logits_of(run, kind):
 
 def average_of(run):
   """The moving average and the last weights, read by Orbax alone."""
-  (path,) = (run.workdir / 'checkpoints/last').iterdir()
+  path = max((run.workdir / 'checkpoints/last').iterdir(),
+             key=lambda step: int(step.name))
   like = jax.tree.map(
       lambda leaf: np.empty(leaf.shape, leaf.dtype),
       ocp.metadata(path).metadata, is_leaf=lambda leaf: hasattr(leaf, 'shape'))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.modes import evaluate, landscape, train
-from experiments.runs import checkpoints
+from experiments.runs import reading
 from experiments.runs import run as run_lib
 from experiments.training import loop
 from tests.experiments.config import named_parts_test
@@ -37,7 +37,7 @@ def config_of(kind):
 
 
 def weights(run, kind='last'):
-  tree = checkpoints.read_variables(run.workdir, kind).tree
+  tree = reading.read_variables(run.workdir, kind).tree
   return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 

@@ -11,7 +11,7 @@ from experiments.config import networks, schema
 from experiments.configs import base, digits_awp
 from experiments.modes import train
 from experiments.reports import page
-from experiments.runs import checkpoints, metrics
+from experiments.runs import checkpoints, metrics, reading
 from experiments.runs import run as run_lib
 from experiments.training import step
 
@@ -88,9 +88,9 @@ class Watched:
 
     evaluate = step.evaluate
 
-    def evaluated(run, eval_fn, state):
+    def evaluated(run, eval_fn, state, is_stopping):
       # Epoch 1 is the best on test images, epoch 3 on validation images.
-      values = evaluate(run, eval_fn, state)
+      values = evaluate(run, eval_fn, state, is_stopping)
       epoch = int(state.step) // run.steps_per_epoch
       for split, best in (('test', 1), ('validation', 3)):
         values[f'{split}_robust_accuracy'] = (
@@ -243,7 +243,7 @@ def test_a_finished_run_is_not_changed(watched, monkeypatch):
 def test_resuming_with_other_images_is_an_error(watched):
   dataset = watched.run.dataset
   other = dataset._replace(x_train=dataset.x_train[::-1])
-  with pytest.raises(checkpoints.CheckpointError, match='training_data_crc32'):
+  with pytest.raises(reading.CheckpointError, match='training_data_crc32'):
     train.train(watched.run._replace(dataset=other))
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.runs import checkpoints, metrics
+from experiments.runs import metrics, reading
 from tests.experiments.modes import train_test
 
 pytestmark = pytest.mark.slow
@@ -95,7 +95,7 @@ def lines_of(workdir):
 
 def largest_difference(
     first, second, parts=('params', 'batch_stats', 'opt_state')):
-  trees = [checkpoints.Reader(folder, 'last').read().tree
+  trees = [reading.Reader(folder, 'last').read().tree
            for folder in (first, second)]
   leaves = [jax.tree.leaves([tree[name] for name in parts]) for tree in trees]
   return max(
@@ -194,7 +194,7 @@ def check_signal(teams, images, workdir):
   codes, outputs = Team(images, workdir, 2, {1: '5:SIGTERM'}).end()
   assert codes == [0, 0], outputs
   assert 'SIGTERM: saved step' in outputs[0][0]
-  saved = checkpoints.Reader(workdir, 'last').read()
+  saved = reading.Reader(workdir, 'last').read()
   assert 5 <= saved.step < 20 and saved.notes['num_processes'] == 2
   codes, outputs = Team(images, workdir, 1).end()
   assert codes == [0], outputs

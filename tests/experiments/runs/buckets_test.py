@@ -6,7 +6,7 @@ import pytest
 
 from experiments.configs import base
 from experiments.parallel import processes
-from experiments.runs import checkpoints, warm_start, workdirs
+from experiments.runs import checkpoints, reading, warm_start, workdirs
 from experiments.util.errors import UserError
 from tests.helpers import fake_buckets
 
@@ -47,11 +47,11 @@ def load(workdir):
   return store.step(), np.asarray(found['params']['w']).tolist(), notes
 
 
-def test_the_newest_checkpoint_replaces_the_old_one(workdir, objects):
-  save(workdir, 3, 7)
-  assert {name.split('/')[4] for name in objects} == {'7'}
+def test_the_newest_checkpoints_replace_the_old_ones(workdir, objects):
+  save(workdir, 1, 3, 7)
+  assert {name.split('/')[4] for name in objects} == {'3', '7'}
   assert load(workdir) == (7, [7.0] * 3, {'of': 7})
-  stored = checkpoints.read_variables(workdir, 'last')
+  stored = reading.read_variables(workdir, 'last')
   assert stored.step == 7 and stored.notes == {'of': 7}
   np.testing.assert_array_equal(stored.tree['params']['w'], [7.0] * 3)
 
@@ -65,12 +65,24 @@ def test_a_killed_writer_leaves_the_checkpoint_before(workdir, objects):
       if not name.endswith('last/7/commit_success.txt')}
   objects.clear()
   objects.update(before | part)
-  reader = checkpoints.Reader(workdir, 'last')
+  reader = reading.Reader(workdir, 'last')
   assert reader.step() == 3 and reader.notes() == {'of': 3}
   # Readers change nothing; the trainer removes the part.
   assert objects == before | part
   assert load(workdir) == (3, [3.0] * 3, {'of': 3})
   assert {name.split('/')[4] for name in objects} == {'3'}
+
+
+def test_a_damaged_checkpoint_is_removed(workdir, objects, capsys):
+  save(workdir, 3, 7)
+  for name in objects:  # the values, wherever orbax puts them
+    if '/7/' in name and '/d/' in name:
+      objects[name] = objects[name][:20]
+  assert load(workdir) == (3, [3.0] * 3, {'of': 3})
+  assert 'checkpoint of step 7' in capsys.readouterr().out
+  assert {name.split('/')[4] for name in objects} == {'3'}
+  save(workdir, 7)
+  assert load(workdir) == (7, [7.0] * 3, {'of': 7})
 
 
 def test_a_failed_write_is_one_error_and_keeps_the_old(
@@ -80,7 +92,7 @@ def test_a_failed_write_is_one_error_and_keeps_the_old(
   store.finish()
   systems[str(workdir)[:2]].failing = RuntimeError('quota exceeded')
   with pytest.raises(
-      checkpoints.CheckpointError, match=f'{workdir}.* quota exceeded'):
+      reading.CheckpointError, match=f'{workdir}.* quota exceeded'):
     store.save(7, tree(7.0), {})
     store.finish()
   store.close()

@@ -13,7 +13,7 @@ import optax
 from orbax.checkpoint._src.serialization import serialization
 import pytest
 
-from experiments.runs import checkpoints
+from experiments.runs import checkpoints, reading
 from tests.helpers import checkpoint_writes
 
 
@@ -47,15 +47,16 @@ def third(tmp_path):
   return tmp_path / 'checkpoints/last'
 
 
-def test_round_trip_is_exact_and_newest_replaces(tmp_path):
+def test_round_trip_is_exact_and_the_newest_two_are_kept(tmp_path):
   first, second = make_tree(seed=0), make_tree(seed=1)
   store = checkpoints.Checkpoints(tmp_path, 'last')
   assert store.step() is None
+  store.save(2, first, {})
   store.save(3, first, {'seconds_training': 0.1, 'name': 'one'})
   store.save(7, second, {'seconds_training': 1.5})
   store.close()
-  folders = [p.name for p in (tmp_path / 'checkpoints/last').iterdir()]
-  assert folders == ['7']
+  folders = {p.name for p in (tmp_path / 'checkpoints/last').iterdir()}
+  assert folders == {'3', '7'}
 
   again = checkpoints.Checkpoints(tmp_path, 'last')
   assert again.step() == 7
@@ -76,10 +77,10 @@ def test_arrays_may_be_donated_while_they_are_written(tmp_path, monkeypatch):
   for _ in range(3):
     tree = overwrite(tree)
   jax.block_until_ready(tree)
-  assert not written and checkpoints.Reader(tmp_path, 'last').step() is None
+  assert not written and reading.Reader(tmp_path, 'last').step() is None
   release.set()
   store.finish()
-  assert written and checkpoints.Reader(tmp_path, 'last').step() == 3
+  assert written and reading.Reader(tmp_path, 'last').step() == 3
   found, _ = store.load(tree)
   store.close()
   for i in range(5):
@@ -118,11 +119,11 @@ def test_failure_in_the_background_is_one_error(tmp_path, monkeypatch, error):
   store.finish()
   refused.append(error)
   store.save(5, make_tree(), {})
-  with pytest.raises(checkpoints.CheckpointError, match=(
+  with pytest.raises(reading.CheckpointError, match=(
       r'of step 5 could not .*' + error.args[-1])):
     store.save(7, make_tree(), {})
   store.close()
-  assert checkpoints.Reader(tmp_path, 'last').step() == 3
+  assert reading.Reader(tmp_path, 'last').step() == 3
 
 
 def test_saving_a_step_twice_keeps_the_first(tmp_path):
@@ -149,29 +150,29 @@ def test_reader_changes_nothing_beside_a_save_under_way(tmp_path):
     (folder / part).mkdir(parents=True)
     (folder / part / 'd').write_bytes(b'half')
   before = contents(tmp_path)
-  reader = checkpoints.Reader(tmp_path, 'last')
+  reader = reading.Reader(tmp_path, 'last')
   assert reader.step() == 3 and reader.notes() == {'epoch': 1}
   found = reader.read()
   assert (found.step, found.notes) == (3, {'epoch': 1})
   assert_same(found.tree['params'], make_tree()['params'])
-  read = checkpoints.read_variables(tmp_path, 'last')
+  read = reading.read_variables(tmp_path, 'last')
   assert read.tree.keys() == {'params', 'batch_stats'}
   assert contents(tmp_path) == before
 
 
 def test_newest_of_two_and_none_of_a_half(tmp_path, third):
-  reader = checkpoints.Reader(tmp_path, 'last')
+  reader = reading.Reader(tmp_path, 'last')
   shutil.copytree(third / '3', third / '10')
   assert reader.step() == 10
   for step in ('3', '10'):  # half deleted
-    (third / step / checkpoints._COMPLETE).unlink()
+    (third / step / reading.COMPLETE).unlink()
   assert reader.step() is None
 
 
 def test_reader_makes_no_folder(tmp_path):
-  reader = checkpoints.Reader(tmp_path / 'run', 'best')
+  reader = reading.Reader(tmp_path / 'run', 'best')
   assert reader.step() is None and reader.notes() == {}
-  with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
+  with pytest.raises(reading.CheckpointError, match='no checkpoint in'):
     reader.read()
   assert not list(tmp_path.iterdir())
 
@@ -179,8 +180,8 @@ def test_reader_makes_no_folder(tmp_path):
 def test_damaged_checkpoint_is_named(tmp_path, third):
   shutil.rmtree(third / '3/state')
   with pytest.raises(
-      checkpoints.CheckpointError, match=r'of step 3 in .* cannot be read'):
-    checkpoints.Reader(tmp_path, 'last').read()
+      reading.CheckpointError, match=r'of step 3 in .* cannot be read'):
+    reading.Reader(tmp_path, 'last').read()
 
 
 def replace(folder, was_read):
@@ -201,7 +202,7 @@ def test_reading_while_a_trainer_replaces(tmp_path):
   trainer = context.Process(
       target=replace, args=(tmp_path, was_read), daemon=True)
   trainer.start()
-  reader, steps = checkpoints.Reader(tmp_path, 'last'), []
+  reader, steps = reading.Reader(tmp_path, 'last'), []
   while trainer.is_alive():
     if reader.step() is None:
       time.sleep(0.01)
@@ -218,15 +219,15 @@ def test_reading_while_a_trainer_replaces(tmp_path):
 
 def test_all_listed_steps_are_replaced_meanwhile(tmp_path, third, monkeypatch):
   """A step removed between the listing and the check is no empty folder."""
-  is_complete = checkpoints._is_complete
+  is_complete = reading.is_complete
 
   def late(step):
     if step.name == '3' and step.exists():
       (third / '3').rename(third / '4')
     return is_complete(step)
 
-  monkeypatch.setattr(checkpoints, '_is_complete', late)
-  assert checkpoints.Reader(tmp_path, 'last').step() == 4
+  monkeypatch.setattr(reading, 'is_complete', late)
+  assert reading.Reader(tmp_path, 'last').step() == 4
 
 
 def test_half_written_checkpoint_is_ignored(tmp_path, third):
@@ -240,7 +241,7 @@ def test_half_written_checkpoint_is_ignored(tmp_path, third):
   again.save(9, make_tree(seed=1), {})
   assert again.step() == 9
   again.close()
-  assert [p.name for p in third.iterdir()] == ['9']
+  assert {p.name for p in third.iterdir()} == {'3', '9'}
 
 
 def test_half_deleted_checkpoint_is_ignored(tmp_path, third, caplog):
@@ -258,7 +259,7 @@ def test_half_deleted_checkpoint_is_ignored(tmp_path, third, caplog):
 def test_checkpoint_of_another_model(tmp_path):
   store = checkpoints.Checkpoints(tmp_path, 'last')
   store.save(3, make_tree(width=3), {})
-  with pytest.raises(checkpoints.CheckpointError) as error:
+  with pytest.raises(reading.CheckpointError) as error:
     store.load(make_tree(width=5))
   text = str(error.value)
   assert 'another model' in text and "bias' has shape (3,)" in text
@@ -273,6 +274,6 @@ def test_checkpoint_of_another_model(tmp_path):
 
 def test_no_checkpoint(tmp_path):
   store = checkpoints.Checkpoints(tmp_path, 'last')
-  with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
+  with pytest.raises(reading.CheckpointError, match='no checkpoint in'):
     store.load(make_tree())
   store.close()

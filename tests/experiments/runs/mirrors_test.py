@@ -39,7 +39,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(
     system, monkeypatch):
   folder = paths.parse('s3://bucket/run')
   put, rm = system._put, system.rm
-  mirror = mirrors.Mirror(folder)
+  mirror = mirrors.Mirror(folder, kept=1)
   for step in (9, 10):
     checkpoint(mirror, step)
   mirror.upload(9)
@@ -78,7 +78,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_checkpoint(
   assert list(complete(folder)) == [10] and number > 6
   # The newest one is read, also if its name sorts first.
   system.objects.update(first)
-  again = mirrors.Mirror(folder)
+  again = mirrors.Mirror(folder, kept=1)
   assert [path.name for path in again.local.iterdir()] == ['10']
   local = again.local
   again.close()

@@ -10,7 +10,7 @@ from experiments.config import optimizers
 from experiments.modes import train
 from experiments.parallel import placement
 from experiments.reports import curves
-from experiments.runs import checkpoints, metrics
+from experiments.runs import checkpoints, metrics, reading
 from experiments.runs import run as run_lib
 from experiments.training import loop, signals, training_data
 from experiments.training import step as step_lib
@@ -142,7 +142,7 @@ def assert_same(run, wanted):
                   for each in (run, wanted))
   assert ours == theirs and len(ours) > 3
   assert without_times(run) == without_times(wanted)
-  for kind in checkpoints.KINDS:
+  for kind in reading.KINDS:
     jax.tree.map(
         np.testing.assert_array_equal, arrays_of(run, kind),
         arrays_of(wanted, kind))
@@ -174,20 +174,25 @@ def test_a_kill_during_an_evaluation_costs_the_evaluation_alone(
   assert_same(run, whole)
 
 
-def test_ctrl_c_in_an_evaluation_lets_it_end(images, whole, tmp_path, capsys):
+def test_ctrl_c_ends_an_evaluation_early(images, whole, tmp_path, capsys):
   run = run_lib.prepare(config_of(images), tmp_path)
+  batches = []
   with pytest.MonkeyPatch.context() as patch:
     usual = step_lib.evaluate
 
-    def evaluate(run, eval_fn, state):
-      if int(state.step) == 4:
-        signal.raise_signal(signal.SIGINT)
-      return usual(run, eval_fn, state)
+    def evaluate(run, eval_fn, state, is_stopping):
+      def batch(*arguments):
+        batches.append(int(state.step))
+        if batches.count(4) == 1:
+          signal.raise_signal(signal.SIGINT)
+        return eval_fn(*arguments)
+      return usual(run, batch, state, is_stopping)
 
     patch.setattr(step_lib, 'evaluate', evaluate)
     assert train.train(run) is None
   assert 'SIGINT: saved step 4 of 6' in capsys.readouterr().out
-  assert [line['epoch'] for line in without_times(run)] == [1, 2]
+  assert [line['epoch'] for line in without_times(run)] == [1]
+  assert batches.count(2) > batches.count(4) == 1
   train.train(run)
   assert_same(run, whole)
 

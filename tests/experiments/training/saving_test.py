@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from orbax.checkpoint._src.serialization import serialization
 import pytest
 
-from experiments.runs import checkpoints
+from experiments.runs import reading
 from experiments.training import saving as saving_lib
 from experiments.training import step as step_lib
 from tests.helpers import checkpoint_writes
@@ -28,7 +28,7 @@ def save_last(saving, step):
 
 
 def steps(tmp_path):
-  return [checkpoints.Reader(tmp_path, kind).step() for kind in (
+  return [reading.Reader(tmp_path, kind).step() for kind in (
       'last', 'best')]
 
 
@@ -62,7 +62,7 @@ def test_failures_at_the_end(saving, monkeypatch):
   monkeypatch.setattr(
       saving.best, 'close', lambda: (closed.append('best'), close()))
   save_last(saving, 4)
-  with pytest.raises(checkpoints.CheckpointError, match='No space left'):
+  with pytest.raises(reading.CheckpointError, match='No space left'):
     saving.close()
   assert closed == ['best']
 
@@ -73,7 +73,7 @@ def test_the_description_of_a_failed_write(saving, monkeypatch):
   assert 'The state of step 4 is in' in saving.describe_last()
 
   def full():
-    raise checkpoints.CheckpointError('step 8 could not be written')
+    raise reading.CheckpointError('step 8 could not be written')
 
   monkeypatch.setattr(saving.last, 'finish', full)
   assert saving.describe_last() == 'step 8 could not be written'

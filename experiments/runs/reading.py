@@ -1,0 +1,181 @@
+"""Reads the checkpoints of a run, which may be training.
+
+Everything but the trainer reads here. Nothing is written, removed or locked.
+What is read is compared with the digest that was stored with it.
+"""
+
+from collections.abc import Callable
+import json
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from experiments.parallel import processes
+from experiments.runs import mirrors, seals
+from experiments.util import paths
+from experiments.util.errors import UserError
+
+#: Sub-folders of a workdir's `checkpoints/`.
+KINDS = ('best', 'last')
+
+#: A local step without this file is incomplete or partly removed.
+COMPLETE = '_CHECKPOINT_METADATA'
+
+
+class CheckpointError(UserError):
+  """There is no checkpoint that this run can resume from."""
+
+
+class Stored(NamedTuple):
+  """A checkpoint that was read.
+
+  Attributes:
+    step: number of completed steps.
+    tree: nested dicts and lists of NumPy arrays.
+    notes: the plain values stored with it.
+  """
+
+  step: int
+  tree: Any
+  notes: dict[str, Any]
+
+
+class Reader:
+  """Reads the newest complete checkpoint of one kind.
+
+  The trainer may save at the same time, in another process. Do not read in the
+  process that is saving: orbax numbers its operations per process, so the save
+  could hang. Nothing is written, removed or locked.
+  """
+
+  def __init__(self, workdir: paths.Path, kind: str) -> None:
+    """Sets the folder `workdir/checkpoints/<kind>`, which need not exist."""
+    self.folder = paths.absolute(workdir / 'checkpoints' / kind)
+
+  def step(self) -> int | None:
+    """The step of the newest complete checkpoint, or None."""
+    listed = None
+    while True:
+      before, listed = listed, sorted(
+          int(step.name) for step in self.folder.glob('[0-9]*')
+          if step.name.isdecimal())
+      complete = [n for n in listed if is_complete(self.folder / str(n))]
+      # All that were listed may have been replaced since.
+      if complete or listed == before:
+        return max(complete, default=None)
+
+  def notes(self) -> dict[str, Any]:
+    """The notes of the newest checkpoint; {} if there is none."""
+    return {} if self.step() is None else self._newest(_notes)
+
+  def read(self) -> Stored:
+    """Reads the newest complete checkpoint, of any network.
+
+    Raises:
+      CheckpointError: if there is none, or it cannot be read.
+    """
+    return self._newest(read_step)
+
+  def _newest(self, read: Callable[[paths.Path], Any]) -> Any:
+    """Calls `read` until the checkpoint is still the newest afterwards.
+
+    The trainer removes a checkpoint as soon as a newer one is complete, so a
+    concurrent read may be partial.
+    """
+    step = self.step()
+    while step is not None:
+      found, failure = None, None
+      try:
+        found = read(self.folder / str(step))
+      except Exception as error:
+        failure = error
+      before, step = step, self.step()
+      if step == before:
+        if failure is None:
+          return found
+        raise CheckpointError(
+            f'the checkpoint of step {step} in {self.folder} cannot be read: '
+            f'{failure}') from failure
+    raise CheckpointError(f'there is no checkpoint in {self.folder}.')
+
+
+def _alone() -> ocp.Context:
+  """The context for reading in one process, without waiting for others."""
+  own, context = processes.index(), ocp.Context()
+  context.multiprocessing.primary_host = own
+  context.multiprocessing.active_processes = {own}
+  context.multiprocessing.barrier_sync_key_prefix = f'reader-{own}'
+  return context
+
+
+def _notes(path: paths.Path) -> dict[str, Any]:
+  with mirrors.readable(path) as place:
+    return seals.without_seal(stored_notes(place))
+
+
+def stored_notes(step: paths.Path) -> dict[str, Any]:
+  """The notes of a checkpoint with their seal, unchecked.
+
+  orbax reads them too, but takes a damaged file for one without notes.
+  """
+  return json.loads((step / COMPLETE).read_text())['custom_metadata'] or {}
+
+
+def read_step(path: paths.Path) -> Stored:
+  """Reads one checkpoint; raises any exception if it is damaged."""
+  # As NumPy arrays: the devices that wrote them may not exist here.
+  with _alone(), mirrors.readable(path) as place:
+    like = jax.tree.map(
+        lambda leaf: np.empty(leaf.shape, leaf.dtype),
+        ocp.metadata(place).metadata,
+        is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+    tree = ocp.load(place, like)
+    return Stored(
+        int(path.name), tree, seals.checked(tree, stored_notes(place)))
+
+
+def read_variables(workdir: paths.Path, kind: str) -> Stored:
+  """Reads the weights to evaluate: the moving average, if there is one.
+
+  Args:
+    workdir: folder of a run, which may be training.
+    kind: 'best' or 'last'.
+
+  Returns:
+    The checkpoint, with its tree reduced to 'params' and 'batch_stats'.
+
+  Raises:
+    CheckpointError: if there is none, or it cannot be read.
+  """
+  stored = Reader(workdir, kind).read()
+  network = stored.tree.get('average') or stored.tree
+  return stored._replace(tree={
+      'params': network['params'],
+      'batch_stats': network.get('batch_stats') or {}})
+
+
+def check_same(like: Any, stored: Any, folder: paths.Path) -> None:
+  """Raises CheckpointError unless both have the same names and shapes."""
+  wanted, found = _shapes(like), _shapes(stored)
+  for name in sorted(wanted.keys() | found.keys()):
+    if wanted.get(name) != found.get(name):
+      raise CheckpointError(
+          f'the checkpoint in {folder} is of another model: {name!r} has shape '
+          f'{found.get(name, "(absent)")} there, this run needs '
+          f'{wanted.get(name, "(absent)")}.')
+
+
+def is_complete(step: paths.Path) -> bool:
+  """Whether a checkpoint was written to its end, and not partly removed."""
+  return (step / (
+      mirrors.MARKER if paths.is_bucket(step) else COMPLETE)).exists()
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+  leaves, _ = jax.tree_util.tree_flatten_with_path(
+      tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
+  return {
+      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
+      for path, leaf in leaves if hasattr(leaf, 'shape')}

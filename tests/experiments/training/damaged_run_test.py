@@ -1,0 +1,149 @@
+"""Runs whose newest checkpoints are damaged go on, and say so."""
+
+import json
+
+import pytest
+
+from experiments.modes import train
+from experiments.runs import metrics, reading
+from experiments.runs import run as run_lib
+from experiments.training import step as step_lib
+from tests.experiments.training.resume_test import (
+    arrays_of,
+    assert_same,
+    config_of,
+    images,
+    one_network,
+    stop_after,
+    without_times,
+)
+
+__all__ = ['images', 'one_network']
+
+# orbax says so when it reads arrays whose devices it was not told.
+pytestmark = pytest.mark.filterwarnings('ignore:Sharding info not provided')
+
+
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+  run = run_lib.prepare(
+      config_of(images), tmp_path_factory.mktemp('undamaged'))
+  train.train(run)
+  return run
+
+
+def best_steps(run):
+  """The steps at which the run's best checkpoint was replaced."""
+  found, best = [], -1.0
+  for line in metrics.read_metrics(run.workdir):
+    if line['test_robust_accuracy'] > best:
+      best = line['test_robust_accuracy']
+      found.append(2 * line['epoch'])
+  return found
+
+
+def damage(run, kind, step):
+  """Changes one byte of the values of a checkpoint."""
+  folder = run.workdir / 'checkpoints' / kind / str(step)
+  path = max(
+      (path for path in folder.rglob('*') if path.is_file()),
+      key=lambda path: path.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def stopped(images, folder, step):
+  run = run_lib.prepare(config_of(images), folder)
+  with pytest.MonkeyPatch.context() as patch:
+    stop_after(patch, step)
+    assert train.train(run) is None
+  return run
+
+
+def test_the_newest_state_is_damaged(images, whole, tmp_path, capfd):
+  """The run repeats an epoch, and ends bit for bit like the whole one."""
+  run = stopped(images, tmp_path, 5)
+  damage(run, 'last', 5)
+  assert train.train(run)['last']['epoch'] == 3
+  out = capfd.readouterr().out
+  assert 'checkpoint of step 5' in out and 'resuming from step 4 of 6' in out
+  assert_same(run, whole)
+
+
+def test_every_state_is_damaged(images, whole, tmp_path, capfd):
+  """The error names the folder; the next start is from the beginning."""
+  run = stopped(images, tmp_path, 5)
+  for step in (4, 5):
+    damage(run, 'last', step)
+  with pytest.raises(
+      reading.CheckpointError, match=r'no checkpoint in .*last'):
+    train.train(run)
+  assert train.train(run)['last']['epoch'] == 3
+  assert 'is newer than step 0' in capfd.readouterr().out
+  assert_same(run, whole)
+
+
+def test_the_best_state_is_damaged(images, whole, tmp_path, capfd):
+  """The best epoch is one whose state exists, here one that comes later."""
+  first = best_steps(whole)[0]
+  run = stopped(images, tmp_path, first + 1)
+  damage(run, 'best', first)
+  summary = train.train(run)
+  out = capfd.readouterr().out
+  assert f'checkpoint of step {first}' in out
+  assert 'is chosen anew from epochs up to 0 and those to come' in out
+  lines = metrics.read_metrics(run.workdir)
+  assert [line.get('lost', 0) for line in lines] == [
+      int(2 * line['epoch'] <= first) for line in lines]
+  assert without_times(whole) == [
+      {name: value for name, value in line.items() if name != 'lost'}
+      for line in without_times(run)]
+  best = reading.Reader(run.workdir, 'best')
+  assert best.step() == 2 * summary['best']['epoch'] > first
+  later = [line for line in lines if not line.get('lost')]
+  assert summary['best']['robust_accuracy'] == max(
+      line['test_robust_accuracy'] for line in later)
+  arrays_of(run, 'best')
+  stored = json.loads((run.workdir / 'summary.json').read_text())
+  assert stored['best'] == summary['best']
+
+
+def test_a_finished_run_reads_its_lost_best(images, tmp_path, capfd):
+  """Without a later epoch the best is what is left, or the last epoch."""
+  run = run_lib.prepare(config_of(images), tmp_path)
+  train.train(run)
+  steps = best_steps(run)
+  for step in checkpoints_of(run, 'best'):
+    damage(run, 'best', step)
+  summary = train.train(run)
+  assert 'chosen anew from epochs up to 0' in capfd.readouterr().out
+  assert summary['best']['epoch'] == summary['last']['epoch'] == 3
+  assert steps and reading.Reader(run.workdir, 'best').step() is None
+
+
+def checkpoints_of(run, kind):
+  return sorted(int(path.name) for path in (
+      run.workdir / 'checkpoints' / kind).glob('[0-9]*'))
+
+
+def test_the_second_best_takes_over(images, tmp_path):
+  """Two best states are kept; epochs after the older one are excluded."""
+  run = run_lib.prepare(config_of(images), tmp_path)
+  scores = iter((0.2, 0.4, 0.3))
+  with pytest.MonkeyPatch.context() as patch:
+    usual = step_lib.evaluate
+    patch.setattr(step_lib, 'evaluate', lambda *args: usual(*args) | {
+        'test_robust_accuracy': next(scores)})
+    assert train.train(run)['best']['epoch'] == 2
+  assert checkpoints_of(run, 'best') == [2, 4]
+  damage(run, 'best', 4)
+  assert train.train(run)['best']['epoch'] == 1
+  assert reading.Reader(run.workdir, 'best').step() == 2
+
+
+def test_undamaged_runs_exclude_nothing(whole):
+  lines = metrics.read_metrics(whole.workdir)
+  assert not any('lost' in line for line in lines)
+  # Nothing is set aside, and a finished run is read again without a word.
+  assert not (whole.workdir / 'checkpoints/set_aside').exists()
