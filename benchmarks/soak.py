@@ -78,6 +78,8 @@ class Commands:
     self.folder = folder
     self._environment = os.environ | {
         'PYTHONUNBUFFERED': '1', 'JAX_PLATFORMS': 'cpu',
+        # Compiling takes most of the time of so small a run.
+        'XLA_FLAGS': '--xla_backend_optimization_level=0',
         'JAX_COMPILATION_CACHE_DIR': str(folder / 'programs'),
         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
@@ -126,8 +128,8 @@ def end_of(folder: pathlib.Path) -> dict[str, Any]:
     found[f'step of {kind}'] = stored.step
     for path, leaf in jax.tree_util.tree_flatten_with_path(stored.tree)[0]:
       found[f'{kind} {jax.tree_util.keystr(path)}'] = np.asarray(leaf).tobytes()
-  for name in ('metrics.jsonl', 'steps.jsonl'):
-    found[name] = without_times(metrics.read_lines(folder / name))
+  for name, number in (('metrics.jsonl', 'epoch'), ('steps.jsonl', 'step')):
+    found[name] = without_times(metrics.read_lines(folder / name, number))
   for name in ('summary.json', 'evaluation.json', 'landscape.json'):
     if (folder / name).exists():
       found[name] = without_times(json.loads((folder / name).read_text()))
@@ -376,7 +378,8 @@ class Soak:
           'several lines')
     other = difference(end_of(folder), self._ends['train'])
     if other:
-      return 'said, other end' if 'chosen anew' in out else 'another end'
+      return 'said, other end' if 'best epoch is chosen' in out else (
+          f'another end, in {other}')
     return 'same end'
 
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 import os
 from typing import Any, NamedTuple
-import zipfile
-import zlib
 
 import numpy as np
 
@@ -83,13 +81,20 @@ def load_examples(path: str | os.PathLike[str] | Any) -> SavedExamples:
   Raises:
     ValueError: if the file is not one of `save_examples`.
   """
+  if hasattr(path, 'read'):
+    return _read(path)
+  with open(path, 'rb') as file:
+    return _read(file)
+
+
+def _read(file: Any) -> SavedExamples:
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    with np.load(file, allow_pickle=False) as archive:
       fields = {name: archive[name] for name in SavedExamples._fields}
-  except (AttributeError, EOFError, KeyError, TypeError, ValueError,
-          zipfile.BadZipFile, zlib.error) as error:
+  except Exception as error:  # zipfile and NumPy have many for broken files
+    name = getattr(file, 'name', 'the file')
     raise ValueError(
-        f'{path} is not a file of adversarial examples '
+        f'{name} is not a file of adversarial examples '
         f'({type(error).__name__}: {error}).') from error
   return SavedExamples(**fields)._replace(
       attacks=tuple(map(str, fields['attacks'])))

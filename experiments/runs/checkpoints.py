@@ -148,14 +148,14 @@ class Checkpoints:
     tree = self._checkpointer.load(step, like)
     return tree, seals.checked(tree, reading.stored_notes(place))
 
-  def drop_unusable(self, newest: int) -> int | None:
+  def drop_unusable(self, newest: int) -> reading.Stored | None:
     """Sets aside what is damaged or newer than the state training starts from.
 
     Args:
       newest: the step of that state.
 
     Returns:
-      The step of the newest checkpoint that is left, or None.
+      The newest checkpoint that is left, or None.
 
     Raises:
       CheckpointError: as `load`.
@@ -164,8 +164,8 @@ class Checkpoints:
     while (step := self._latest()) is not None:
       if step > newest:
         self._set_aside(step, f'it is newer than step {newest}')
-      elif self._try(step, self._read):
-        return step
+      elif stored := self._try(step, self._read):
+        return stored
     return None
 
   def _read(self, step: int) -> reading.Stored:
@@ -186,7 +186,8 @@ class Checkpoints:
     """
     found, reason = None, ''
     try:
-      found = read(step)
+      with reading.quietly():
+        found = read(step)
     except reading.CheckpointError:
       raise
     except Exception as error:  # orbax and tensorstore have many

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import json
 import math
 from typing import Any
+import zlib
 
 from experiments.parallel import processes
 from experiments.runs import writers
@@ -23,12 +24,19 @@ class MetricsLog:
 
   Both go to the run's writers as well. Of several processes the main one
   writes, and all hold the lines of epochs.
+
+  Attributes:
+    lines: the lines of epochs.
+    lost: completed epochs whose line is missing or was changed since the last
+      checkpoint, which has checksums of them.
   """
 
   def __init__(
       self, workdir: paths.Path, completed_epochs: int,
       completed_steps: int = 0, names: Sequence[str] = writers.DEFAULT,
-      config: Mapping[str, Any] | None = None) -> None:
+      config: Mapping[str, Any] | None = None,
+      checksums: Mapping[str, int] | None = None,
+      best: Mapping[str, Any] | None = None) -> None:
     """Opens the log and removes lines after the restored state.
 
     Args:
@@ -38,21 +46,28 @@ class MetricsLog:
       completed_steps: number of its completed steps.
       names: of writers, as in `writers.open_all`.
       config: the run's fields by dotted name, for the writers.
+      checksums: from `checksums` when the restored state was saved.
+      best: the line that the best checkpoint holds, which replaces a lost one.
     """
     self._path, self._steps = workdir / 'metrics.jsonl', workdir / 'steps.jsonl'
-    self.lines = [
+    found = [
         line for line in processes.from_main(lambda: read_metrics(workdir))
         if line['epoch'] <= completed_epochs]
+    self.lines, self.lost = _recovered(found, checksums or {}, best or {})
     self._is_main = processes.is_main()
     self._writers: list[writers.Writer] = []
     if self._is_main:
       _rewrite(self._path, self.lines)
-      steps = [line for line in read_lines(self._steps)
+      steps = [line for line in read_lines(self._steps, 'step')
                if line['step'] <= completed_steps]
       if steps or self._steps.exists():
         _rewrite(self._steps, steps)
       self._writers = writers.open_all(
           names, workdir, config or {}, completed_epochs, completed_steps)
+
+  def checksums(self) -> dict[str, int]:
+    """A checksum of the line of each epoch, to store with a state."""
+    return {str(line['epoch']): _checksum(line) for line in self.lines}
 
   def append(self, line: dict[str, Any]) -> None:
     """Adds the line of an epoch; on disk before this returns."""
@@ -95,6 +110,25 @@ class MetricsLog:
       writer.close()
 
 
+def _checksum(line: Mapping[str, Any]) -> int:
+  # `exclude_lost` may add this field later.
+  values = {name: value for name, value in line.items() if name != 'lost'}
+  return zlib.crc32(json.dumps(values).encode())
+
+
+def _recovered(
+    lines: Lines, checksums: Mapping[str, int], best: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[int]]:
+  """The lines that are as they were written, and the epochs of the others."""
+  known = {int(epoch): value for epoch, value in checksums.items()}
+  good = {line['epoch']: line for line in lines
+          if known.get(line['epoch'], _checksum(line)) == _checksum(line)}
+  if best and known.get(best['epoch']) == _checksum(best):
+    good.setdefault(best['epoch'], dict(best))
+  return ([good[epoch] for epoch in sorted(good)],
+          sorted(known.keys() - good.keys()))
+
+
 def _rewrite(path: paths.Path, lines: Lines) -> None:
   atomic.write_text(path, ''.join(json.dumps(x) + '\n' for x in lines))
 
@@ -102,21 +136,32 @@ def _rewrite(path: paths.Path, lines: Lines) -> None:
 def read_metrics(workdir: paths.Path) -> list[dict[str, Any]]:
   """The lines of `metrics.jsonl`; none if there is no such file.
 
-  A partial last line, left by a killed process, is dropped.
+  Lines that are not of an epoch are dropped: the partial last one of a killed
+  process, and damaged ones.
   """
-  return read_lines(workdir / 'metrics.jsonl')
+  return read_lines(workdir / 'metrics.jsonl', 'epoch')
 
 
-def read_lines(path: paths.Path) -> list[dict[str, Any]]:
-  """The lines of a file of JSON lines, as `read_metrics`."""
+def read_lines(path: paths.Path, number: str) -> list[dict[str, Any]]:
+  """The lines of a file of JSON lines, as `read_metrics`.
+
+  Args:
+    path: the file, which need not exist.
+    number: the field by which lines are numbered, 'epoch' or 'step'.
+
+  Returns:
+    The lines.
+  """
   if not path.exists():
     return []
   lines = []
-  for text in path.read_text().splitlines():
+  for text in path.read_bytes().splitlines():
     try:
-      lines.append(json.loads(text))
-    except json.JSONDecodeError:
-      break
+      line = json.loads(text)
+    except (ValueError, RecursionError):  # also for bytes that are not UTF-8
+      continue
+    if isinstance(line, dict) and type(line.get(number)) is int:
+      lines.append(line)
   return lines
 
 

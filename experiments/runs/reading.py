@@ -4,10 +4,13 @@ Everything but the trainer reads here. Nothing is written, removed or locked.
 What is read is compared with the digest that was stored with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import json
 from typing import Any, NamedTuple
+import warnings
 
+from absl import logging
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
@@ -88,7 +91,8 @@ class Reader:
     while step is not None:
       found, failure = None, None
       try:
-        found = read(self.folder / str(step))
+        with quietly():
+          found = read(self.folder / str(step))
       except Exception as error:
         failure = error
       before, step = step, self.step()
@@ -99,6 +103,26 @@ class Reader:
             f'the checkpoint of step {step} in {self.folder} cannot be read: '
             f'{failure}') from failure
     raise CheckpointError(f'there is no checkpoint in {self.folder}.')
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+  """Context without the log of orbax.
+
+  It shows pages, with tracebacks, for a checkpoint that is damaged. Our errors
+  give the reason.
+
+  Yields:
+    Nothing.
+  """
+  before = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    with warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'Sharding info not provided')
+      yield
+  finally:
+    logging.set_verbosity(before)
 
 
 def _alone() -> ocp.Context:

@@ -63,8 +63,14 @@ class Loop:
     self.seconds = float(notes.get('seconds_training', 0.0))
     self.log = metrics.MetricsLog(
         self.run.workdir, self.step // self.run.steps_per_epoch, self.step,
-        self.run.config.loggers, schema.flatten(self.run.config))
-    kept = self._saving.best_step // self.run.steps_per_epoch
+        self.run.config.loggers, schema.flatten(self.run.config),
+        notes.get('checksums'), self._saving.best_line)
+    if self.log.lost:
+      print(
+          'metrics.jsonl was damaged: the lines of these epochs are lost, and '
+          'the best epoch is chosen from the others: '
+          f'{", ".join(map(str, self.log.lost))}', flush=True)
+    kept = int(self._saving.best_line.get('epoch', 0))
     if self.log.exclude_lost(kept, self.run.config.select_on):
       print(
           'the best state of this run was lost with its checkpoint: the best '
@@ -148,7 +154,8 @@ class Loop:
       return
     self._saving.save_last(
         self.step, self.state, self.sums, seconds=self.seconds,
-        is_suspicious=self._guard.is_suspicious)
+        is_suspicious=self._guard.is_suspicious,
+        checksums=self.log.checksums())
 
   def go_back(self, error: Diverged) -> None:
     """Returns to the last good state with a smaller gamma.

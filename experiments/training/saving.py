@@ -18,8 +18,8 @@ class Saving:
   Attributes:
     last: the checkpoint that training resumes from.
     best: the checkpoint with the highest robust accuracy.
-    best_step: the step of the best checkpoint when `restore` was called; 0 if
-      there was none.
+    best_line: the epoch's line that the best checkpoint held when `restore` was
+      called; empty without one.
   """
 
   def __init__(self, run: run_lib.Run) -> None:
@@ -31,7 +31,7 @@ class Saving:
     self._run, self._order = run, run.order
     self.last = checkpoints.Checkpoints(run.workdir, 'last')
     self.best = checkpoints.Checkpoints(run.workdir, 'best')
-    self.best_step = 0
+    self.best_line: dict[str, Any] = {}
 
   def restore(self) -> tuple[awp_jax.TrainState, step_lib.Sums, dict[str, Any]]:
     """The state to continue from, on all devices.
@@ -56,7 +56,8 @@ class Saving:
       sums = step_lib.zero_sums()
       if message:
         print(message, flush=True)
-    self.best_step = self.best.drop_unusable(int(state.step)) or 0
+    best = self.best.drop_unusable(int(state.step))
+    self.best_line = best.notes if best else {}
     if processes.count() > 1:
       processes.check_equal('the state that they start from', {
           'step': int(state.step),
@@ -88,7 +89,8 @@ class Saving:
 
   def save_last(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums, *,
-      seconds: float, is_suspicious: bool) -> None:
+      seconds: float, is_suspicious: bool,
+      checksums: dict[str, int]) -> None:
     """Starts to write the last checkpoint.
 
     Args:
@@ -97,10 +99,12 @@ class Saving:
       sums: metrics of the epoch so far.
       seconds: training time of the epoch so far.
       is_suspicious: whether a collapse is suspected.
+      checksums: of the lines of `metrics.jsonl`.
     """
     self.last.save(
         step, step_lib.to_tree(state, sums),
         {'seconds_training': seconds, 'suspicious': is_suspicious,
+         'checksums': checksums,
          'num_devices': self._run.num_devices,
          'num_processes': processes.count(), **self._order})
 

@@ -22,7 +22,7 @@ from experiments.data import augmentation, batches, datasets, extra_images
 from experiments.modes import train
 from experiments.parallel import placement
 from experiments.reports import curves, page
-from experiments.runs import checkpoints, metrics, warm_start
+from experiments.runs import checkpoints, metrics, reading, warm_start
 from experiments.runs import run as run_lib
 from experiments.training import collapse, guard, loop, training_data
 from experiments.training import step as step_lib
@@ -79,7 +79,8 @@ class Stores:
 
       def drop_unusable(self, newest):
         assert (self.step() or 0) <= newest
-        return self.step()
+        kept = stores.kept.get(kind)
+        return kept and reading.Stored(*kept)
 
       def close(self):
         pass
@@ -93,8 +94,10 @@ class Lines:
   kept: list
   names: tuple
 
-  def __init__(self, workdir, completed, steps, names, config):
-    del workdir, steps
+  def __init__(
+      self, workdir, completed, steps, names, config, checksums, best):
+    del workdir, steps, checksums, best
+    self.lost = []
     assert config['awp.gamma'] is not None
     type(self).names = names
     self.lines = type(self).kept[:] = [
@@ -107,6 +110,9 @@ class Lines:
   def exclude_lost(self, kept, select_on):
     assert metrics.best_line(self.lines, select_on) is None or kept
     return False
+
+  def checksums(self):
+    return {}
 
   def append_step(self, line):
     assert line['step'] > 0 and line['images'] > 0

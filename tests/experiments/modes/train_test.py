@@ -126,7 +126,7 @@ def test_files(watched):
 
 def test_lines_of_steps(watched):
   """With a line per step, their means over an epoch are those of its line."""
-  steps = metrics.read_lines(watched.run.workdir / 'steps.jsonl')
+  steps = metrics.read_lines(watched.run.workdir / 'steps.jsonl', 'step')
   assert [line['step'] for line in steps] == list(range(1, 1 + len(steps)))
   per_epoch = watched.run.steps_per_epoch
   epochs = metrics.read_metrics(watched.run.workdir)

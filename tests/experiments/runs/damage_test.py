@@ -157,8 +157,8 @@ def test_files_that_may_not_be_read_stay_in_place(two, tmp_path, monkeypatch):
 def test_newer_than_the_state_is_set_aside(two, tmp_path, capfd):
   write(two, tmp_path)
   store = checkpoints.Checkpoints(tmp_path, 'last')
-  assert store.drop_unusable(6) == 6
-  assert store.drop_unusable(4) == 3
+  assert store.drop_unusable(6).step == 6
+  assert store.drop_unusable(4).step == 3
   assert 'newer than step 4' in capfd.readouterr().out
   assert store.drop_unusable(0) is None
   store.close()

@@ -196,6 +196,25 @@ def test_a_line_is_on_disk_when_append_returns(tmp_path, monkeypatch):
   assert synced == [LINES[:1], LINES[:2]]
 
 
+def test_checksums_tell_changed_lines():
+  def open_log(lines, best=None):
+    return metrics._recovered(lines, checksums, best or {})
+
+  checksums = {
+      str(line['epoch']): metrics._checksum(line) for line in LINES[:3]}
+  assert open_log(LINES[:4]) == (LINES[:4], [])  # the last is not covered
+  assert metrics._recovered(LINES[:2], {}, {}) == (LINES[:2], [])
+  assert open_log(LINES[1:3]) == (LINES[1:3], [1])
+  assert open_log(LINES[1:3], best=LINES[0]) == (LINES[:3], [])
+  first = dict(LINES[0])
+  name = next(name for name in first if name != 'epoch')
+  first[name] += 1e-9
+  assert open_log([first, *LINES[1:3]]) == (LINES[1:3], [1])
+  assert open_log(LINES[1:3], best=first) == (LINES[1:3], [1])
+  marked = [line | {'lost': 1} for line in LINES[:3]]
+  assert open_log(marked) == (marked, [])
+
+
 def test_log_takes_back_what_the_state_has_not_seen(tmp_path):
   log = metrics.MetricsLog(tmp_path, 0)
   for values in LINES[:4]:

@@ -61,7 +61,7 @@ def test_a_writer_of_another_package(tmp_path):
   assert kept.epochs == EPOCHS and kept.steps == STEPS and kept.closed
   assert (kept.place, kept.config, kept.prefix) == (tmp_path, CONFIG, 'a')
   assert metrics.read_metrics(tmp_path) == EPOCHS
-  assert metrics.read_lines(tmp_path / 'steps.jsonl') == STEPS
+  assert metrics.read_lines(tmp_path / 'steps.jsonl', 'step') == STEPS
   assert not (tmp_path / 'tensorboard').exists()
 
 
@@ -70,7 +70,7 @@ def test_lines_of_steps_after_the_restored_state_are_removed(tmp_path):
   with (tmp_path / 'steps.jsonl').open('a') as file:
     file.write('{"step": 5, "lo')
   log_of(tmp_path, (), epochs=1, steps=3).close()
-  assert metrics.read_lines(tmp_path / 'steps.jsonl') == STEPS[:3]
+  assert metrics.read_lines(tmp_path / 'steps.jsonl', 'step') == STEPS[:3]
   assert metrics.read_metrics(tmp_path) == EPOCHS[:1]
 
 

@@ -142,6 +142,31 @@ def test_the_second_best_takes_over(images, tmp_path):
   assert reading.Reader(run.workdir, 'best').step() == 2
 
 
+@pytest.mark.parametrize('how', ['digit', 'key', 'removed', 'file'])
+def test_changed_lines_are_not_believed(how, images, whole, tmp_path, capfd):
+  """A changed number would be a wrong result; the best line is stored twice."""
+  run = stopped(images, tmp_path, 5)
+  path = tmp_path / 'metrics.jsonl'
+  first, second = path.read_text().splitlines()
+  best = best_steps(run)[-1] // 2
+  text = (first, second)[2 - best]  # the line that is not the best
+  field = '"test_robust_accuracy": '
+  assert field in text
+  broken = {
+      'digit': text.replace(field, field + '1'), 'removed': '', 'file': '',
+      'key': text.replace('"test_robust', '"tesT_robust')}[how]
+  path.write_text(path.read_text().replace(text, broken))
+  if how == 'file':
+    path.unlink()
+  summary = train.train(run)
+  out = capfd.readouterr().out
+  assert f'the best epoch is chosen from the others: {3 - best}\n' in out
+  lines, wanted = without_times(run), without_times(whole)
+  assert lines == [line for line in wanted if line['epoch'] != 3 - best]
+  assert summary['last']['epoch'] == 3
+  assert checkpoints_of(run, 'best')[-1] == 2 * summary['best']['epoch']
+
+
 def test_undamaged_runs_exclude_nothing(whole):
   lines = metrics.read_metrics(whole.workdir)
   assert not any('lost' in line for line in lines)

@@ -138,7 +138,7 @@ def without_times(run):
 
 def assert_same(run, wanted):
   """The same lines of epochs and, with a line per step, of steps."""
-  ours, theirs = (metrics.read_lines(each.workdir / 'steps.jsonl')
+  ours, theirs = (metrics.read_lines(each.workdir / 'steps.jsonl', 'step')
                   for each in (run, wanted))
   assert ours == theirs and len(ours) > 3
   assert without_times(run) == without_times(wanted)

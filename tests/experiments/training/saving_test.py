@@ -24,7 +24,8 @@ def saving(tmp_path, monkeypatch):
 
 def save_last(saving, step):
   saving.save_last(
-      step, jnp.full(3, step), jnp.zeros(1), seconds=1.0, is_suspicious=False)
+      step, jnp.full(3, step), jnp.zeros(1), seconds=1.0, is_suspicious=False,
+      checksums={})
 
 
 def steps(tmp_path):

@@ -1,0 +1,1 @@
+"""Random and hostile input; `make fuzz` runs many more examples."""
