@@ -378,8 +378,8 @@ class Soak:
           'several lines')
     other = difference(end_of(folder), self._ends['train'])
     if other:
-      return 'said, other end' if 'best epoch is chosen' in out else (
-          f'another end, in {other}')
+      said = 'best epoch is chosen' in out or 'jsonl was damaged' in out
+      return 'said, other end' if said else f'another end, in {other}'
     return 'same end'
 
 

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import secrets
+import time
 from typing import Any
 import warnings
 
@@ -22,6 +23,9 @@ from experiments.util import paths
 
 #: Complete checkpoints that are kept of each kind.
 KEPT = 2
+
+#: Seconds that the reads of a damaged checkpoint may take to end.
+_GIVEN_UP = 0.2
 
 #: Characters of a reason that are printed; orbax's may take pages.
 _LONGEST = 300
@@ -199,8 +203,9 @@ class Checkpoints:
     reasons = [text for text in processes.gather(reason) if text]
     if not reasons:
       return found
-    with warnings.catch_warnings():
-      # A failed read leaves coroutines behind, which warn when collected.
+    with reading.quietly(), warnings.catch_warnings():
+      # Reads that orbax gave up end here, and their coroutines, which warn.
+      time.sleep(_GIVEN_UP)
       warnings.simplefilter('ignore', RuntimeWarning)
       gc.collect()
     self._set_aside(step, reasons[0])

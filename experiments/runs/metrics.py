@@ -29,13 +29,14 @@ class MetricsLog:
     lines: the lines of epochs.
     lost: completed epochs whose line is missing or was changed since the last
       checkpoint, which has checksums of them.
+    lost_steps: whether that holds for a line of steps.
   """
 
   def __init__(
       self, workdir: paths.Path, completed_epochs: int,
       completed_steps: int = 0, names: Sequence[str] = writers.DEFAULT,
       config: Mapping[str, Any] | None = None,
-      checksums: Mapping[str, int] | None = None,
+      checksums: Mapping[str, Any] | None = None,
       best: Mapping[str, Any] | None = None) -> None:
     """Opens the log and removes lines after the restored state.
 
@@ -53,7 +54,11 @@ class MetricsLog:
     found = [
         line for line in processes.from_main(lambda: read_metrics(workdir))
         if line['epoch'] <= completed_epochs]
-    self.lines, self.lost = _recovered(found, checksums or {}, best or {})
+    checksums = checksums or {}
+    self.lines, self.lost = _recovered(
+        found, checksums.get('epochs', {}), best or {})
+    self.lost_steps = False
+    self._of_steps = [0, 0]
     self._is_main = processes.is_main()
     self._writers: list[writers.Writer] = []
     if self._is_main:
@@ -62,12 +67,26 @@ class MetricsLog:
                if line['step'] <= completed_steps]
       if steps or self._steps.exists():
         _rewrite(self._steps, steps)
+      for line in steps:
+        self._count(line)
+      self.lost_steps = checksums.get('steps', self._of_steps) != self._of_steps
       self._writers = writers.open_all(
           names, workdir, config or {}, completed_epochs, completed_steps)
 
-  def checksums(self) -> dict[str, int]:
-    """A checksum of the line of each epoch, to store with a state."""
-    return {str(line['epoch']): _checksum(line) for line in self.lines}
+  def checksums(self) -> dict[str, Any]:
+    """Of each epoch's line, and of all lines of steps, to store with a state.
+
+    Those of steps are the main process's.
+    """
+    return {
+        'epochs': {
+            str(line['epoch']): _checksum(line) for line in self.lines},
+        'steps': list(self._of_steps)}
+
+  def _count(self, line: dict[str, Any]) -> None:
+    number, checksum = self._of_steps
+    self._of_steps = [
+        number + 1, zlib.crc32(json.dumps(line).encode(), checksum)]
 
   def append(self, line: dict[str, Any]) -> None:
     """Adds the line of an epoch; on disk before this returns."""
@@ -81,6 +100,7 @@ class MetricsLog:
     """Adds a line of means over the steps since the previous one."""
     if self._is_main:
       atomic.append_text(self._steps, json.dumps(line) + '\n')
+      self._count(line)
     for writer in self._writers:
       writer.step(line)
 

@@ -7,6 +7,7 @@ What is read is compared with the digest that was stored with it.
 from collections.abc import Callable, Iterator
 import contextlib
 import json
+import sys
 from typing import Any, NamedTuple
 import warnings
 
@@ -107,22 +108,24 @@ class Reader:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Context without the log of orbax.
+  """Context without what orbax prints.
 
-  It shows pages, with tracebacks, for a checkpoint that is damaged. Our errors
-  give the reason.
+  For a damaged checkpoint it shows pages, with tracebacks: its log, and errors
+  in the background of reads that it gave up. Our errors give the reason.
 
   Yields:
     Nothing.
   """
-  before = logging.get_verbosity()
+  verbosity, hook = logging.get_verbosity(), sys.unraisablehook
   logging.set_verbosity(logging.FATAL)
+  sys.unraisablehook = lambda _: None
   try:
     with warnings.catch_warnings():
       warnings.filterwarnings('ignore', 'Sharding info not provided')
       yield
   finally:
-    logging.set_verbosity(before)
+    logging.set_verbosity(verbosity)
+    sys.unraisablehook = hook
 
 
 def _alone() -> ocp.Context:

@@ -70,6 +70,8 @@ class Loop:
           'metrics.jsonl was damaged: the lines of these epochs are lost, and '
           'the best epoch is chosen from the others: '
           f'{", ".join(map(str, self.log.lost))}', flush=True)
+    if self.log.lost_steps:
+      print('steps.jsonl was damaged: some of its lines are lost', flush=True)
     kept = int(self._saving.best_line.get('epoch', 0))
     if self.log.exclude_lost(kept, self.run.config.select_on):
       print(

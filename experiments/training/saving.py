@@ -90,7 +90,7 @@ class Saving:
   def save_last(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums, *,
       seconds: float, is_suspicious: bool,
-      checksums: dict[str, int]) -> None:
+      checksums: dict[str, Any]) -> None:
     """Starts to write the last checkpoint.
 
     Args:
@@ -99,7 +99,7 @@ class Saving:
       sums: metrics of the epoch so far.
       seconds: training time of the epoch so far.
       is_suspicious: whether a collapse is suspected.
-      checksums: of the lines of `metrics.jsonl`.
+      checksums: of `metrics.jsonl` and `steps.jsonl`.
     """
     self.last.save(
         step, step_lib.to_tree(state, sums),

@@ -97,7 +97,7 @@ class Lines:
   def __init__(
       self, workdir, completed, steps, names, config, checksums, best):
     del workdir, steps, checksums, best
-    self.lost = []
+    self.lost, self.lost_steps = [], False
     assert config['awp.gamma'] is not None
     type(self).names = names
     self.lines = type(self).kept[:] = [

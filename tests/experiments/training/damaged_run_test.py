@@ -167,6 +167,18 @@ def test_changed_lines_are_not_believed(how, images, whole, tmp_path, capfd):
   assert checkpoints_of(run, 'best')[-1] == 2 * summary['best']['epoch']
 
 
+def test_lost_lines_of_steps_are_told(images, tmp_path, capfd):
+  stopped(images, tmp_path, 5)
+  path = tmp_path / 'steps.jsonl'
+  lines = path.read_text().splitlines(keepends=True)
+  assert len(lines) == 5
+  train.train(run_lib.prepare(config_of(images), tmp_path))
+  assert 'damaged' not in capfd.readouterr().out
+  path.write_text(''.join(path.read_text().splitlines(keepends=True)[1:]))
+  train.train(run_lib.prepare(config_of(images), tmp_path))
+  assert 'steps.jsonl was damaged' in capfd.readouterr().out
+
+
 def test_undamaged_runs_exclude_nothing(whole):
   lines = metrics.read_metrics(whole.workdir)
   assert not any('lost' in line for line in lines)
