@@ -11,7 +11,7 @@ VENV ?= .venv
 MARKERS ?= not slow
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint docs dist clean
+.PHONY: demo test fuzz soak lint docs dist clean
 
 # Trains AT and AT-AWP on the embedded digits, measures the loss around their
 # weights and writes a page that compares them.
@@ -30,6 +30,10 @@ demo: $(VENV)/.installed
 # processes that are killed and restarted.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist=worksteal -m '$(MARKERS)'
+
+# Thousands of broken files and random settings; some minutes for each test.
+fuzz: $(VENV)/.installed-dev
+	AWP_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/fuzz
 
 # Kills, stops and damages runs at random moments; about an hour.
 soak: $(VENV)/.installed

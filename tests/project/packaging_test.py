@@ -39,6 +39,27 @@ def test_versions_agree():
   assert '\n## [Unreleased]\n' in changelog
 
 
+def test_every_dependency_is_accounted_for():
+  text = (ROOT / 'docs' / 'dependencies.md').read_text()
+  extras = PROJECT['optional-dependencies']
+  for group, listed in {'': PROJECT['dependencies'], **extras}.items():
+    for requirement in listed:
+      name = re.match(r'[\w-]+', requirement)[0]
+      if group == 'aot':
+        name = 'jax-cuda13' if 'cuda' in name else name
+      assert name in text or name == 'jax', requirement
+
+
+def test_no_path_of_a_machine():
+  """Records and pages name no folder of the machine they were made on."""
+  for folder in ('docs', 'experiments', 'awp_jax', 'benchmarks', 'examples'):
+    for path in (ROOT / folder).rglob('*'):
+      if path.suffix in ('.json', '.jsonl', '.md', '.py', '.txt', '.html'):
+        found = re.search(
+            r'(?<![\w/:.])/(?:home|root|work|Users)/\w+', path.read_text())
+        assert not found, (path, found)
+
+
 def test_workflow_runs_what_ci_runs():
   text = (ROOT / '.github' / 'workflows' / 'ci.yml').read_text()
   assert re.findall(r'- run: (.*)', text) == ['.ci/run']
