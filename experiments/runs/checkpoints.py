@@ -6,9 +6,8 @@ through `reading`. Two checkpoints of each kind are kept, so that there is one
 to go back to if the newest is damaged.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 import contextlib
-import functools
 import gc
 import secrets
 import time
@@ -24,7 +23,12 @@ from experiments.util import paths
 #: Complete checkpoints that are kept of each kind.
 KEPT = 2
 
-#: Seconds that the reads of a damaged checkpoint may take to end.
+#: tensorstore's words for failures that may pass.
+_PASSING = (
+    'ABORTED', 'CANCELLED', 'DEADLINE_EXCEEDED', 'PERMISSION_DENIED',
+    'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE')
+
+#: Seconds to wait for the reads that orbax gave up.
 _GIVEN_UP = 0.2
 
 #: Characters of a reason that are printed; orbax's may take pages.
@@ -128,29 +132,18 @@ class Checkpoints:
       like: a pytree with the expected structure, shapes and dtypes.
 
     Returns:
-      The pytree, with arrays placed as in `like`, and the notes.
+      The pytree as NumPy arrays, and the notes.
 
     Raises:
-      CheckpointError: if there is none, it may not be read, or its arrays are
-        of another model.
+      CheckpointError: if there is none, it cannot be read for another reason
+        than damage, or its arrays are of another model.
     """
     self.finish()
     while (step := self._latest()) is not None:
-      found = self._try(step, functools.partial(self._load, like))
-      if found is not None:
-        return found
+      stored = self._try(step)
+      if stored is not None:
+        return reading.as_tree(like, stored.tree, self.folder), stored.notes
     raise reading.CheckpointError(f'there is no checkpoint in {self.folder}.')
-
-  def _load(self, like: Any, step: int) -> tuple[Any, dict[str, Any]]:
-    place = self._place / str(step)
-    stored = self._checkpointer.metadata(step).metadata
-    try:
-      reading.check_same(like, stored, self.folder)
-    except reading.CheckpointError:
-      self._read(step)  # raises if it is damaged instead
-      raise
-    tree = self._checkpointer.load(step, like)
-    return tree, seals.checked(tree, reading.stored_notes(place))
 
   def drop_unusable(self, newest: int) -> reading.Stored | None:
     """Sets aside what is damaged or newer than the state training starts from.
@@ -162,44 +155,43 @@ class Checkpoints:
       The newest checkpoint that is left, or None.
 
     Raises:
-      CheckpointError: as `load`.
+      CheckpointError: if one cannot be read for another reason than damage.
     """
     self.finish()
     while (step := self._latest()) is not None:
       if step > newest:
         self._set_aside(step, f'it is newer than step {newest}')
-      elif stored := self._try(step, self._read):
+      elif stored := self._try(step):
         return stored
     return None
 
-  def _read(self, step: int) -> reading.Stored:
-    return reading.read_step(self._place / str(step))
+  def _try(self, step: int) -> reading.Stored | None:
+    """Reads a checkpoint in all processes; sets it aside if it is damaged.
 
-  def _try(self, step: int, read: Callable[[int], Any]) -> Any:
-    """Calls `read` in all processes; sets a damaged checkpoint aside.
+    Each process reads alone. If orbax read in all of them together, those that
+    find different things would wait for each other.
 
     Args:
-      step: of the checkpoint, passed to `read`.
-      read: reads it, with any exception if it is damaged.
+      step: of the checkpoint.
 
     Returns:
-      The result of `read`, or None if the checkpoint was damaged.
+      The checkpoint, or None if it was damaged.
 
     Raises:
-      CheckpointError: if `read` raises it, or may not read the files.
+      CheckpointError: if it cannot be read for another reason.
     """
     found, reason = None, ''
-    try:
-      with reading.quietly():
-        found = read(step)
-    except reading.CheckpointError:
-      raise
-    except Exception as error:  # orbax and tensorstore have many
-      reason = ' '.join(str(error).split()) or type(error).__name__
-      if isinstance(error, PermissionError) or 'PERMISSION_DENIED' in reason:
-        raise reading.CheckpointError(
-            f'the checkpoint of step {step} in {self.folder} cannot be read: '
-            f'{reason}') from error
+    for _ in range(2):  # a second time, before a good one is set aside
+      try:
+        with reading.quietly():
+          found, reason = reading.read_step(self._place / str(step)), ''
+          break
+      except Exception as error:  # orbax and tensorstore have many
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        if not _is_damage(error):
+          raise reading.CheckpointError(
+              f'the checkpoint of step {step} in {self.folder} cannot be read: '
+              f'{reason}') from error
     reasons = [text for text in processes.gather(reason) if text]
     if not reasons:
       return found
@@ -238,12 +230,22 @@ class Checkpoints:
         self._mirror.close()
 
 
+def _is_damage(error: Exception) -> bool:
+  """Whether a failed read shows damage, not a disk or network that failed."""
+  if isinstance(error, MemoryError | reading.CheckpointError):
+    return False
+  if isinstance(error, OSError):
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
+  return not any(code in str(error) for code in _PASSING)
+
+
 def _move_away(folder: paths.Path, step: int) -> str:
   """Moves the files of a step out of the folder; says what became of them."""
   source = folder / str(step)
   try:
     if paths.is_bucket(folder):
       with paths.errors(folder):
+        (source / mirrors.MARKER).unlink(missing_ok=True)
         paths.remove_tree(source)
       return 'was removed'
     target = folder.parent / 'set_aside' / (

@@ -29,7 +29,7 @@ class MetricsLog:
     lines: the lines of epochs.
     lost: completed epochs whose line is missing or was changed since the last
       checkpoint, which has checksums of them.
-    lost_steps: whether that holds for a line of steps.
+    lost_steps: whether lines of `steps.jsonl` are missing or were changed.
   """
 
   def __init__(
@@ -56,7 +56,7 @@ class MetricsLog:
         if line['epoch'] <= completed_epochs]
     checksums = checksums or {}
     self.lines, self.lost = _recovered(
-        found, checksums.get('epochs', {}), best or {})
+        found, checksums.get('epochs'), completed_epochs, best or {})
     self.lost_steps = False
     self._of_steps = [0, 0]
     self._is_main = processes.is_main()
@@ -68,22 +68,22 @@ class MetricsLog:
       if steps or self._steps.exists():
         _rewrite(self._steps, steps)
       for line in steps:
-        self._count(line)
+        self._add_to_checksum(line)
       self.lost_steps = checksums.get('steps', self._of_steps) != self._of_steps
       self._writers = writers.open_all(
           names, workdir, config or {}, completed_epochs, completed_steps)
 
   def checksums(self) -> dict[str, Any]:
-    """Of each epoch's line, and of all lines of steps, to store with a state.
+    """Checksums of each epoch's line and of all lines of steps.
 
-    Those of steps are the main process's.
+    They are stored with a checkpoint. Those of steps are the main process's.
     """
     return {
         'epochs': {
             str(line['epoch']): _checksum(line) for line in self.lines},
         'steps': list(self._of_steps)}
 
-  def _count(self, line: dict[str, Any]) -> None:
+  def _add_to_checksum(self, line: dict[str, Any]) -> None:
     number, checksum = self._of_steps
     self._of_steps = [
         number + 1, zlib.crc32(json.dumps(line).encode(), checksum)]
@@ -100,25 +100,27 @@ class MetricsLog:
     """Adds a line of means over the steps since the previous one."""
     if self._is_main:
       atomic.append_text(self._steps, json.dumps(line) + '\n')
-      self._count(line)
+      self._add_to_checksum(line)
     for writer in self._writers:
       writer.step(line)
 
-  def exclude_lost(self, kept: int, select_on: str) -> bool:
-    """Excludes epochs from `best_line` whose checkpoint was lost.
+  def exclude_lost(self, kept: int, present: int, select_on: str) -> bool:
+    """Excludes epochs from `best_line` whose state was lost.
 
     Args:
       kept: the epoch of the best checkpoint on the disk; 0 without one.
+      present: the epoch at whose end the restored state is; 0 within an epoch.
       select_on: as in `best_line`.
 
     Returns:
-      Whether the best epoch is a later one, and later ones were excluded.
+      Whether the state of the best epoch was lost, and so were others.
     """
     best = best_line(self.lines, select_on)
     if best is None or not _is_candidate(best) or best['epoch'] <= kept:
       return False
     self.lines = [
-        line | {'lost': 1} if line['epoch'] > kept else line
+        line | {'lost': 1} if line['epoch'] > kept and (
+            line['epoch'] != present) else line
         for line in self.lines]
     if self._is_main:
       _rewrite(self._path, self.lines)
@@ -137,13 +139,29 @@ def _checksum(line: Mapping[str, Any]) -> int:
 
 
 def _recovered(
-    lines: Lines, checksums: Mapping[str, int], best: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], list[int]]:
-  """The lines that are as they were written, and the epochs of the others."""
-  known = {int(epoch): value for epoch, value in checksums.items()}
-  good = {line['epoch']: line for line in lines
-          if known.get(line['epoch'], _checksum(line)) == _checksum(line)}
-  if best and known.get(best['epoch']) == _checksum(best):
+    lines: Lines, checksums: Mapping[str, int] | None, completed: int,
+    best: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[int]]:
+  """Separates the lines that are as they were written from lost ones.
+
+  Args:
+    lines: as read, of completed epochs.
+    checksums: by epoch; None for a run of a version without them.
+    completed: number of completed epochs. Only the line of the last one may be
+      newer than the checkpoint, and have no checksum.
+    best: the line in the best checkpoint, which has a digest of its own.
+
+  Returns:
+    The lines, and the epochs of those that were lost.
+  """
+  known = {int(epoch): value for epoch, value in (checksums or {}).items()}
+  good = {}
+  for line in lines:
+    epoch = line['epoch']
+    is_covered = checksums is not None and epoch != completed
+    if epoch >= 1 and (known.get(epoch) == _checksum(line) or (
+        epoch not in known and not is_covered)):
+      good[epoch] = line
+  if best and best['epoch'] <= completed:
     good.setdefault(best['epoch'], dict(best))
   return ([good[epoch] for epoch in sorted(good)],
           sorted(known.keys() - good.keys()))
@@ -247,12 +265,15 @@ def stops_early(
     lines: Sequence[dict[str, Any]], select_on: str, patience: int) -> bool:
   """Whether `patience` epochs have passed since the best; False for 0.
 
-  A run never stops at an epoch that was not evaluated.
+  A run never stops at an epoch that was not evaluated. Epochs whose state was
+  lost do not count.
   """
   best = best_line(lines, select_on)
-  return bool(
-      patience and best is not None and evaluated(lines[-1:])
-      and lines[-1]['epoch'] - best['epoch'] >= patience)
+  if not patience or best is None or not evaluated(lines[-1:]):
+    return False
+  since = max([best['epoch'], *(
+      line['epoch'] for line in lines if line.get('lost'))])
+  return lines[-1]['epoch'] - since >= patience
 
 
 def summarize(

@@ -54,7 +54,7 @@ class Mirror:
       _download(self._folder / str(step), self.local)
 
   def upload(self, step: int) -> None:
-    """Copies a checkpoint to the bucket and removes those of too many.
+    """Copies a checkpoint to the bucket and removes all but the newest `kept`.
 
     Args:
       step: of a complete checkpoint in `local`.

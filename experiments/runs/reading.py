@@ -85,8 +85,7 @@ class Reader:
   def _newest(self, read: Callable[[paths.Path], Any]) -> Any:
     """Calls `read` until the checkpoint is still the newest afterwards.
 
-    The trainer removes a checkpoint as soon as a newer one is complete, so a
-    concurrent read may be partial.
+    The trainer removes old checkpoints, so a concurrent read may be partial.
     """
     step = self.step()
     while step is not None:
@@ -108,7 +107,7 @@ class Reader:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-  """Context without what orbax prints.
+  """Silences orbax.
 
   For a damaged checkpoint it shows pages, with tracebacks: its log, and errors
   in the background of reads that it gave up. Our errors give the reason.
@@ -194,15 +193,39 @@ def check_same(like: Any, stored: Any, folder: paths.Path) -> None:
           f'{wanted.get(name, "(absent)")}.')
 
 
+def as_tree(like: Any, stored: Any, folder: paths.Path) -> Any:
+  """The arrays of a checkpoint in the containers of another pytree.
+
+  Args:
+    like: a pytree with the expected structure, shapes and dtypes.
+    stored: the tree of a `Stored`.
+    folder: of the checkpoint, for the error.
+
+  Returns:
+    The pytree, with NumPy arrays of the dtypes of `like`.
+
+  Raises:
+    CheckpointError: if names or shapes differ.
+  """
+  check_same(like, stored, folder)
+  arrays = dict(_named(stored))
+  leaves, structure = jax.tree.flatten(like)
+  return jax.tree.unflatten(structure, [
+      np.asarray(arrays[name]).astype(leaf.dtype)
+      for (name, _), leaf in zip(_named(like), leaves, strict=True)])
+
+
 def is_complete(step: paths.Path) -> bool:
-  """Whether a checkpoint was written to its end, and not partly removed."""
+  """Whether a checkpoint was written to its end."""
   return (step / (
       mirrors.MARKER if paths.is_bucket(step) else COMPLETE)).exists()
 
 
+def _named(tree: Any) -> list[tuple[str, Any]]:
+  """The leaves with names that do not depend on the containers."""
+  return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
+          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  leaves, _ = jax.tree_util.tree_flatten_with_path(
-      tree, is_leaf=lambda leaf: hasattr(leaf, 'shape'))
-  return {
-      jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape)
-      for path, leaf in leaves if hasattr(leaf, 'shape')}
+  return {name: tuple(leaf.shape) for name, leaf in _named(tree)}

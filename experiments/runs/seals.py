@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 #: The name of the digest among the notes, and a second one, so that a digest
-#: is missed whose name was changed.
+#: whose name was changed is noticed as missing.
 _NAME, _MARK = 'sha256', 'sealed'
 
 #: SHA-256 does 1 GB/s per thread and releases Python's lock.

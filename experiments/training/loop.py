@@ -72,16 +72,28 @@ class Loop:
           f'{", ".join(map(str, self.log.lost))}', flush=True)
     if self.log.lost_steps:
       print('steps.jsonl was damaged: some of its lines are lost', flush=True)
-    kept = int(self._saving.best_line.get('epoch', 0))
-    if self.log.exclude_lost(kept, self.run.config.select_on):
-      print(
-          'the best state of this run was lost with its checkpoint: the best '
-          f'epoch is chosen anew from epochs up to {kept} and those to come',
-          flush=True)
     self._guard.start(
         self.step, self.log.lines, bool(notes.get('suspicious')), self.sums)
     if self.step % self.run.steps_per_epoch == 0 and not self.is_pending:
       self._reset_sums()
+    self._replace_lost_best()
+
+  def _replace_lost_best(self) -> None:
+    """Chooses another best epoch if the state of the best one was lost."""
+    select_on = self.run.config.select_on
+    kept = int(self._saving.best_line.get('epoch', 0))
+    epoch, position = divmod(self.step, self.run.steps_per_epoch)
+    present = 0 if position or self.is_pending else epoch
+    if not self.log.exclude_lost(kept, present, select_on):
+      return
+    best = metrics.best_line(self.log.lines, select_on)
+    if best and best['epoch'] == present:
+      self._saving.save_best(self.step, self.state, self.sums, best)
+      kept = present
+    print(
+        'the best checkpoint of this run was lost: the best epoch is chosen '
+        f'from those up to {kept} whose state is kept, and from later ones',
+        flush=True)
 
   def _reset_sums(self) -> None:
     self.sums = placement.replicate(step_lib.zero_sums())

@@ -6,10 +6,10 @@ import jax
 
 import awp_jax
 from experiments.parallel import placement, processes
-from experiments.runs import checkpoints, reading
+from experiments.runs import checkpoints, metrics, reading
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
-from experiments.util import digests
+from experiments.util import digests, paths
 
 
 class Saving:
@@ -42,7 +42,7 @@ class Saving:
 
     Raises:
       CheckpointError: if the checkpoint belongs to other images or another
-        network.
+        network, or if all checkpoints of a run were lost.
     """
     notes: dict[str, Any] = {}
     if self.last.step() is not None:
@@ -52,6 +52,7 @@ class Saving:
       state, sums = step_lib.from_tree(state, stored)
       self._check_order(notes)
     else:
+      self._check_new()
       state, message = run_lib.first_state(self._run)
       sums = step_lib.zero_sums()
       if message:
@@ -64,6 +65,21 @@ class Saving:
           'digest of the weights': digests.of_arrays(
               (state.params, state.batch_stats))})
     return placement.replicate(state), placement.replicate(sums), notes
+
+  def _check_new(self) -> None:
+    """Raises CheckpointError if all states of the run were damaged."""
+    workdir = self._run.workdir
+
+    def is_lost() -> bool:
+      aside = workdir / 'checkpoints' / 'set_aside'
+      return bool(metrics.read_metrics(workdir)) and any(
+          path.name.startswith('last-') for path in paths.children(aside))
+
+    if processes.from_main(is_lost):
+      raise reading.CheckpointError(
+          f'all checkpoints of the run in {workdir} were damaged: none is left '
+          'to go on from. Remove the folder to start again, or choose another '
+          '--workdir.')
 
   def _check_order(self, notes: dict[str, Any]) -> None:
     """Raises CheckpointError if the order of images changed."""

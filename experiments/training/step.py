@@ -157,14 +157,14 @@ class Interrupted(Exception):
   """An evaluation ended early, because the run is to stop."""
 
 
-def _goes_on() -> bool:
+def _never() -> bool:
   return False
 
 
 def evaluate_split(
     run: run_lib.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState,
     images: np.ndarray, labels: np.ndarray, key: Any,
-    is_stopping: Callable[[], bool] = _goes_on) -> dict[str, float]:
+    is_stopping: Callable[[], bool] = _never) -> dict[str, float]:
   """Natural and robust accuracy and loss on one split.
 
   Args:
@@ -211,7 +211,7 @@ def evaluate_split(
 
 def evaluate(
     run: run_lib.Run, eval_fn: Callable[..., Any], state: awp_jax.TrainState,
-    is_stopping: Callable[[], bool] = _goes_on) -> dict[str, float]:
+    is_stopping: Callable[[], bool] = _never) -> dict[str, float]:
   """`evaluate_split` on each split; names are prefixed with the split's."""
   num_train = min(run.config.eval.num_train, len(run.dataset.x_train))
   chosen = np.linspace(

@@ -31,13 +31,21 @@ def ended_by_signals(workdir: object) -> Iterator[None]:
 
   def leave(number: int, frame: Any) -> None:
     del frame
-    print(f'\n{signal.Signals(number).name}: stopped; run the same command to '
-          f'go on with what is in {workdir}.', flush=True)
-    os._exit(128 + number)
+    name = signal.Signals(number).name
+    text = (f'\n{name}: stopped; run the same command to go on with what is in '
+            f'{workdir}.\n')
+    try:
+      # Not `print`, which a signal may have interrupted; stdout may be closed.
+      os.write(1, text.encode())
+    except OSError:
+      pass
+    finally:
+      os._exit(128 + number)
 
   old: dict[signal.Signals, Any] = {}
   for number in (signal.SIGTERM, signal.SIGINT):
-    if signal.getsignal(number) != signal.SIG_IGN:  # respects nohup
+    # Shells let background jobs ignore Ctrl-C.
+    if signal.getsignal(number) != signal.SIG_IGN:
       old[number] = signal.signal(number, leave)
   try:
     yield

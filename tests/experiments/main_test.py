@@ -23,6 +23,7 @@ CONFIGS = ROOT / 'experiments/configs'
 
 #: Four steps per epoch; also saved at steps three, six and nine.
 TINY = [f'--config.{field}' for field in (
+    'model.depth=10', 'model.width=1',
     'num_train=64', 'num_test=32', 'batch_size=16', 'epochs=3',
     'attack.num_steps=1', 'eval.num_steps=1', 'eval.batch_size=32',
     'eval.num_train=32', 'eval.every_epochs=1', 'log_every_steps=2',

@@ -32,7 +32,7 @@ def config_of(kind):
       evaluation__attacks=(
           'pgd-3', f'{PARTS}:evaluation_attack(num_steps=2)'),
       evaluation__save_examples=True, landscape__num_train=16,
-      landscape__num_test=16, landscape__points=3, landscape__plane_points=3,
+      landscape__num_test=16, landscape__points=3, landscape__plane_points=0,
       landscape__num_steps=2)
 
 

@@ -140,18 +140,47 @@ def test_another_model_is_not_taken_for_damage(two, tmp_path):
   store.close()
 
 
-def test_files_that_may_not_be_read_stay_in_place(two, tmp_path, monkeypatch):
+@pytest.mark.parametrize('error', [
+    PermissionError(13, 'Permission denied'), OSError(24, 'Too many open'),
+    MemoryError('large'), ValueError('UNAVAILABLE: connection reset')])
+def test_a_failure_that_may_pass_moves_nothing(
+    two, tmp_path, monkeypatch, error):
   write(two, tmp_path)
 
   def refused(*arguments):
-    raise PermissionError(13, 'Permission denied')
+    raise error
 
   monkeypatch.setattr(seals, 'checked', refused)
-  with pytest.raises(
-      reading.CheckpointError, match=r'of step 6 .* Permission denied'):
+  with pytest.raises(reading.CheckpointError, match=(
+      rf'of step 6 .* cannot be read: .*{error.args[-1]}')):
     load(tmp_path)
   assert sorted(p.name for p in (tmp_path / 'checkpoints/last').iterdir()) == [
       '3', '6']
+
+
+def test_a_second_read_may_succeed(two, tmp_path, monkeypatch):
+  write(two, tmp_path)
+  usual, calls = seals.checked, []
+
+  def once(*arguments):
+    calls.append(1)
+    if len(calls) == 1:
+      raise seals.Damaged('a read that went wrong')
+    return usual(*arguments)
+
+  monkeypatch.setattr(seals, 'checked', once)
+  assert load(tmp_path) == 6 and len(calls) == 2
+
+
+def test_another_dtype_is_converted(two, tmp_path):
+  """The digest is of what is stored, not of what it is converted to."""
+  write(two, tmp_path)
+  like = jax.tree.map(jnp.zeros_like, tree(0))
+  like['params']['half'] = like['params']['half'].astype(jnp.float32)
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  found, _ = store.load(like)
+  assert store.step() == 6 and found['params']['half'].dtype == jnp.float32
+  store.close()
 
 
 def test_newer_than_the_state_is_set_aside(two, tmp_path, capfd):

@@ -197,20 +197,27 @@ def test_a_line_is_on_disk_when_append_returns(tmp_path, monkeypatch):
 
 
 def test_checksums_tell_changed_lines():
-  def open_log(lines, best=None):
-    return metrics._recovered(lines, checksums, best or {})
+  def open_log(lines, best=None, completed=4):
+    return metrics._recovered(lines, checksums, completed, best or {})
 
   checksums = {
       str(line['epoch']): metrics._checksum(line) for line in LINES[:3]}
   assert open_log(LINES[:4]) == (LINES[:4], [])  # the last is not covered
-  assert metrics._recovered(LINES[:2], {}, {}) == (LINES[:2], [])
+  # A version without checksums.
+  assert metrics._recovered(LINES[:2], None, 4, {}) == (LINES[:2], [])
   assert open_log(LINES[1:3]) == (LINES[1:3], [1])
   assert open_log(LINES[1:3], best=LINES[0]) == (LINES[:3], [])
   first = dict(LINES[0])
   name = next(name for name in first if name != 'epoch')
   first[name] += 1e-9
   assert open_log([first, *LINES[1:3]]) == (LINES[1:3], [1])
-  assert open_log(LINES[1:3], best=first) == (LINES[1:3], [1])
+  # Only the line after the last checkpoint may be unknown.
+  for epoch in (0, -1, 5, 3):
+    moved = LINES[0] | {'epoch': epoch}
+    assert open_log([moved, *LINES[1:3]]) == (LINES[1:3], [1])
+  # The best checkpoint has a digest of its own.
+  assert open_log(LINES[1:3], best=first) == ([first, *LINES[1:3]], [])
+  assert open_log(LINES[1:3], best=LINES[4]) == (LINES[1:3], [1])
   marked = [line | {'lost': 1} for line in LINES[:3]]
   assert open_log(marked) == (marked, [])
 

@@ -71,17 +71,21 @@ def test_the_newest_state_is_damaged(images, whole, tmp_path, capfd):
   assert_same(run, whole)
 
 
-def test_every_state_is_damaged(images, whole, tmp_path, capfd):
-  """The error names the folder; the next start is from the beginning."""
+def test_every_state_is_damaged(images, tmp_path, capfd):
+  """Nothing is trained, and no line is lost, until the user decides."""
   run = stopped(images, tmp_path, 5)
   for step in (4, 5):
     damage(run, 'last', step)
   with pytest.raises(
       reading.CheckpointError, match=r'no checkpoint in .*last'):
     train.train(run)
-  assert train.train(run)['last']['epoch'] == 3
-  assert 'is newer than step 0' in capfd.readouterr().out
-  assert_same(run, whole)
+  before = metrics.read_metrics(tmp_path)
+  with pytest.raises(
+      reading.CheckpointError, match=r'all checkpoints .* Remove the folder'):
+    train.train(run)
+  assert metrics.read_metrics(tmp_path) == before != []
+  assert checkpoints_of(run, 'best')
+  assert 'newer' not in capfd.readouterr().out
 
 
 def test_the_best_state_is_damaged(images, whole, tmp_path, capfd):
@@ -92,7 +96,7 @@ def test_the_best_state_is_damaged(images, whole, tmp_path, capfd):
   summary = train.train(run)
   out = capfd.readouterr().out
   assert f'checkpoint of step {first}' in out
-  assert 'is chosen anew from epochs up to 0 and those to come' in out
+  assert 'is chosen from those up to 0 whose state is kept' in out
   lines = metrics.read_metrics(run.workdir)
   assert [line.get('lost', 0) for line in lines] == [
       int(2 * line['epoch'] <= first) for line in lines]
@@ -110,16 +114,17 @@ def test_the_best_state_is_damaged(images, whole, tmp_path, capfd):
 
 
 def test_a_finished_run_reads_its_lost_best(images, tmp_path, capfd):
-  """Without a later epoch the best is what is left, or the last epoch."""
+  """Without a later epoch the best is the last one, whose state is there."""
   run = run_lib.prepare(config_of(images), tmp_path)
   train.train(run)
   steps = best_steps(run)
   for step in checkpoints_of(run, 'best'):
     damage(run, 'best', step)
   summary = train.train(run)
-  assert 'chosen anew from epochs up to 0' in capfd.readouterr().out
+  out = capfd.readouterr().out
   assert summary['best']['epoch'] == summary['last']['epoch'] == 3
-  assert steps and reading.Reader(run.workdir, 'best').step() is None
+  assert reading.Reader(run.workdir, 'best').step() == 6
+  assert steps and 'best checkpoint of this run was lost' in out
 
 
 def checkpoints_of(run, kind):
@@ -127,10 +132,11 @@ def checkpoints_of(run, kind):
       run.workdir / 'checkpoints' / kind).glob('[0-9]*'))
 
 
-def test_the_second_best_takes_over(images, tmp_path):
-  """Two best states are kept; epochs after the older one are excluded."""
+@pytest.mark.parametrize('last, best', [(0.3, 3), (0.1, 1)])
+def test_the_second_best_takes_over(last, best, images, tmp_path):
+  """It is the older checkpoint, or the state at the end if that is better."""
   run = run_lib.prepare(config_of(images), tmp_path)
-  scores = iter((0.2, 0.4, 0.3))
+  scores = iter((0.2, 0.4, last))
   with pytest.MonkeyPatch.context() as patch:
     usual = step_lib.evaluate
     patch.setattr(step_lib, 'evaluate', lambda *args: usual(*args) | {
@@ -138,8 +144,8 @@ def test_the_second_best_takes_over(images, tmp_path):
     assert train.train(run)['best']['epoch'] == 2
   assert checkpoints_of(run, 'best') == [2, 4]
   damage(run, 'best', 4)
-  assert train.train(run)['best']['epoch'] == 1
-  assert reading.Reader(run.workdir, 'best').step() == 2
+  assert train.train(run)['best']['epoch'] == best
+  assert reading.Reader(run.workdir, 'best').step() == 2 * best
 
 
 @pytest.mark.parametrize('how', ['digit', 'key', 'removed', 'file'])
