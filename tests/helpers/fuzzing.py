@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import numpy as np
 
 #: Examples of each test; `make fuzz` sets thousands.
-EXAMPLES = int(os.environ.get('AWP_FUZZ_EXAMPLES', '15'))
+EXAMPLES = int(os.environ.get('AWP_FUZZ_EXAMPLES', '10'))
 
 
 def fuzzed(share=1.0, deadline=5000):
