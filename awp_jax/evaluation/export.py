@@ -91,8 +91,6 @@ def _read(file: Any) -> SavedExamples:
   try:
     with np.load(file, allow_pickle=False) as archive:
       fields = {name: archive[name] for name in SavedExamples._fields}
-  except MemoryError:
-    raise
   except Exception as error:  # zipfile and NumPy have many for broken files
     name = getattr(file, 'name', None) or 'this'
     raise ValueError(

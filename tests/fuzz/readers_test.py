@@ -167,21 +167,22 @@ def test_metrics(folder):
   run()
 
 
-@pytest.mark.parametrize('read, error', [
-    (extra, UserError),
-    (lambda path: datasets.load('npz', npz_path=str(path)), UserError),
-    (awp_jax.load_examples, ValueError)], ids=['extra', 'own', 'examples'])
-def test_a_promised_terabyte_takes_no_memory(read, error, tmp_path):
+@pytest.mark.parametrize('read, name, error', [
+    (extra, 'image', UserError),
+    (lambda path: datasets.load(
+        'npz', npz_path=str(path)), 'x_train', UserError),
+    (awp_jax.load_examples, 'adversarial', ValueError)],
+    ids=['extra', 'own', 'examples'])
+def test_a_promised_terabyte_takes_no_memory(read, name, error, tmp_path):
   """A header alone, and a zip file that expands a thousandfold."""
   path = tmp_path / 'large.npz'
-  for shape, zeros in (((10**12, 4, 4, 3), 0), ((10**7, 4, 4, 3), 2**28)):
-    for name in ('image', 'x_train', 'images'):
-      path.write_bytes(fuzzing.npz_of_header(name, shape, zeros=zeros))
-      before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-      with pytest.raises(error):
-        read(path)
-      after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-      assert after - before < 2**20  # KiB
+  for shape, zeros in (((10**12, 4, 4, 3), 0), ((10**6, 4, 4, 3), 2**25)):
+    path.write_bytes(fuzzing.npz_of_header(name, shape, zeros=zeros))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(error):
+      read(path)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 2**18  # KiB
 
 
 def test_nothing_is_executed(tmp_path):

@@ -100,9 +100,9 @@ def test_training_goes_on_from_a_whole_checkpoint(
     if said:
       (aside,) = (folder / 'checkpoints/set_aside').iterdir()
       assert aside.name.startswith('last-6-')
-    # The same step can be written again.
-    save(folder, 6)
-    assert load(folder) == 6
+    if number == 0:  # the same step can be written again
+      save(folder, 6)
+      assert load(folder) == 6
   assert 3 in used
 
 
