@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -146,7 +146,7 @@ def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
 
 def until_it_ends(
     commands: Commands, script: str, arguments: Sequence[str],
-    interrupt: Callable[[subprocess.Popen[str]], bool]) -> int:
+    interrupt: Callable[[subprocess.Popen[str]], bool]) -> None:
   """Starts a command, interrupts it, and starts it again until it ends.
 
   Args:
@@ -155,24 +155,39 @@ def until_it_ends(
     arguments: its arguments.
     interrupt: given the process; whether it interrupted it.
 
-  Returns:
-    How often it was interrupted.
-
   Raises:
     Outcome: if it ended with an error, or never.
   """
-  for number in range(_MOST_STARTS):
+  for _ in range(_MOST_STARTS):
     process = commands.start(script, *arguments)
     was_interrupted = interrupt(process)
-    out, err = process.communicate(timeout=600)
+    _, err = process.communicate(timeout=600)
     if not was_interrupted:
       if process.returncode:
         raise Outcome(f'ended with {process.returncode}: {err.strip()[-500:]}')
-      return number
+      return
     if 'Traceback' in err:
       raise Outcome(f'traceback after an interruption: {err.strip()[-500:]}')
-    del out
   raise Outcome(f'did not end after {_MOST_STARTS} starts')
+
+
+_Counts: TypeAlias = collections.Counter[str]
+
+
+class _Task(NamedTuple):
+  """A command that is interrupted.
+
+  Attributes:
+    script: of experiments/.
+    arguments: its arguments.
+    end: what it leaves.
+    wanted: what it leaves without interruption.
+  """
+
+  script: str
+  arguments: Sequence[str]
+  end: Callable[[], dict[str, Any]]
+  wanted: dict[str, Any]
 
 
 class Soak:
@@ -226,97 +241,98 @@ class Soak:
       return True
     return False
 
-  def kill(self, count: int, mode: str) -> collections.Counter[str]:
-    """SIGKILL at random moments of a mode, at least `count` times."""
+  def _interrupt(
+      self, what: str, count: int, mode: str, prepare: Callable[[], _Task],
+      act: Callable[[subprocess.Popen[str], _Counts], None]) -> _Counts:
+    """Interrupts a command at random moments and compares what it leaves.
+
+    Args:
+      what: name of the interruptions among the counts.
+      count: how many of them.
+      mode: of the command, for its usual time.
+      prepare: makes a fresh workdir; the command, and what it leaves there.
+      act: interrupts a process, and may count more.
+
+    Returns:
+      The counts.
+    """
 
     def interrupt(process: subprocess.Popen[str]) -> bool:
-      if counts['kills'] >= count or not self._wait(process, mode):
+      if counts[what] >= count or not self._wait(process, mode):
         return False
-      process.kill()
-      counts['kills'] += 1
+      counts[what] += 1
+      act(process, counts)
       return True
 
-    counts: collections.Counter[str] = collections.Counter(kills=0)
-    while counts['kills'] < count:
-      folder = self._prepare(mode)
-      self._ended(counts, mode, folder, interrupt)
+    counts: _Counts = collections.Counter({what: 0})
+    while counts[what] < count:
+      task = prepare()
+      try:
+        until_it_ends(self.commands, task.script, task.arguments, interrupt)
+        other = difference(task.end(), task.wanted)
+      except Outcome as error:
+        other = str(error)
+      counts['ends'] += 1
+      counts['identical ends'] += not other
+      if other:
+        print(f'{mode}: {other}', flush=True)
     return counts
 
-  def _ended(
-      self, counts: collections.Counter[str], mode: str, folder: pathlib.Path,
-      interrupt: Callable[[subprocess.Popen[str]], bool]) -> None:
-    """Counts how an interrupted command ended."""
-    try:
-      until_it_ends(self.commands, 'main.py', self.commands.mode(
-          mode, folder), interrupt)
-      found, wanted = end_of(folder), self._ends[mode]
-      if 'signals' in counts:
-        # A stop writes the line of the steps since the last one.
-        found['steps.jsonl'] = wanted['steps.jsonl']
-      other = difference(found, wanted)
-    except Outcome as error:
-      other = str(error)
-    counts['ends'] += 1
-    counts['identical ends'] += not other
-    if other:
-      print(f'{mode}: {other}', flush=True)
+  def _task(self, mode: str, without: Sequence[str] = ()) -> _Task:
+    """A mode on a fresh workdir, compared without some of its files."""
 
-  def table(self, count: int) -> collections.Counter[str]:
+    def end() -> dict[str, Any]:
+      return end_of(folder) | {name: wanted[name] for name in without}
+
+    folder, wanted = self._prepare(mode), self._ends[mode]
+    return _Task('main.py', self.commands.mode(mode, folder), end, wanted)
+
+  def kill(self, count: int, mode: str) -> _Counts:
+    """SIGKILL at random moments of a mode."""
+    return self._interrupt(
+        'kills', count, mode, lambda: self._task(mode),
+        lambda process, counts: process.kill())
+
+  def table(self, count: int) -> _Counts:
     """SIGKILL at random moments of a sweep over two seeds."""
     folder = self.commands.folder / 'table'
     arguments = [
         f'--workdir={folder}', '--seeds=0,1', *TINY,
         f'--configs={ROOT}/experiments/configs/digits_awp.py']
 
-    def end() -> Any:
+    def end() -> dict[str, Any]:
       runs = sorted(path.parent for path in folder.glob('*/config.json'))
       return {run.name: end_of(run) for run in runs} | {
           'table': without_times(json.loads(
               (folder / 'table.json').read_text()))}
 
-    def interrupt(process: subprocess.Popen[str]) -> bool:
-      if counts['kills'] >= count or not self._wait(process, 'table'):
-        return False
+    def prepare() -> _Task:
+      shutil.rmtree(folder)
+      return _Task('table.py', arguments, end, wanted)
+
+    def act(process: subprocess.Popen[str], counts: _Counts) -> None:
       # Like the out-of-memory killer: the sweep's process alone, or its run.
       victims = [process.pid, *children(process.pid)]
       victim = self.random.choice(victims)
       os.kill(victim, signal.SIGKILL)
-      counts['kills'] += 1
       if victim != process.pid:
         process.wait(600)  # it lists the run as failed and goes on
       else:
         for child in victims[1:]:  # and nobody is left behind
           wait_for_end(child)
-      return True
 
     started = time.monotonic()
     self.commands.must('table.py', *arguments)
     self.seconds['table'] = time.monotonic() - started
     wanted = end()
-    counts: collections.Counter[str] = collections.Counter(kills=0)
-    while counts['kills'] < count:
-      shutil.rmtree(folder)
-      try:
-        until_it_ends(self.commands, 'table.py', arguments, interrupt)
-        other = difference(end(), wanted)
-      except Outcome as error:
-        other = str(error)
-      counts['ends'] += 1
-      counts['identical ends'] += not other
-      if other:
-        print(f'table: {other}', flush=True)
-    return counts
+    return self._interrupt('kills', count, 'table', prepare, act)
 
-  def stop(self, count: int, mode: str) -> collections.Counter[str]:
+  def stop(self, count: int, mode: str) -> _Counts:
     """SIGTERM and SIGINT at random moments; a second SIGINT every fourth."""
-    counts: collections.Counter[str] = collections.Counter(signals=0)
     slowest = [0.0]
 
-    def interrupt(process: subprocess.Popen[str]) -> bool:
-      if counts['signals'] >= count or not self._wait(process, mode):
-        return False
-      number = counts['signals']
-      counts['signals'] += 1
+    def act(process: subprocess.Popen[str], counts: _Counts) -> None:
+      number = counts['signals'] - 1
       sent = signal.SIGTERM if number % 2 else signal.SIGINT
       started = time.monotonic()
       process.send_signal(sent)
@@ -336,14 +352,15 @@ class Soak:
       counts['said how to go on'] += 'run the same command' in out
       counts['ended before'] += 'results' in out and 'command' not in out
       counts['tracebacks'] += 'Traceback' in err
-      return True
 
-    while counts['signals'] < count:
-      self._ended(counts, mode, self._prepare(mode), interrupt)
+    # A stop writes the line of the steps since the last one.
+    counts = self._interrupt(
+        'signals', count, mode,
+        lambda: self._task(mode, without=['steps.jsonl']), act)
     counts['slowest, ms'] = round(1000 * slowest[0])
     return counts
 
-  def damage(self, count: int) -> collections.Counter[str]:
+  def damage(self, count: int) -> _Counts:
     """Damages a random file of a stopped run, and trains on."""
     stopped = self.commands.folder / 'stopped'
     shutil.rmtree(stopped, ignore_errors=True)
@@ -358,7 +375,7 @@ class Soak:
         path.relative_to(stopped) for path in stopped.rglob('*')
         if path.is_file() and path.name != '.lock')
     folder = self.commands.folder / 'current'
-    counts: collections.Counter[str] = collections.Counter()
+    counts: _Counts = collections.Counter()
     for _ in range(count):
       shutil.rmtree(folder, ignore_errors=True)
       shutil.copytree(stopped, folder)

@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from experiments.parallel import processes
 from experiments.runs import mirrors, seals
-from experiments.util import paths
+from experiments.util import digests, paths
 from experiments.util.errors import UserError
 
 #: Sub-folders of a workdir's `checkpoints/`.
@@ -138,10 +138,10 @@ def _alone() -> ocp.Context:
 
 def _notes(path: paths.Path) -> dict[str, Any]:
   with mirrors.readable(path) as place:
-    return seals.without_seal(stored_notes(place))
+    return seals.without_seal(_stored_notes(place))
 
 
-def stored_notes(step: paths.Path) -> dict[str, Any]:
+def _stored_notes(step: paths.Path) -> dict[str, Any]:
   """The notes of a checkpoint with their seal, unchecked.
 
   orbax reads them too, but takes a damaged file for one without notes.
@@ -159,7 +159,7 @@ def read_step(path: paths.Path) -> Stored:
         is_leaf=lambda leaf: hasattr(leaf, 'shape'))
     tree = ocp.load(place, like)
     return Stored(
-        int(path.name), tree, seals.checked(tree, stored_notes(place)))
+        int(path.name), tree, seals.checked(tree, _stored_notes(place)))
 
 
 def read_variables(workdir: paths.Path, kind: str) -> Stored:
@@ -208,11 +208,10 @@ def as_tree(like: Any, stored: Any, folder: paths.Path) -> Any:
     CheckpointError: if names or shapes differ.
   """
   check_same(like, stored, folder)
-  arrays = dict(_named(stored))
-  leaves, structure = jax.tree.flatten(like)
-  return jax.tree.unflatten(structure, [
+  arrays = dict(digests.named(stored))
+  return jax.tree.unflatten(jax.tree.structure(like), [
       np.asarray(arrays[name]).astype(leaf.dtype)
-      for (name, _), leaf in zip(_named(like), leaves, strict=True)])
+      for name, leaf in digests.named(like)])
 
 
 def is_complete(step: paths.Path) -> bool:
@@ -221,11 +220,5 @@ def is_complete(step: paths.Path) -> bool:
       mirrors.MARKER if paths.is_bucket(step) else COMPLETE)).exists()
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
-  """The leaves with names that do not depend on the containers."""
-  return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
-          for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
-
-
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-  return {name: tuple(leaf.shape) for name, leaf in _named(tree)}
+  return {name: tuple(leaf.shape) for name, leaf in digests.named(tree)}

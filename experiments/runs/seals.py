@@ -12,8 +12,9 @@ import hashlib
 import json
 from typing import Any
 
-import jax
 import numpy as np
+
+from experiments.util import digests
 
 #: The name of the digest among the notes, and a second one, so that a digest
 #: whose name was changed is noticed as missing.
@@ -27,22 +28,15 @@ class Damaged(ValueError):
   """The content of a checkpoint is not what was saved."""
 
 
-def _of_leaf(leaf: Any) -> str:
-  array = np.asarray(jax.device_get(leaf))
-  digest = hashlib.sha256(f'{array.shape} {array.dtype}\n'.encode())
-  array = np.ascontiguousarray(array)
-  digest.update(array.view(np.uint8).data if array.size else b'')
-  return digest.hexdigest()
-
-
 def _digest(tree: Any, notes: Mapping[str, Any]) -> str:
   """The digest of arrays by name, in any container, and of plain values."""
-  paths = jax.tree_util.tree_flatten_with_path(tree)[0]
-  names = [jax.tree_util.keystr(path, simple=True, separator='/')
-           for path, _ in paths]
+
+  def line(item: tuple[str, Any]) -> tuple[str, tuple[int, ...], str]:
+    name, leaf = item
+    return name, np.shape(leaf), digests.whole(leaf)
+
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    found = list(pool.map(_of_leaf, [leaf for _, leaf in paths]))
-  lines = sorted(zip(names, found, strict=True))
+    lines = sorted(pool.map(line, digests.named(tree)))
   text = json.dumps([lines, dict(notes)], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
 
