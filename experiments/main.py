@@ -45,6 +45,10 @@ _COMPARE_TO = flags.DEFINE_list(
     'compare_to', [],
     'With --mode=landscape: comma-separated folders of other finished runs to '
     'measure and draw in the same figure.')
+_TRUST_RUN = flags.DEFINE_bool(
+    'trust_run', False,
+    'With --mode=evaluate or landscape: run the code of other packages that '
+    'the stored config of a run names.')
 _DEBUG = flags.DEFINE_bool(
     'debug', False, 'Show the traceback of every error.')
 _CACHE = flags.DEFINE_string(
@@ -182,7 +186,8 @@ def _of_run(
   is_default = config_flags.get_config_filename(flag) == str(DEFAULT)
   return workdirs.reader_config(
       workdir, config,
-      config_flags.get_override_values(flag) if is_default else None)
+      config_flags.get_override_values(flag) if is_default else None,
+      is_trusted=_TRUST_RUN.value)
 
 
 def main(argv: list[str]) -> None:
@@ -239,7 +244,8 @@ def _run_mode(
       _compile(config)
       return
     if _MODE.value == 'landscape':
-      landscape.run_all(config, workdir, _COMPARE_TO.value)
+      landscape.run_all(
+          config, workdir, _COMPARE_TO.value, is_trusted=_TRUST_RUN.value)
       return
     if _MODE.value == 'evaluate':
       _evaluate(config, workdir)

@@ -147,13 +147,14 @@ def select(
 
 
 def prepare(
-    workdir: paths.Path, torch_checkpoint: pathlib.Path | None
-) -> run_lib.Run:
+    workdir: paths.Path, torch_checkpoint: pathlib.Path | None, *,
+    is_trusted: bool = False) -> run_lib.Run:
   """Opens the run in a workdir to use its network.
 
   Args:
     workdir: contains the run's `config.json`.
     torch_checkpoint: a PyTorch file to use instead of the run's checkpoints.
+    is_trusted: whether its config may name parts of other packages.
 
   Returns:
     The run. Its folder is not changed.
@@ -161,7 +162,7 @@ def prepare(
   Raises:
     UserError: if there is no run, or no checkpoint.
   """
-  config = workdirs.stored_config(workdir)
+  config = workdirs.stored_config(workdir, is_trusted=is_trusted)
   config.evaluation.torch_checkpoint = str(torch_checkpoint or '')
   evaluate.check(config, workdir)
   return run_lib.reopen(config, workdir)
@@ -211,7 +212,8 @@ def run_all(options: Any) -> None:
   if not folder.is_dir():
     raise UserError(f'--output: there is no folder {str(folder)!r}.')
   workdir = paths.parse(options.workdir)
-  run = prepare(workdir, options.torch_checkpoint)
+  run = prepare(
+      workdir, options.torch_checkpoint, is_trusted=options.trust_run)
   num_classes = run.dataset.num_classes
   images = extra_images.load_images(
       options.images, image_shape=run.dataset.x_train.shape[1:])
@@ -264,6 +266,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       help='keeps the N most confident images per class; 0: all')
   parser.add_argument(
       '--compress', action='store_true', help='writes a smaller file, slower')
+  parser.add_argument(
+      '--trust_run', action='store_true',
+      help="run the code of other packages that the run's config names")
   try:
     run_all(parser.parse_args(argv))
   except (UserError, OSError) as error:

@@ -7,10 +7,17 @@ from typing import Any
 from flax import traverse_util
 import ml_collections
 
+from experiments.util import named
 from experiments.util.errors import UserError
 
 #: Groups whose fields a config file may choose freely.
 USER_GROUPS = ('user.', 'model.kwargs.')
+
+#: Fields that may name parts of other packages, whose code is then run.
+PART_FIELDS = (
+    'dataset', 'augmentation.function', 'model.name', 'objective',
+    'attack.name', 'weight_perturbation', 'optimizer.name', 'loggers',
+    'evaluation.attacks', 'evaluation.curve_attacks')
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -23,6 +30,24 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def is_free(name: str) -> bool:
   """Whether a field is in one of the groups `USER_GROUPS`."""
   return name.startswith(USER_GROUPS)
+
+
+def external_parts(fields: dict[str, Any]) -> dict[str, str]:
+  """The parts of other packages that a config names.
+
+  Args:
+    fields: values by dotted name.
+
+  Returns:
+    Text of each part -> the field that names it.
+  """
+  found = {}
+  for field in PART_FIELDS:
+    value = fields.get(field)
+    for text in value if isinstance(value, tuple | list) else (value,):
+      if isinstance(text, str) and named.is_external(text):
+        found[text] = field
+  return found
 
 
 def unknown(name: str, known: Iterable[str]) -> str:

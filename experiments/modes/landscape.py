@@ -105,13 +105,15 @@ def measure(run: run_lib.Run) -> dict[str, Any]:
 
 def run_all(
     config: ml_collections.ConfigDict, workdir: str | os.PathLike[str],
-    compare_to: Sequence[str]) -> None:
+    compare_to: Sequence[str], *, is_trusted: bool = False) -> None:
   """Measures the landscapes of one or more runs and prints their flatness.
 
   Args:
     config: of the run in `workdir`; its group `landscape` applies to all runs.
     workdir: the run's folder.
     compare_to: folders of other runs, which hold their own configs.
+    is_trusted: whether these may name parts of other packages that `config`
+      does not name.
 
   Raises:
     ValueError: for wrong settings or folders, before anything is measured.
@@ -123,7 +125,8 @@ def run_all(
   for folder in folders:
     check(config, folder)
   for folder in folders[1:]:
-    configs.append(workdirs.stored_config(folder, config))
+    configs.append(workdirs.stored_config(
+        folder, config, is_trusted=is_trusted))
   landscapes = {}
   for folder, run_config in zip(folders, configs, strict=True):
     run = run_lib.reopen(run_config, folder)

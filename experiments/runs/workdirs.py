@@ -162,20 +162,22 @@ def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def stored_config(
-    workdir: paths.Path, like: ml_collections.ConfigDict | None = None
-) -> ml_collections.ConfigDict:
+    workdir: paths.Path, like: ml_collections.ConfigDict | None = None, *,
+    is_trusted: bool = False) -> ml_collections.ConfigDict:
   """The config of the run in a folder.
 
   Args:
     workdir: a folder that holds a run, of this version or an older one. Fields
       that no longer exist are dropped.
     like: supplies the fields that may differ; None keeps the stored ones.
+    is_trusted: whether it may name parts of other packages that `like` does
+      not name. Their code would be run, and the folder may be a stranger's.
 
   Returns:
     The config.
 
   Raises:
-    UserError: if there is no run in the folder.
+    UserError: if there is no run in the folder, or it names such parts.
   """
   config = base.get_config()
   known = schema.flatten(config)
@@ -193,12 +195,29 @@ def stored_config(
     raise UserError(
         f'{workdir / "config.json"} is not the config of a run of this '
         f'version: {error}') from None
+  if not is_trusted:
+    _refuse_parts(workdir, config, {} if like is None else schema.flatten(like))
   return config
+
+
+def _refuse_parts(
+    workdir: paths.Path, config: ml_collections.ConfigDict,
+    given: dict[str, Any]) -> None:
+  """Raises UserError if a stored config names code that the user does not."""
+  known = schema.external_parts(given)
+  for text, field in schema.external_parts(schema.flatten(config)).items():
+    if text not in known:
+      raise UserError(
+          f'the run in {str(workdir)!r} names code of another package: '
+          f'{field}={text!r}. Add --trust_run to run it if you know where the '
+          'run comes from. main.py also takes your own config file of it, '
+          '--config=FILE.')
 
 
 def reader_config(
     workdir: paths.Path, config: ml_collections.ConfigDict,
-    overrides: dict[str, Any] | None) -> ml_collections.ConfigDict:
+    overrides: dict[str, Any] | None, *, is_trusted: bool = False
+) -> ml_collections.ConfigDict:
   """The config to evaluate a run with.
 
   Args:
@@ -206,19 +225,23 @@ def reader_config(
     config: the config of the command line.
     overrides: the fields set on the command line, if it names no config file;
       None if `config` comes from a file named by the user.
+    is_trusted: as in `stored_config`.
 
   Returns:
     The stored config with the fields that may differ replaced.
 
   Raises:
-    UserError: if any other field has another value.
+    UserError: if any other field has another value, or the stored config names
+      parts of other packages that `overrides` does not name.
   """
   with paths.errors(workdir):
     is_run = (workdir / 'config.json').exists()
   if not is_run:
     return config
   if overrides is not None:
-    config = stored_config(workdir)
+    config = stored_config(workdir, is_trusted=True)
+    if not is_trusted:
+      _refuse_parts(workdir, config, overrides)
     config.update_from_flattened_dict(overrides)
   stored = stored_fields(workdir)
   differing = _differences(

@@ -17,6 +17,7 @@ TEMPLATE = ROOT / 'examples' / 'my_project'
 SHORT = {
     'main.py --config': ['--config.epochs=2'],
     '--mode=evaluate': [
+        '--config.epochs=2',
         "--config.evaluation.attacks=('my_attack:corner(num_steps=2)',)",
         '--config.evaluation.num_examples=40']}
 

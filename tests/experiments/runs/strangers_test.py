@@ -1,0 +1,94 @@
+"""Reading a run of somebody else runs no code that its files name."""
+
+import json
+
+import pytest
+
+from experiments import pseudo_labels
+from experiments.config import schema
+from experiments.configs import digits_awp
+from experiments.modes import evaluate, landscape
+from experiments.runs import run as run_lib
+from experiments.runs import workdirs, writers
+from experiments.util import paths
+from experiments.util.errors import UserError
+
+FIELDS = schema.flatten(digits_awp.get_config())
+#: Every field that holds text, alone or in a tuple.
+TEXTS = sorted(
+    name for name, value in FIELDS.items()
+    if isinstance(value, str) or name == 'evaluation.epsilons' or (
+        isinstance(value, tuple) and any(isinstance(v, str) for v in value)))
+
+
+def stranger(folder, fields):
+  """A folder that looks like a run's."""
+  folder.mkdir()
+  stored = {name: list(value) if isinstance(value, tuple) else value
+            for name, value in FIELDS.items()}
+  (folder / 'config.json').write_text(json.dumps(stored | fields))
+  (folder / 'checkpoints').mkdir()
+  return paths.parse(folder)
+
+
+def read(folder, **keywords):
+  """What the commands do with a run's config before they read its weights."""
+  config = workdirs.reader_config(
+      folder, digits_awp.get_config(), {}, **keywords)
+  writers.check(config.loggers)
+  evaluate.check(config, folder)
+  run_lib.reopen(config, folder)
+
+
+@pytest.mark.parametrize('field', TEXTS)
+def test_no_field_runs_code(field, tmp_path):
+  made = tmp_path / 'made'
+  text = f'os:system(command="touch {made}")'
+  is_many = isinstance(FIELDS[field], tuple)
+  folder = stranger(tmp_path / 'run', {field: [text] if is_many else text})
+  for reader in (
+      read, lambda folder: pseudo_labels.prepare(folder, None),
+      lambda folder: workdirs.stored_config(folder, digits_awp.get_config())):
+    try:
+      reader(folder)
+    except UserError as error:
+      if field in schema.PART_FIELDS:
+        assert 'names code of another package' in str(error)
+    else:
+      assert field not in schema.PART_FIELDS or (
+          # Comparing landscapes takes these from the first run.
+          field.startswith('evaluation.') or field == 'loggers')
+  assert not made.exists()
+
+
+def test_the_code_would_have_been_run(tmp_path):
+  """The check is what prevents it, and --trust_run switches it off."""
+  made = tmp_path / 'made'
+  folder = stranger(tmp_path / 'run', {
+      'objective': f'os:system(command="touch {made}")'})
+  with pytest.raises(UserError, match='must return an'):
+    read(folder, is_trusted=True)
+  assert made.exists()
+
+
+def test_parts_that_the_user_names_are_read(tmp_path):
+  text = 'tests.helpers.named_parts:objective'
+  folder = stranger(tmp_path / 'run', {'objective': text})
+  default = digits_awp.get_config()
+  found = workdirs.reader_config(folder, default, {'objective': text})
+  assert found.objective == text
+  default.objective = text
+  assert workdirs.reader_config(folder, default, None) is default
+  assert workdirs.stored_config(folder, default).objective == text
+  # Another call of the same part is other code.
+  with pytest.raises(UserError, match='trust_run'):
+    workdirs.reader_config(
+        folder, digits_awp.get_config(), {'objective': f'{text}(weight=2.0)'})
+
+
+def test_landscapes_of_compared_runs(tmp_path, monkeypatch):
+  monkeypatch.setattr(landscape, 'check', lambda config, folder: None)
+  whole = stranger(tmp_path / 'whole', {})
+  folder = stranger(tmp_path / 'run', {'model.name': 'os:system'})
+  with pytest.raises(UserError, match=r'another package: model\.name'):
+    landscape.run_all(digits_awp.get_config(), whole, [str(folder)])
