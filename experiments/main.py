@@ -114,7 +114,7 @@ def parse(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(argv)
   except (flags.Error, AttributeError, LookupError, OSError, TypeError,
           ValueError) as error:
-    _check_names(argv)
+    _check_names(argv, error)
     # The text of a KeyError would be that of a string literal.
     _fail(_without_traceback(str(
         error.args[0] if isinstance(error, KeyError) and error.args
@@ -141,9 +141,13 @@ def _help() -> NoReturn:
 
 def _config_first(argv: list[str]) -> list[str]:
   """Moves --config to the front, or adds the default."""
-  parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  parser = argparse.ArgumentParser(
+      add_help=False, allow_abbrev=False, exit_on_error=False)
   parser.add_argument('--config', '-config', default=str(DEFAULT))
-  known, rest = parser.parse_known_args(argv[1:])
+  try:
+    known, rest = parser.parse_known_args(argv[1:])
+  except argparse.ArgumentError as error:
+    _fail(f'--config: {error.message}; it names a file.')
   if not pathlib.Path(known.config.partition(':')[0]).is_file():
     available = sorted(
         path.name for path in CONFIGS.glob('*.py') if path.stem != '__init__')
@@ -156,15 +160,26 @@ def _config_first(argv: list[str]) -> list[str]:
   return [argv[0], f'--config={known.config}', *rest]
 
 
-def _check_names(argv: list[str]) -> None:
-  """Exits with the nearest name for an unknown --config.NAME."""
+def _check_names(argv: list[str], error: Exception) -> None:
+  """Exits with the nearest name for an unknown --config.NAME.
+
+  Args:
+    argv: the command line.
+    error: what parsing it raised.
+  """
   from experiments.config import schema
   from experiments.configs import base
 
   known = schema.flatten(base.get_config())
   for argument in argv[1:]:
     flag, _, name = argument.partition('=')[0].lstrip('-').partition('.')
-    if flag == 'config' and name and not schema.is_free(name) and not any(
+    if schema.is_free(name) and isinstance(
+        error, AttributeError | LookupError) and any(
+            repr(part) in str(error) for part in name.split('.')):
+      _fail(
+          f'this config has no field {name!r}. Fields of your own are set in '
+          'a config file before a flag can change them.')
+    if flag == 'config' and name and not schema.is_free(f'{name}.') and not any(
         f'{field}.'.startswith(f'{name}.') for field in known):
       _fail(schema.unknown(name, known))
 
@@ -222,6 +237,8 @@ def _setting() -> 'tuple[ml_collections.ConfigDict, paths.Path]':
 
   config = _CONFIG.value
   schema.check(config, base.get_config())
+  if _WORKDIR.value == '':  # an unset variable of the shell
+    raise UserError('--workdir= is empty.')
   workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
   if _COMPARE_TO.value and _MODE.value != 'landscape':
     raise UserError('--compare_to requires --mode=landscape.')

@@ -10,11 +10,25 @@ import jax
 import jax.numpy as jnp
 
 
+#: The largest count: step numbers are int32 on devices.
+LARGEST_COUNT = 2**31 - 1
+
+
 def _is_finite(value: Any) -> bool:
   try:
     return math.isfinite(value)
   except TypeError:
     return False
+  except OverflowError:  # an integer beyond float64
+    return True
+
+
+def _in_float32(name: str, value: Any) -> None:
+  """Raises ValueError if a finite number is 0 or infinite in float32."""
+  smallest, largest = jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max
+  if value > float(largest) or 0 < value < float(smallest):
+    what = 'infinite' if value > 1 else '0'
+    raise ValueError(f'{name} is {what} in float32, got {value!r}.')
 
 
 def positive(name: str, value: Any) -> None:
@@ -23,6 +37,7 @@ def positive(name: str, value: Any) -> None:
     return
   if not (_is_finite(value) and value > 0):
     raise ValueError(f'{name} must be a finite number > 0, got {value!r}.')
+  _in_float32(name, value)
 
 
 def not_negative(name: str, value: Any) -> None:
@@ -31,6 +46,7 @@ def not_negative(name: str, value: Any) -> None:
     return
   if not (_is_finite(value) and value >= 0):
     raise ValueError(f'{name} must be a finite number >= 0, got {value!r}.')
+  _in_float32(name, value)
 
 
 def floating(name: str, array: Any) -> None:
@@ -43,11 +59,14 @@ def floating(name: str, array: Any) -> None:
 
 
 def count(name: str, value: Any, minimum: int = 1) -> None:
-  """Raises ValueError unless `value` is a whole number >= `minimum`."""
+  """Raises ValueError unless `value` is a whole number in [`minimum`, 2^31)."""
   if not isinstance(value, numbers.Integral) or isinstance(
       value, bool) or value < minimum:
     raise ValueError(
         f'{name} must be a whole number >= {minimum}, got {value!r}.')
+  if value > LARGEST_COUNT:
+    raise ValueError(
+        f'{name} must be at most {LARGEST_COUNT:,}, got {value!r}.')
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 import awp_jax
+from awp_jax.core import checks
 from experiments.config import build, networks, optimizers, schema
 from experiments.data import arrays, batches, datasets, extra_images
 from experiments.parallel import processes
@@ -150,6 +151,10 @@ def prepare(
   run = Run(
       config, folder, built, dataset, validation, model, num_devices, extra)
   _check_data(run)
+  if config.epochs * run.steps_per_epoch > checks.LARGEST_COUNT:
+    raise UserError(
+        f'epochs={config.epochs} of {run.steps_per_epoch} steps are more than '
+        f'{checks.LARGEST_COUNT:,} steps.')
   if named.is_external(config.weight_perturbation) or (
       'mask' in config.weight_perturbation):
     _check_mask(run)

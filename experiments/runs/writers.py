@@ -231,6 +231,9 @@ DEFAULT = ('tensorboard',)
 
 def check(names: Sequence[str]) -> None:
   """Raises UserError for an unknown writer or one that is not installed."""
+  if not all(isinstance(name, str) for name in names):
+    raise UserError(
+        f'loggers must be names, as in {tuple(WRITERS)}, got {tuple(names)}.')
   if len(set(names)) < len(names):
     raise UserError(f'loggers has a name more than once: {tuple(names)}.')
   for name in names:
