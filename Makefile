@@ -35,9 +35,9 @@ test: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	AWP_FUZZ_EXAMPLES=2000 $(BIN)/python -m pytest -n 2 tests/fuzz
 
-# Kills, stops and damages runs at random moments; about an hour.
+# Kills, stops and damages runs at random moments; some hours.
 soak: $(VENV)/.installed
-	$(BIN)/python benchmarks/soak.py
+	$(BIN)/python -m benchmarks.soak
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
 #: The largest count: step numbers are int32 on devices.
 LARGEST_COUNT = 2**31 - 1
 
@@ -64,7 +63,7 @@ def count(name: str, value: Any, minimum: int = 1) -> None:
       value, bool) or value < minimum:
     raise ValueError(
         f'{name} must be a whole number >= {minimum}, got {value!r}.')
-  if value > LARGEST_COUNT:
+  if int(value) > LARGEST_COUNT:
     raise ValueError(
         f'{name} must be at most {LARGEST_COUNT:,}, got {value!r}.')
 

@@ -114,6 +114,17 @@ def claim(folder: paths.Path, config: ml_collections.ConfigDict) -> None:
     _check_same(folder, wanted)
 
 
+def check_present(workdir: paths.Path) -> None:
+  """Raises OSError if a local workdir was removed under a run.
+
+  Without the check the run would go on in a new folder that lacks its config
+  and its first epochs.
+  """
+  if not paths.is_bucket(workdir) and not (workdir / 'config.json').exists():
+    raise FileNotFoundError(
+        f'the workdir {str(workdir)!r} was removed while a run wrote to it')
+
+
 def stored_fields(workdir: paths.Path) -> dict[str, Any]:
   """The fields of a run's config, with defaults for absent ones.
 

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 
 from experiments.config import optimizers, schema
-from experiments.parallel import placement
-from experiments.runs import metrics, precision
+from experiments.parallel import placement, processes
+from experiments.runs import metrics, precision, workdirs
 from experiments.runs import run as run_lib
 from experiments.training import epochs, progress
 from experiments.training import step as step_lib
@@ -154,10 +154,16 @@ class Loop:
       Collapsed: if the network has collapsed.
     """
     means, window = self._guard.check(self.step, self.state, self.sums)
+    self._check_workdir()
     self.log.append_step({
         'step': self.step, 'learning_rate': float(self._rate(self.step - 1)),
         **window})
     return means
+
+  def _check_workdir(self) -> None:
+    """Raises OSError if the workdir was removed."""
+    if processes.is_main():
+      workdirs.check_present(self.run.workdir)
 
   def save(self) -> None:
     """Starts to write the last checkpoint, unless a collapse is suspected.
@@ -196,6 +202,7 @@ class Loop:
     """
     config = self.run.config
     line = self._epoch_line()
+    self._check_workdir()
     self._reset_sums()
     lines = [*self.log.lines, line]
     # No best state under suspicion: checkpoints must have increasing steps.

@@ -1,5 +1,6 @@
 """Tests of runs that are stopped at various moments and resumed."""
 
+import shutil
 import signal
 
 import jax
@@ -208,6 +209,25 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_for_later(
   assert not (tmp_path / 'summary.json').exists()
   train.train(run)
   assert_same(run, whole)
+
+
+@pytest.mark.parametrize('step', [1, 2, 4])
+def test_a_removed_workdir_is_one_error(
+    step, images, tmp_path, monkeypatch):
+  """The run would go on in a folder that lacks what was before."""
+  usual = loop.Loop.take_step
+
+  def take_step(self, step_fn):
+    usual(self, step_fn)
+    if self.step == step:
+      shutil.rmtree(self.run.workdir)
+
+  run = run_lib.prepare(config_of(images), tmp_path / 'run')
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Loop, 'take_step', take_step)
+    with pytest.raises(OSError, match='was removed while a run wrote to it'):
+      train.train(run)
+  assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
