@@ -137,7 +137,7 @@ def project_l1(
   low, high = jax.lax.fori_loop(0, _HALVINGS, halve, (low, high))
   sliding = (size > high) & (size - high < cap)
   slope = jnp.maximum(jnp.sum(sliding, axis=axes, keepdims=True), 1)
-  shrink = jnp.clip(high + excess(high) / slope, low, high)
+  shrink = jnp.clip(high + excess(high) / slope.astype(delta.dtype), low, high)
   shrink = jnp.where(excess(jnp.zeros_like(high)) > 0, shrink, 0)
   inside = jnp.clip(size - shrink, 0, cap)
   total = jnp.sum(inside, axis=axes, keepdims=True)

@@ -192,7 +192,9 @@ def _record(
       # As in the reference, the first step is compared with a loss of 0, not
       # with the loss of the start.
       last_loss=jnp.where(first, 0, losses),
-      rises=jnp.where(first, 0, state.rises + (losses > state.last_loss)),
+      rises=jnp.where(
+          first, 0,
+          state.rises + (losses > state.last_loss).astype(state.rises.dtype)),
       step_size=jnp.where(
           first, radius * (1 if threat.norm == 'L1' else 2), state.step_size),
       check_loss=jnp.where(first, best_loss, state.check_loss),
@@ -207,7 +209,7 @@ def _halve(
     state: APGDState, gradient: Array, due: Array, window: Array
 ) -> tuple[APGDState, Array]:
   """The checkpoint of L_inf and L_2; returns state and gradient to continue."""
-  few = state.rises <= _RISES * window
+  few = state.rises.astype(float) <= _RISES * window.astype(float)
   stuck = ~state.reduced & (state.check_loss >= state.best_loss)
   halved = due & (few | stuck)
   state = state._replace(

@@ -115,7 +115,7 @@ def _boundary(seen: Gradients, threat: ThreatModel) -> _Boundary:
   # A value that is not finite is infinitely far, so no step goes there.
   finite = jnp.isfinite(seen.losses)
   return _Boundary(
-      jnp.where(finite, seen.losses, 0), g * _column(finite, g),
+      jnp.where(finite, seen.losses, 0), g * _column(finite, g).astype(g.dtype),
       jnp.where(finite, jnp.abs(seen.losses) / (1e-12 + slope), jnp.inf),
       seen.nonfinite)
 

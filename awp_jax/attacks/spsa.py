@@ -89,7 +89,9 @@ def _climb(
   mean = _MEAN_DECAY * state.mean + (1 - _MEAN_DECAY) * gradient
   square = (_SQUARE_DECAY * state.square
             + (1 - _SQUARE_DECAY) * jnp.square(gradient))
-  count = (state.time + 1).reshape((-1,) + (1,) * (x.ndim - 1))
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  mean, square = mean.astype(wide), square.astype(wide)
+  count = (state.time + 1).astype(wide).reshape((-1,) + (1,) * (x.ndim - 1))
   unbiased = mean / (1 - _MEAN_DECAY ** count)
   size = jnp.sqrt(square / (1 - _SQUARE_DECAY ** count)) + _FLOOR
   step = (step_size * unbiased / size).astype(x.dtype)

@@ -69,8 +69,10 @@ def _window(corner: Array, side: Array, x: Array) -> Array:
 def _corner(uniform: Array, side: Array, x: Array) -> Array:
   """Maps uniform numbers [B, 2] to the upper left corner of a window."""
   # Unlike in the reference, windows may include the last row and column.
-  free = jnp.asarray(x.shape[1:3])[None, :] - side[:, None] + 1
-  return jnp.minimum((uniform * free).astype(jnp.int32), free - 1)
+  free = jnp.asarray(x.shape[1:3], side.dtype)[None, :] - side[:, None] + 1
+  free = free.astype(jnp.int32)
+  place = uniform * free.astype(uniform.dtype)
+  return jnp.minimum(place.astype(jnp.int32), free - 1)
 
 
 def _place_pattern(
@@ -110,8 +112,9 @@ def _tiles(keys: Array, x: Array, threat: ThreatModel) -> Array:
   upright = pattern(side, threat.norm)[down % side][:, across % side]
   turned = pattern(side, threat.norm).T[down % side][:, across % side]
   here = draws[:, tile[0], tile[1]]
-  laid = jnp.where(here[..., -1] > 0, upright, turned)[..., None]
-  delta = jnp.where(inside[..., None], laid * here[..., :-1], 0)
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  laid = jnp.where(here[..., -1] > 0, upright, turned)[..., None].astype(wide)
+  delta = jnp.where(inside[..., None], laid * here[..., :-1].astype(wide), 0)
   return _to_ball(delta.astype(x.dtype), x, threat)
 
 

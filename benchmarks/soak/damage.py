@@ -11,7 +11,7 @@ from benchmarks.soak.commands import Counts, difference, end_of
 from benchmarks.soak.reference import Reference
 
 #: Outcomes of damages that keep the promise.
-GOOD = ('same end', 'one error', 'said, other end')
+GOOD = ('same end', 'one error', 'said, other end', 'no run left')
 
 
 def damaged(path: pathlib.Path, chooser: random.Random) -> str:
@@ -40,6 +40,8 @@ def judged(
   if code:
     return 'one error' if re.fullmatch(r'error: [^\n]+\n', err) else (
         'several lines')
+  if not (folder / 'config.json').exists():
+    return 'no run left'  # removed after the last check
   try:
     other = difference(end_of(folder), reference.ends['train'])
   except (OSError, ValueError) as error:

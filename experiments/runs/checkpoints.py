@@ -9,11 +9,13 @@ to go back to if the newest is damaged.
 from collections.abc import Iterator
 import contextlib
 import gc
+import logging
 import secrets
 import time
 from typing import Any
 import warnings
 
+from absl import logging as absl_logging
 from orbax.checkpoint import v1 as ocp
 
 from experiments.parallel import processes
@@ -35,6 +37,17 @@ _GIVEN_UP = 0.2
 _LONGEST = 300
 
 
+class _NoTracebacks(logging.Filter):
+  """Drops orbax's errors: it raises them as well, and our error says why."""
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR or 'orbax' not in record.pathname
+
+
+#: A single object, so that it is added to the logger once.
+_FILTER = _NoTracebacks()
+
+
 class Checkpoints:
   """The newest checkpoints of one kind in a workdir, for its trainer.
 
@@ -52,14 +65,19 @@ class Checkpoints:
         mirrors.Mirror(self.folder, KEPT)
         if mirrors.is_needed(self.folder) else None)
     processes.on_main(lambda: _remove_parts(self.folder))
+    absl_logging.get_absl_logger().addFilter(_FILTER)
     self._failed = False
     self._pending: tuple[int, Any] | None = None
     self._place = self._mirror.local if self._mirror else self.folder
     self._checkpointer = self._open()
 
   def _open(self) -> ocp.training.Checkpointer:
+    context = ocp.Context()
+    # Otherwise orbax waits five minutes for a folder that cannot be created.
+    context.asynchronous.create_directories_asynchronously = False
     return ocp.training.Checkpointer(
-        self._place, cleanup_tmp_directories=True, preservation_policy=(
+        self._place, cleanup_tmp_directories=True, context=context,
+        preservation_policy=(
             ocp.training.preservation_policies.LatestN(n=KEPT)))
 
   def save(self, step: int, tree: Any, notes: dict[str, Any]) -> None:
@@ -111,6 +129,8 @@ class Checkpoints:
         yield
     except (OSError, ValueError) as error:  # raised for a full disk
       self._failed = True
+      # Of what orbax gave up with this checkpoint.
+      warnings.filterwarnings('ignore', 'coroutine .* was never awaited')
       raise reading.CheckpointError(
           f'the checkpoint of step {step} could not be written to '
           f'{self.folder}: {error}. Once this is fixed, the same command '

@@ -173,7 +173,8 @@ class _CosineIncrease:
   num_steps: int
 
   def __call__(self, step: Array) -> Array:
-    rise = (1 - jnp.cos(math.pi * step / self.num_steps)) / 2
+    angle = math.pi * jnp.asarray(step, float) / self.num_steps
+    rise = (1 - jnp.cos(angle)) / 2
     return self.first * (1 + self.factor * rise)
 
 
