@@ -297,7 +297,9 @@ def descend(
       aux = natural[0][1] if not method.is_scheduled else jax.tree.map(
           lambda n, p: jnp.where(active, n, p), natural[0][1], aux)
   if clean is None:
-    clean = jnp.full_like(loss, jnp.nan)
+    # Not known. A NaN would end every step where jax looks for NaNs.
+    clean = jnp.full_like(
+        loss, jnp.inf if jax.config.jax_debug_nans else jnp.nan)
   if method.is_scheduled:
     # A skipped step evaluates L(w) in its only pass.
     clean = jnp.where(active, clean, loss)

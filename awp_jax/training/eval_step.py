@@ -82,7 +82,7 @@ def eval_step(
   found = robustness(key, logits_fn, images, labels, threat, attack)
 
   def total(values: Array) -> Array:
-    return jnp.sum(jnp.where(valid, values.astype(jnp.float32), 0), dtype=jnp.float32)
+    return jnp.sum(jnp.where(valid, values.astype(jnp.float32), 0))
 
   metrics = EvalMetrics(
       examples=total(valid),

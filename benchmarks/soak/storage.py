@@ -41,6 +41,8 @@ def storage(reference: Reference, count: int) -> Counts:
         print(f'{name}: {outcome}: {err[-1000:]!r}', flush=True)
       if kind is _full:
         _mount(folder.parent, 'remount,size=1g')
+      elif kind is _removed:  # what a save under way wrote afterwards
+        shutil.rmtree(folder, ignore_errors=True)
       code, out, err = reference.commands.finish(
           'main.py', *reference.commands.mode('train', folder))
       outcome = damage.judged(reference, code, out, err, folder)
