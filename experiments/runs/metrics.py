@@ -289,8 +289,11 @@ def summarize(
   Returns:
     `best` and `last`, `robust_generalisation_gap` (robust accuracy on training
     images minus that on test images, at the last epoch), speed, data, the
-    precision of the evaluation, devices and versions.
+    precision of the evaluation, devices and versions. If lines were lost,
+    `lost_epochs` lists them, and `seconds` is without them.
   """
+  found = {line['epoch'] for line in lines}
+  lost = [epoch for epoch in range(1, max(found)) if epoch not in found]
   training = sum(line['seconds_training'] for line in lines)
   evaluating = sum(line['seconds_evaluating'] for line in lines)
   images = sum(line['images'] for line in lines)
@@ -298,6 +301,7 @@ def summarize(
       **accuracies(lines, select_on),
       'images_per_second': images / training if training else 0.0,
       'seconds': training + evaluating,
+      **({'lost_epochs': lost} if lost else {}),
       'dataset': dataset,
       'judged_by': evaluated(lines)[-1].get('judged_by', {}),
       'devices': environment.devices(),

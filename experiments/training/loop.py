@@ -8,7 +8,7 @@ import jax
 
 from experiments.config import optimizers, schema
 from experiments.parallel import placement, processes
-from experiments.runs import metrics, precision, workdirs
+from experiments.runs import metrics, precision, reading, workdirs
 from experiments.runs import run as run_lib
 from experiments.training import epochs, progress
 from experiments.training import step as step_lib
@@ -76,6 +76,12 @@ class Loop:
         self.step, self.log.lines, bool(notes.get('suspicious')), self.sums)
     if self.step % self.run.steps_per_epoch == 0 and not self.is_pending:
       self._reset_sums()
+    elif not float(self.sums.images):
+      # Saved after the line of an early stop was written, and that line is gone.
+      raise reading.CheckpointError(
+          f'the last line of {self.run.workdir / "metrics.jsonl"} was lost, and '
+          'the run has ended: it cannot be made again. The checkpoints can '
+          'still be evaluated.')
     self._replace_lost_best()
 
   def _replace_lost_best(self) -> None:

@@ -54,6 +54,9 @@ def test_summary_values():
   assert summary['versions'].keys() == {
       'python', 'awp_jax', *environment.PACKAGES}
   json.dumps(summary, allow_nan=False)
+  assert 'lost_epochs' not in summary
+  assert metrics.summarize(
+      [*LINES[1:3], *LINES[5:]], 'test', {})['lost_epochs'] == [1, 4, 5]
 
 
 def test_summary_by_validation_reports_test_accuracy():

@@ -13,7 +13,7 @@ from experiments.parallel import placement
 from experiments.reports import curves
 from experiments.runs import checkpoints, metrics, reading
 from experiments.runs import run as run_lib
-from experiments.training import loop, signals, training_data
+from experiments.training import loop, saving, signals, training_data
 from experiments.training import step as step_lib
 from tests.experiments.modes import train_test
 
@@ -209,6 +209,25 @@ def test_a_signal_in_the_last_step_leaves_the_evaluation_for_later(
   assert not (tmp_path / 'summary.json').exists()
   train.train(run)
   assert_same(run, whole)
+
+
+def test_a_lost_line_without_its_sums_is_one_error(
+    images, whole, tmp_path, monkeypatch):
+  """Its means would be those of no images."""
+  folder = tmp_path / 'run'
+  shutil.copytree(whole.workdir, folder)
+  path = folder / 'metrics.jsonl'
+  path.write_text(''.join(path.read_text().splitlines(keepends=True)[:-1]))
+  usual = saving.Saving.restore
+
+  def restore(self):
+    state, sums, notes = usual(self)
+    self.best_line = {}  # it would replace the lost one
+    return state, jax.tree.map(lambda total: 0 * total, sums), notes
+
+  monkeypatch.setattr(saving.Saving, 'restore', restore)
+  with pytest.raises(reading.CheckpointError, match='cannot be made again'):
+    train.train(run_lib.prepare(config_of(images), folder))
 
 
 @pytest.mark.parametrize('step', [1, 2, 4])
