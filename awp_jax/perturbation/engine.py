@@ -298,8 +298,8 @@ def descend(
           lambda n, p: jnp.where(active, n, p), natural[0][1], aux)
   if clean is None:
     # Not known. A NaN would end every step where jax looks for NaNs.
-    clean = jnp.full_like(
-        loss, jnp.inf if jax.config.jax_debug_nans else jnp.nan)
+    is_debugging = getattr(jax.config, 'jax_debug_nans', False)
+    clean = jnp.full_like(loss, jnp.inf if is_debugging else jnp.nan)
   if method.is_scheduled:
     # A skipped step evaluates L(w) in its only pass.
     clean = jnp.where(active, clean, loss)

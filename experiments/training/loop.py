@@ -77,11 +77,11 @@ class Loop:
     if self.step % self.run.steps_per_epoch == 0 and not self.is_pending:
       self._reset_sums()
     elif not float(self.sums.images):
-      # Saved after the line of an early stop was written, and that line is gone.
+      # An early stop was saved after its line was written, which is gone.
+      path = self.run.workdir / 'metrics.jsonl'
       raise reading.CheckpointError(
-          f'the last line of {self.run.workdir / "metrics.jsonl"} was lost, and '
-          'the run has ended: it cannot be made again. The checkpoints can '
-          'still be evaluated.')
+          f'the last line of {path} was lost, and the run has ended: it cannot '
+          'be made again. The checkpoints can still be evaluated.')
     self._replace_lost_best()
 
   def _replace_lost_best(self) -> None:
