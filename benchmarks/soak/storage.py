@@ -96,7 +96,7 @@ def _read_only(
 
 def _set_immutable(folder: pathlib.Path, change: str) -> None:
   """Adds or removes the attribute of all folders; they may be vanishing."""
-  paths = [str(path) for path in (folder, *folder.rglob('*')) if path.is_dir()]
+  paths = [place for place, _, _ in os.walk(folder)]
   subprocess.run(['chattr', change, *paths], check=False, capture_output=True)
 
 
