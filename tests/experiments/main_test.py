@@ -16,6 +16,7 @@ import pytest
 
 from experiments.runs import metrics
 from tests.experiments.modes import train_test
+from tests.helpers import command_server
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MAIN = ROOT / 'experiments/main.py'
@@ -65,60 +66,13 @@ def command(tmp_path_factory):
   return Command(tmp_path_factory.mktemp('main'))
 
 
-#: Imports everything once and runs `main.py` in a fork for each list of
-#: arguments that it reads.
-SERVER = f'''
-import json, os, runpy, sys, traceback
-sys.path.insert(0, {str(ROOT)!r})
-from experiments.modes import evaluate, landscape, train
-for line in sys.stdin:
-  arguments, *files = json.loads(line)
-  child = os.fork()
-  if not child:
-    for number, path in enumerate(files, 1):
-      os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [{str(MAIN)!r}, *arguments]
-    code = 0
-    try:
-      runpy.run_path(sys.argv[0], run_name='__main__')
-    except SystemExit as leave:
-      code = leave.code or 0
-    except BaseException:
-      traceback.print_exc()
-      code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-  print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-'''
-
-
-class Forked(Command):
-  """Runs `main.py` without the time of its imports."""
-
-  def __init__(self, folder):
-    super().__init__(folder)
-    self.server = subprocess.Popen(
-        [sys.executable, '-c', SERVER], cwd=folder, text=True,
-        env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL)
-
-  def finish(self, *arguments):
-    out, err = (self.folder / name for name in ('out.txt', 'err.txt'))
-    self.server.stdin.write(json.dumps([arguments, str(out), str(err)]) + '\n')
-    self.server.stdin.flush()
-    code = int(self.server.stdout.readline())
-    return code, out.read_text(), err.read_text()
-
-  def close(self):
-    self.server.communicate()
-
-
 @pytest.fixture(scope='module')
 def forked(tmp_path_factory):
-  command = Forked(tmp_path_factory.mktemp('forked'))
-  yield command
-  command.close()
+  """Starts `main.py` without the time of its imports."""
+  command = Command(tmp_path_factory.mktemp('forked'))
+  server = command_server.Server(command.folder, command.environment)
+  yield server
+  server.close()
 
 
 @pytest.fixture(scope='module')

@@ -1,11 +1,8 @@
 """Command lines of main.py: one line of error, or a run that is ready."""
 
-import json
 import os
-import pathlib
 import re
-import subprocess
-import sys
+import shutil
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,9 +11,9 @@ import pytest
 from experiments.config import schema
 from experiments.configs import base
 from experiments.main import CONFIGS
+from tests.helpers import command_server
 from tests.helpers.fuzzing import fuzzed
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEFAULTS = schema.flatten(base.get_config())
 
 NUMBERS = st.one_of(
@@ -81,39 +78,31 @@ def arguments(draw):
 
 
 @pytest.fixture(scope='module')
-def server():
-  with subprocess.Popen(
-      [sys.executable, '-m', 'tests.helpers.command_server'], cwd=ROOT,
-      env=os.environ | {'XLA_FLAGS': ''},  # one device
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-    def ask(argv):
-      process.stdin.write(json.dumps(argv) + '\n')
-      process.stdin.flush()
-      return json.loads(process.stdout.readline())
-
-    yield ask
-    process.stdin.close()
+def server(tmp_path_factory):
+  found = command_server.Server(
+      tmp_path_factory.mktemp('commands'),
+      os.environ | {'XLA_FLAGS': ''})  # one device
+  yield found
+  found.close()
 
 
-def check(answer, logs=False):
+def check(code, out, err, logs=False):
   """One line of error, after a traceback or logs if asked for, or an end."""
-  if answer['code'] == 0:
-    assert logs or not answer['err']
-    assert answer['out'] == 'ready True\n' or (
-        '--config.awp.gamma=' in answer['out'])  # --help
+  if code == 0:
+    assert logs or not err
+    assert out == 'ready\n' or '--config.awp.gamma=' in out  # --help
   else:
-    assert answer['code'] == 2
+    assert code == 2
     line = r'error: [^\n]{8,}\n'
-    assert (re.search(f'{line}$', answer['err']) if logs
-            else re.fullmatch(line, answer['err']))
+    assert (re.search(f'{line}$', err) if logs else re.fullmatch(line, err))
 
 
 def test_the_server_is_the_command(server):
-  assert server(['--config.awp.gamma=0.5'])['out'] == 'ready True\n'
-  answer = server(['--config.awp.gamma=-1'])
-  assert answer['code'] == 2 and 'gamma must be' in answer['err']
-  check(answer)
+  _, out, _ = server.finish('--config.awp.gamma=0.5', trains=False)
+  assert out == 'ready\n'
+  code, out, err = server.finish('--config.awp.gamma=-1', trains=False)
+  assert code == 2 and 'gamma must be' in err
+  check(code, out, err)
 
 
 def test_command_lines(server):
@@ -123,7 +112,8 @@ def test_command_lines(server):
   def run(argv):
     argv = [argument for argument in argv
             if not re.match('--?[a-z]*flagfile', argument)]  # absl reads it
-    check(server(argv), logs=any(
+    shutil.rmtree(server.folder / 'runs', ignore_errors=True)
+    check(*server.finish(*argv, trains=False), logs=any(
         re.match('--?(debug|v|verbosity|alsologtostderr)', argument)
         for argument in argv))
 
