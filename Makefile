@@ -11,7 +11,7 @@ VENV ?= .venv
 MARKERS ?= not slow
 BIN := $(VENV)/bin
 
-.PHONY: demo test fuzz soak lint docs dist clean
+.PHONY: demo test fuzz soak lint docs dist release clean
 
 # Trains AT and AT-AWP on the embedded digits, measures the loss around their
 # weights and writes a page that compares them.
@@ -52,6 +52,15 @@ dist: $(VENV)/.installed-dev
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/twine check --strict dist/*
+
+# Installs both distributions into environments of their own and uses them there.
+release: dist
+	for file in dist/*.whl dist/*.tar.gz; do \
+	  rm -rf build/clean && $(PYTHON) -m venv build/clean && \
+	  build/clean/bin/pip install --quiet "$$file" && \
+	  (cd build/clean && bin/python -W error::DeprecationWarning:awp_jax \
+	    "$(CURDIR)/benchmarks/installed.py") || exit 1; \
+	done
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@test -n '$(PYTHON)' || { echo 'No Python 3.11 or later that can make' \

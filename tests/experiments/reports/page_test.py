@@ -7,6 +7,7 @@ import re
 import shutil
 
 import jax
+import ml_collections
 import numpy as np
 from PIL import Image
 import pytest
@@ -265,6 +266,37 @@ def test_browser_shows_everything(reported, name, width, dark, tmp_path):
   ink, page = (
       int(re.match(r'rgb\((\d+)', seen[k])[1]) for k in ('ink', 'page'))
   assert (ink > 200 and page < 40) if dark else (ink < 60 and page > 240)
+
+
+HOSTILE = '<script>alert(1)</script>"onload="x'
+
+
+def hostile(value):
+  """The same structure with every text made hostile."""
+  if isinstance(value, dict):
+    return {name: hostile(part) for name, part in value.items()}
+  if isinstance(value, list):
+    return [hostile(part) for part in value]
+  return HOSTILE if isinstance(value, str) else value
+
+
+def test_texts_of_files_are_escaped(reported):
+  """Names, devices and warnings may come from anywhere."""
+  run, _, _ = reported
+  folder = run.workdir.parent / HOSTILE.replace('/', '|')
+  shutil.copytree(run.workdir, folder)
+  values = hostile(EVALUATION)
+  for evaluations in values['subjects']['last']['evaluations'].values():
+    for judged in evaluations['judged_by']:
+      judged['precision'] = judged['matmul_precision'] = 'float32'
+  atomic.write_json(folder / 'evaluation.json', values)
+  config = ml_collections.ConfigDict(run.config)
+  with config.unlocked():
+    config.user.note = HOSTILE
+  page_lib.write(run._replace(workdir=folder, config=config))
+  text = (folder / 'report.html').read_text()
+  assert text.count('&lt;script&gt;alert') >= 4
+  assert '<script>alert' not in text and '"onload=' not in text
 
 
 def test_browser_check_rejects_bad_pages(tmp_path):
