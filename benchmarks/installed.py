@@ -1,4 +1,4 @@
-"""Uses an installed awp_jax, from outside of a clone; `make release` runs it."""
+"""Uses an installed awp_jax outside of a clone; `make release` runs it."""
 
 from importlib import metadata
 import pathlib
