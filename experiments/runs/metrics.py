@@ -1,6 +1,7 @@
 """The metrics of a run: lines by epoch and by step, the summary."""
 
 from collections.abc import Iterable, Mapping, Sequence
+import contextlib
 import json
 import math
 from typing import Any
@@ -127,9 +128,10 @@ class MetricsLog:
     return True
 
   def close(self) -> None:
-    """Closes the writers."""
-    for writer in self._writers:
-      writer.close()
+    """Closes the writers, all of them if one fails."""
+    with contextlib.ExitStack() as stack:
+      for writer in self._writers:
+        stack.callback(writer.close)
 
 
 def _checksum(line: Mapping[str, Any]) -> int:

@@ -10,7 +10,9 @@ import json
 import numbers
 import os
 import pathlib
+import secrets
 import tempfile
+import time
 from typing import Any, Protocol
 
 from experiments.util import atomic, named, paths
@@ -83,23 +85,39 @@ class TensorBoard:
 
 
 class _Events:
-  """One event file; that of a bucket is written locally and copied."""
+  """One event file; that of a bucket is written locally and copied.
+
+  tensorboardX's `SummaryWriter` writes in a thread. On a full disk the thread
+  ends, and the caller then waits for it without end.
+  """
 
   def __init__(self, folder: paths.Path, purge_step: int) -> None:
-    import tensorboardX  # which imports PyTorch, if that is installed
-
+    # It imports PyTorch, if that is installed.
+    event_file: Any = importlib.import_module('tensorboardX.event_file_writer')
+    proto: Any = importlib.import_module('tensorboardX.proto.event_pb2')
+    self._scalar = importlib.import_module('tensorboardX.summary').scalar
+    self._event = proto.Event
     self._folder = folder
     self._local = (
         tempfile.TemporaryDirectory() if paths.is_bucket(folder) else None)
-    self._writer = tensorboardX.SummaryWriter(
-        str(self._local.name if self._local else folder), purge_step=purge_step)
+    place = pathlib.Path(self._local.name if self._local else str(folder))
+    place.mkdir(parents=True, exist_ok=True)
+    # Its name has the second only, and a run may start twice in one.
+    self._file = event_file.EventsWriter(
+        str(place / 'events'), f'.{secrets.token_hex(4)}')
+    self._file.write_event(self._event(
+        step=purge_step, file_version='brain.Event:2'))
+    self._file.write_event(self._event(
+        step=purge_step,
+        session_log=proto.SessionLog(status=proto.SessionLog.START)))
 
   def add(self, values: Mapping[str, float], step: int) -> None:
     for name, value in values.items():
-      self._writer.add_scalar(name, value, step)
+      self._file.write_event(self._event(
+          wall_time=time.time(), step=step, summary=self._scalar(name, value)))
 
   def flush(self) -> None:
-    self._writer.flush()
+    self._file.flush()
     self._copy()
 
   def _copy(self) -> None:
@@ -109,7 +127,7 @@ class _Events:
           copy.write(file.read_bytes())
 
   def close(self) -> None:
-    self._writer.close()
+    self._file.close()
     self._copy()
     if self._local:
       self._local.cleanup()

@@ -1,6 +1,7 @@
 """The state of a training run on the host, between its compiled steps."""
 
 from collections.abc import Callable
+import contextlib
 import time
 from typing import Any
 
@@ -242,8 +243,7 @@ class Loop:
     return line
 
   def close(self) -> None:
-    """Closes the terminal, the data and the files."""
-    self.progress.close()
-    self._steps.close()
-    self.log.close()
-    self._saving.close()
+    """Closes the terminal, the data and the files, all if one fails."""
+    with contextlib.ExitStack() as stack:
+      for part in (self._saving, self.log, self._steps, self.progress):
+        stack.callback(part.close)

@@ -9,6 +9,7 @@ import sys
 from typing import ClassVar
 
 import pytest
+from tensorboardX import record_writer
 
 from experiments.runs import metrics, writers
 from experiments.util.errors import UserError
@@ -78,6 +79,32 @@ def test_numbers_of_a_line():
   assert writers.scalars(
       {'epoch': 1, 'step': 2, 'a': 1, 'b': 0.5, 'c': 'x', 'd': None}) == {
           'a': 1.0, 'b': 0.5}
+
+
+def test_two_starts_within_a_second_keep_all_events(tmp_path):
+  log_of(tmp_path, ('tensorboard',)).close()
+  write(log_of(tmp_path, ('tensorboard',)))
+  assert len(list((tmp_path / 'tensorboard').glob('*tfevents*'))) == 2
+
+
+def test_a_full_disk_is_an_error_and_hangs_nothing(tmp_path, monkeypatch):
+  """Hundreds of values, where a queue of ten would fill up."""
+  log = log_of(tmp_path, ('tensorboard', f'{PARTS}:Kept'))
+  kept = log._writers[1]
+
+  def full(*_):
+    raise OSError(28, 'No space left on device')
+
+  monkeypatch.setattr(record_writer.RecordWriter, 'write', full)
+  for _ in range(20):
+    with pytest.raises(OSError, match='No space left'):
+      log.append(EPOCHS[0] | {f'value{i}': 1.0 for i in range(20)})
+  closed = []
+  monkeypatch.setattr(record_writer.RecordWriter, 'flush', full)
+  monkeypatch.setattr(kept, 'close', lambda: closed.append(kept))
+  with pytest.raises(OSError, match='No space left'):
+    log.close()
+  assert closed == [kept]
 
 
 def test_tensorboard_has_both_axes(tmp_path):
