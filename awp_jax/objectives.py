@@ -73,7 +73,8 @@ def is_correct(logits: Array, labels: Array) -> Array:
     Bools [B].
   """
   is_finite = jnp.all(jnp.isfinite(logits), axis=-1)
-  return is_finite & (jnp.argmax(logits, axis=-1) == hard_labels(labels))
+  predicted = jnp.argmax(logits, axis=-1)
+  return is_finite & (predicted == hard_labels(labels).astype(predicted.dtype))
 
 
 def cross_entropy(

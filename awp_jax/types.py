@@ -120,8 +120,8 @@ class PerturbedOutput(NamedTuple):
     perturbation: v, a pytree like `params`, zero on unperturbed leaves; None if
       not requested.
     unperturbed_loss: scalar, L(w) on the batch of the pass at w + v, if the
-      method evaluated it on all examples; else NaN (infinity where
-      `jax_debug_nans` is on). It costs no extra pass.
+      method evaluated it on all examples; else infinity. It costs no extra
+      pass.
   """
 
   params: Params

@@ -2,6 +2,10 @@
 
 from importlib import metadata
 import pathlib
+import warnings
+
+warnings.filterwarnings(
+    'error', category=DeprecationWarning, module=r'awp_jax(\.|$)')
 
 import jax
 import jax.numpy as jnp

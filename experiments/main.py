@@ -173,7 +173,7 @@ def _check_names(argv: list[str], error: Exception) -> None:
   known = schema.flatten(base.get_config())
   for argument in argv[1:]:
     flag, _, name = argument.partition('=')[0].lstrip('-').partition('.')
-    if schema.is_free(name) and isinstance(
+    if flag == 'config' and schema.is_free(name) and isinstance(
         error, AttributeError | LookupError) and any(
             repr(part) in str(error) for part in name.split('.')):
       _fail(
@@ -242,6 +242,8 @@ def _setting() -> 'tuple[ml_collections.ConfigDict, paths.Path]':
   workdir = paths.parse(_WORKDIR.value or f'runs/{_run_name()}')
   if _COMPARE_TO.value and _MODE.value != 'landscape':
     raise UserError('--compare_to requires --mode=landscape.')
+  if _TRUST_RUN.value and _MODE.value not in ('evaluate', 'landscape'):
+    raise UserError('--trust_run requires --mode=evaluate or landscape.')
   if _MODE.value in ('evaluate', 'landscape') and not _TARGET.value:
     config = _of_run(config, workdir)
   return config, workdir

@@ -23,11 +23,14 @@ def _is_finite(value: Any) -> bool:
 
 
 def _in_float32(name: str, value: Any) -> None:
-  """Raises ValueError if a finite number is 0 or infinite in float32."""
+  """Raises ValueError for a number that devices replace by 0 or infinity."""
+  if getattr(jax.config, 'jax_enable_x64', False):
+    return
   smallest, largest = jnp.finfo(jnp.float32).tiny, jnp.finfo(jnp.float32).max
   if value > float(largest) or 0 < value < float(smallest):
-    what = 'infinite' if value > 1 else '0'
-    raise ValueError(f'{name} is {what} in float32, got {value!r}.')
+    raise ValueError(
+        f'{name} must be 0 or in the range of float32, from {smallest:.2g} to '
+        f'{largest:.2g}, got {value!r}.')
 
 
 def positive(name: str, value: Any) -> None:

@@ -75,8 +75,8 @@ class Model(NamedTuple):
 def misclassified(logits: Array, labels: Array) -> Array:
   """Whether the top class is wrong or a logit is not finite, [B]."""
   finite = jnp.all(jnp.isfinite(logits), axis=-1)
-  return ~finite | (
-      jnp.argmax(logits, axis=-1).astype(labels.dtype) != labels)
+  predicted = jnp.argmax(logits, axis=-1)
+  return ~finite | (predicted != labels.astype(predicted.dtype))
 
 
 def margins(logits: Array, labels: Array) -> Array:

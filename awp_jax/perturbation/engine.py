@@ -297,9 +297,8 @@ def descend(
       aux = natural[0][1] if not method.is_scheduled else jax.tree.map(
           lambda n, p: jnp.where(active, n, p), natural[0][1], aux)
   if clean is None:
-    # Not known. A NaN would end every step where jax looks for NaNs.
-    is_debugging = getattr(jax.config, 'jax_debug_nans', False)
-    clean = jnp.full_like(loss, jnp.inf if is_debugging else jnp.nan)
+    # Not known. A NaN would end every step under `jax_debug_nans`.
+    clean = jnp.full_like(loss, jnp.inf)
   if method.is_scheduled:
     # A skipped step evaluates L(w) in its only pass.
     clean = jnp.where(active, clean, loss)

@@ -78,7 +78,10 @@ def update_average(
     if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
       return new
     # In this form a = w is an exact fixed point.
-    return (old + (1 - decay) * (new - old)).astype(old.dtype)
+    wide = jnp.promote_types(old.dtype, jnp.float32)
+    start, end = jnp.asarray(old, wide), jnp.asarray(new, wide)
+    share = jnp.asarray(1 - decay, wide)
+    return (start + share * (end - start)).astype(old.dtype)
 
   return Average(
       jax.tree.map(mix, average.params, params),

@@ -69,8 +69,7 @@ class TrainMetrics(NamedTuple):
     perturbation_ratio: |v|_2 / |w|_2 over the perturbed leaves; 0 in steps
       without weight perturbation.
     unperturbed_loss: the train loss at w, with the x' of the first round, if
-      the step evaluated it on the whole batch; else NaN (infinity where
-      `jax_debug_nans` is on).
+      the step evaluated it on the whole batch; else infinity.
   """
 
   loss: Array

@@ -110,12 +110,10 @@ def end_of(folder: pathlib.Path) -> dict[str, Any]:
   return found
 
 
-def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-  """The first part in which two ends differ, or ''."""
-  for name in sorted(found.keys() | wanted.keys()):
-    if found.get(name) != wanted.get(name):
-      return name
-  return ''
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+  """The parts in which two ends differ."""
+  return [name for name in sorted(found.keys() | wanted.keys())
+          if found.get(name) != wanted.get(name)]
 
 
 def until_it_ends(

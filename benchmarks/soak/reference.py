@@ -112,7 +112,7 @@ class Reference:
       try:
         commands_lib.until_it_ends(
             self.commands, task.script, task.arguments, interrupt)
-        other = commands_lib.difference(task.end(), task.wanted)
+        other = ', '.join(commands_lib.differences(task.end(), task.wanted))
       except Outcome as error:
         other = str(error)
       counts['ends'] += 1

@@ -28,7 +28,9 @@ def storage(reference: Reference, count: int) -> Counts:
   """
   kinds = [_removed]
   if os.geteuid() == 0:
-    kinds += [_full, _read_only]
+    kinds.append(_full)
+  if _can_be_immutable(reference.commands.folder):
+    kinds.append(_read_only)
   counts: Counts = collections.Counter()
   for number in range(count):
     kind = kinds[number % len(kinds)]
@@ -36,8 +38,11 @@ def storage(reference: Reference, count: int) -> Counts:
     with _place(reference, is_small=kind is _full) as folder:
       code, out, err = kind(reference, folder)
       outcome = damage.judged(reference, code, out, err, folder)
+      if kind is _removed and not code and not (
+          folder / 'config.json').exists():
+        outcome = 'no run left'  # removed after the last check
       counts[f'{name}: {outcome}'] += 1
-      if outcome not in damage.GOOD:
+      if outcome not in (*damage.GOOD, 'no run left'):
         print(f'{name}: {outcome}: {err[-1000:]!r}', flush=True)
       if kind is _full:
         _mount(folder.parent, 'remount,size=1g')
@@ -92,6 +97,21 @@ def _read_only(
   out, err = process.communicate(timeout=600)
   _set_immutable(folder.parent, '-i')
   return process.returncode, out, err
+
+
+def _can_be_immutable(folder: pathlib.Path) -> bool:
+  """Whether this user and file system have immutable folders."""
+  probe = folder / 'probe'
+  probe.mkdir()
+  _set_immutable(probe, '+i')
+  try:
+    (probe / 'file').touch()
+    return False
+  except OSError:
+    return True
+  finally:
+    _set_immutable(probe, '-i')
+    shutil.rmtree(probe)
 
 
 def _set_immutable(folder: pathlib.Path, change: str) -> None:

@@ -230,11 +230,17 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
       'log_every_steps', 'guard.stretch_steps'):
     checks.count(name, fields[name])
   for name in (
-      'seed', 'data_seed', 'num_train', 'num_test', 'num_validation',
+      'num_train', 'num_test', 'num_validation',
       'image_size', 'augmentation.pad', 'augmentation.cutout',
       'awp.warmup_epochs', 'awp.warmup_steps', 'checkpoint_every_steps',
       'early_stopping_epochs', 'guard.grace_steps', 'guard.most_shrinks'):
     checks.count(name, fields[name], minimum=0)
+  if not 0 <= config.seed < 2**32:  # a key has 32 bits of a seed
+    raise UserError(
+        f'seed must be a whole number in [0, 2^32), got {config.seed!r}.')
+  if config.data_seed < 0:
+    raise UserError(
+        f'data_seed must be a whole number >= 0, got {config.data_seed!r}.')
   for name in ('extra.fraction', 'ema_decay', 'label_smoothing'):
     if not 0 <= fields[name] < 1:
       raise UserError(

@@ -13,10 +13,11 @@ from experiments.util.errors import UserError
 #: Groups whose fields a config file may choose freely.
 USER_GROUPS = ('user.', 'model.kwargs.')
 
-#: Fields that may name parts of other packages, whose code is then run.
+#: Fields that may name parts of other packages, whose code is run where a run
+#: is read. `loggers` are for training alone.
 PART_FIELDS = (
     'dataset', 'augmentation.function', 'model.name', 'objective',
-    'attack.name', 'weight_perturbation', 'optimizer.name', 'loggers',
+    'attack.name', 'weight_perturbation', 'optimizer.name',
     'evaluation.attacks', 'evaluation.curve_attacks')
 
 _PLAIN = (bool, int, float, str, type(None))

@@ -5,7 +5,6 @@ Every evaluation in the config's list starts from all test images; see
 last finished group of examples and gets the same result.
 """
 
-import json
 import math
 import pathlib
 from typing import Any
@@ -43,6 +42,7 @@ def check(config: ml_collections.ConfigDict, workdir: paths.Path) -> None:
     raise ValueError(
         f'{str(workdir)!r} holds no checkpoints: train there first, or pass a '
         'PyTorch file with --config.evaluation.torch_checkpoint.')
+  atomic.read_json(workdir / 'evaluation.json')  # before the attacks
 
 
 def _check_curve(settings: Any, workdir: paths.Path) -> None:
@@ -122,10 +122,8 @@ def _keep_others(values: dict[str, Any], path: paths.Path) -> None:
                if name != 'source'}
     return {**values, 'dataset': dataset, 'subjects': None}
 
-  if not path.exists():
-    return
-  before = json.loads(path.read_text())
-  if facts(before) != facts(values):
+  before = atomic.read_json(path)
+  if not before or facts(before) != facts(values):
     return
   for name, entry in values['subjects'].items():
     old = before['subjects'].get(name, {})

@@ -87,6 +87,10 @@ def train(run: run_lib.Run) -> dict[str, Any] | None:
   with _locked(run), signals.StopRequest() as stop:
     loop = Loop(run, lambda: stop.name is not None)
     try:
+      if not loop.is_finished or loop.is_pending:
+        # Of a run that had ended before some of it was lost.
+        processes.on_main(
+            lambda: (run.workdir / 'summary.json').unlink(missing_ok=True))
       if loop.step:
         loop.progress.say(f'resuming from step {loop.step} of {loop.total}')
       for notice in filter(None, (few_images(run), streamed(run))):

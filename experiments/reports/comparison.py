@@ -8,7 +8,7 @@ from typing import Any
 from experiments.reports import flatness, panels, tables
 from experiments.reports import page as page_lib
 from experiments.runs import metrics, workdirs
-from experiments.util import paths
+from experiments.util import atomic, paths
 
 #: Heading -> path of the value in summary.json. Values are fractions, shown in
 #: percent.
@@ -32,14 +32,19 @@ def read_run(workdir: paths.Path) -> dict[str, Any]:
     raise ValueError(
         f'{str(workdir)!r} has no summary.json: it is not the folder of a '
         'finished run.')
+  summary, lines = atomic.read_json(path), metrics.read_metrics(workdir)
+  if changed := metrics.changed_epochs(lines, summary):
+    raise ValueError(
+        f'{workdir / "metrics.jsonl"} was damaged, in the lines of epochs '
+        f'{", ".join(map(str, changed))}: run main.py there again.')
   return {
       'name': workdir.name,
-      'summary': json.loads(path.read_text()),
+      'summary': summary,
       'config': workdirs.with_defaults(
           json.loads((workdir / 'config.json').read_text())),
-      'evaluation': page_lib.read_json(workdir / 'evaluation.json'),
-      'landscape': page_lib.read_json(workdir / 'landscape.json'),
-      'lines': metrics.read_metrics(workdir)}
+      'evaluation': atomic.read_json(workdir / 'evaluation.json'),
+      'landscape': atomic.read_json(workdir / 'landscape.json'),
+      'lines': lines}
 
 
 def group_by_config(

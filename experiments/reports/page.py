@@ -6,7 +6,6 @@ probes the best checkpoint for a gallery of adversarial images and for the
 weight perturbation by layer. The probe is saved, so the next report is fast.
 """
 
-import json
 import pathlib
 import shlex
 import sys
@@ -22,11 +21,6 @@ from experiments.runs import run as run_lib
 from experiments.util import atomic, paths
 
 TEMPLATES = pathlib.Path(__file__).resolve().parent / 'templates'
-
-
-def read_json(path: paths.Path) -> dict[str, Any]:
-  """The values of a JSON file; {} if it does not exist."""
-  return json.loads(path.read_text()) if path.exists() else {}
 
 
 def render(template: str, context: dict[str, Any]) -> str:
@@ -77,7 +71,7 @@ def _context(run: run_lib.Run, mode: str) -> dict[str, Any]:
   folder, name = run.workdir / 'figures', run.workdir.name
   lines = metrics.read_metrics(run.workdir)
   summary, evaluation, landscape = (
-      read_json(run.workdir / f'{part}.json')
+      atomic.read_json(run.workdir / f'{part}.json')
       for part in ('summary', 'evaluation', 'landscape'))
   has_best = reading.Reader(run.workdir, 'best').step() is not None
   probed = probe.measure(run) if has_best else None
@@ -170,7 +164,7 @@ def _cards_note(probed: probe.Probe | None, magnification: float) -> str:
 def _commands(workdir: paths.Path, mode: str) -> list[str]:
   """The latest command of each mode, including that of this process."""
   path = workdir / 'figures' / 'commands.json'
-  commands = read_json(path)
+  commands = atomic.read_json(path)
   if mode and pathlib.Path(sys.argv[0]).name == 'main.py':
     commands[mode] = 'python ' + shlex.join(sys.argv)
     atomic.write_json(path, commands)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import contextlib
 import gc
 import logging
+import pathlib
 import secrets
 import time
 from typing import Any
@@ -37,11 +38,15 @@ _GIVEN_UP = 0.2
 _LONGEST = 300
 
 
+_ORBAX = str(pathlib.Path(ocp.__file__).parents[1])
+
+
 class _NoTracebacks(logging.Filter):
   """Drops orbax's errors: it raises them as well, and our error says why."""
 
   def filter(self, record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or 'orbax' not in record.pathname
+    return record.levelno < logging.ERROR or not (
+        record.pathname.startswith(_ORBAX))
 
 
 #: A single object, so that it is added to the logger once.
@@ -54,8 +59,8 @@ class Checkpoints:
   Opening them removes the incomplete checkpoints of a killed trainer. Of the
   complete ones the newest two are kept: a process killed at any moment leaves a
   valid one, and if the newest turns out to be damaged there is another. A
-  damaged checkpoint is set aside: moved to `checkpoints/set_aside/`, or
-  removed from a bucket, where folders cannot be moved.
+  damaged checkpoint is set aside: moved to `checkpoints/set_aside/`. In a
+  bucket, where folders cannot be moved, it is an error that names it.
   """
 
   def __init__(self, workdir: paths.Path, kind: str) -> None:
@@ -155,15 +160,16 @@ class Checkpoints:
       The pytree as NumPy arrays, and the notes.
 
     Raises:
-      CheckpointError: if there is none, it cannot be read for another reason
-        than damage, or its arrays are of another model.
+      NoCheckpoint: if there is none, or none is left.
+      CheckpointError: if it cannot be read for another reason than damage, or
+        its arrays are of another model.
     """
     self.finish()
     while (step := self._latest()) is not None:
       stored = self._try(step)
       if stored is not None:
         return reading.as_tree(like, stored.tree, self.folder), stored.notes
-    raise reading.CheckpointError(f'there is no checkpoint in {self.folder}.')
+    raise reading.NoCheckpoint(f'there is no checkpoint in {self.folder}.')
 
   def drop_unusable(self, newest: int) -> reading.Stored | None:
     """Sets aside what is damaged or newer than the state training starts from.
@@ -224,16 +230,23 @@ class Checkpoints:
     return None
 
   def _set_aside(self, step: int, reason: str) -> None:
-    """Moves a checkpoint to `checkpoints/set_aside`, and says so."""
+    """Moves a checkpoint to `checkpoints/set_aside`, and says so.
+
+    Raises:
+      CheckpointError: in a bucket, where nothing can be moved.
+    """
+    reason = reason[:_LONGEST]
+    if paths.is_bucket(self.folder):
+      raise reading.CheckpointError(
+          f'the checkpoint of step {step} in {self.folder} cannot be used: '
+          f'{reason}. Remove {self.folder / str(step)} to go on without it.')
     self._checkpointer.close()
     place = processes.from_main(lambda: _move_away(self.folder, step))
-    if self._mirror:
-      paths.remove_tree(self._mirror.local / str(step))
     self._checkpointer = self._open()
     if processes.is_main():
       print(
           f'the checkpoint of step {step} in {self.folder} is not used: '
-          f'{reason[:_LONGEST]}. It {place}.', flush=True)
+          f'{reason}. It was moved to {place}.', flush=True)
 
   def close(self) -> None:
     """Finishes, and closes the checkpointer.
@@ -251,23 +264,25 @@ class Checkpoints:
 
 
 def _is_damage(error: Exception) -> bool:
-  """Whether a failed read shows damage, not a disk or network that failed."""
-  if isinstance(error, MemoryError | reading.CheckpointError):
+  """Whether a failed read shows damage.
+
+  The alternatives are a disk or network that failed, and a fault in this
+  program or in orbax. These are the errors that every file of a checkpoint
+  gave when it was cut off, emptied, removed or changed.
+  """
+  if isinstance(error, reading.CheckpointError):
     return False
-  if isinstance(error, OSError):
-    return isinstance(error, FileNotFoundError | NotADirectoryError)
-  return not any(code in str(error) for code in _PASSING)
+  if isinstance(error, ValueError):  # of tensorstore, JSON and the seal
+    return not any(code in str(error) for code in _PASSING)
+  return isinstance(
+      error, KeyError | NotImplementedError | FileNotFoundError
+      | NotADirectoryError)
 
 
 def _move_away(folder: paths.Path, step: int) -> str:
-  """Moves the files of a step out of the folder; says what became of them."""
+  """Moves the files of a step out of the folder; says where to."""
   source = folder / str(step)
   try:
-    if paths.is_bucket(folder):
-      with paths.errors(folder):
-        (source / mirrors.MARKER).unlink(missing_ok=True)
-        paths.remove_tree(source)
-      return 'was removed'
     target = folder.parent / 'set_aside' / (
         f'{folder.name}-{step}-{secrets.token_hex(4)}')
     target.parent.mkdir(exist_ok=True)
@@ -276,13 +291,27 @@ def _move_away(folder: paths.Path, step: int) -> str:
     raise reading.CheckpointError(
         f'the checkpoint {source} cannot be used, nor moved away: {error}.'
     ) from None
-  return f'was moved to {target}'
+  return str(target)
 
 
 def _remove_parts(folder: paths.Path) -> None:
-  """Removes checkpoints that a killed process had not fully deleted."""
+  """Removes checkpoints that a killed process had not fully deleted.
+
+  One is deleted when there is a newer one. A part without a newer checkpoint
+  has lost the file that marks it as complete, and is moved away.
+  """
   if paths.is_bucket(folder) and not mirrors.is_needed(folder):
     return  # orbax removes steps without its marker itself
-  for step in folder.glob('[0-9]*'):
-    if step.name.isdecimal() and not reading.is_complete(step):
+  steps = [step for step in folder.glob('[0-9]*') if step.name.isdecimal()]
+  newest = max((int(step.name) for step in steps
+                if reading.is_complete(step)), default=-1)
+  for step in steps:
+    if reading.is_complete(step):
+      continue
+    if paths.is_bucket(folder) or int(step.name) < newest:
       paths.remove_tree(step)
+    else:
+      place = _move_away(folder, int(step.name))
+      print(
+          f'the checkpoint of step {step.name} in {folder} is not used: it is '
+          f'not complete. It was moved to {place}.', flush=True)

@@ -15,7 +15,6 @@ from experiments.util import atomic, environment, paths
 TIMING_FIELDS = (
     'seconds_training', 'seconds_evaluating', 'images_per_second')
 
-
 #: Lines of `metrics.jsonl`.
 Lines = Sequence[dict[str, Any]]
 
@@ -73,6 +72,11 @@ class MetricsLog:
       self.lost_steps = checksums.get('steps', self._of_steps) != self._of_steps
       self._writers = writers.open_all(
           names, workdir, config or {}, completed_epochs, completed_steps)
+      # A process that ended between the best checkpoint and its line.
+      known = {line['epoch'] for line in found}
+      if self.lines and self.lines[-1]['epoch'] not in known:
+        for writer in self._writers:
+          writer.epoch(self.lines[-1])
 
   def checksums(self) -> dict[str, Any]:
     """Checksums of each epoch's line and of all lines of steps.
@@ -80,8 +84,7 @@ class MetricsLog:
     They are stored with a checkpoint. Those of steps are the main process's.
     """
     return {
-        'epochs': {
-            str(line['epoch']): _checksum(line) for line in self.lines},
+        'epochs': _checksums(self.lines),
         'steps': list(self._of_steps)}
 
   def _add_to_checksum(self, line: dict[str, Any]) -> None:
@@ -134,6 +137,10 @@ class MetricsLog:
         stack.callback(writer.close)
 
 
+def _checksums(lines: Lines) -> dict[str, int]:
+  return {str(line['epoch']): _checksum(line) for line in lines}
+
+
 def _checksum(line: Mapping[str, Any]) -> int:
   # `exclude_lost` may add this field later.
   values = {name: value for name, value in line.items() if name != 'lost'}
@@ -163,7 +170,7 @@ def _recovered(
     if epoch >= 1 and (known.get(epoch) == _checksum(line) or (
         epoch not in known and not is_covered)):
       good[epoch] = line
-  if best and best['epoch'] <= completed:
+  if best and 1 <= best.get('epoch', 0) <= completed:
     good.setdefault(best['epoch'], dict(best))
   return ([good[epoch] for epoch in sorted(good)],
           sorted(known.keys() - good.keys()))
@@ -291,8 +298,9 @@ def summarize(
   Returns:
     `best` and `last`, `robust_generalisation_gap` (robust accuracy on training
     images minus that on test images, at the last epoch), speed, data, the
-    precision of the evaluation, devices and versions. If lines were lost,
-    `lost_epochs` lists them, and `seconds` is without them.
+    precision of the evaluation, devices and versions, and checksums of the
+    lines by epoch. If lines were lost, `lost_epochs` lists them, and `seconds`
+    is without them.
   """
   found = {line['epoch'] for line in lines}
   lost = [epoch for epoch in range(1, max(found)) if epoch not in found]
@@ -308,6 +316,19 @@ def summarize(
       'judged_by': evaluated(lines)[-1].get('judged_by', {}),
       'devices': environment.devices(),
       'versions': environment.versions(),
+      'checksums': _checksums(lines),
   }
 
 
+def changed_epochs(
+    lines: Lines, summary: Mapping[str, Any]) -> list[int]:
+  """The epochs whose lines are not those that a run ended with.
+
+  Args:
+    lines: of `metrics.jsonl`.
+    summary: the contents of `summary.json`; {} or one of an older version
+      without checksums tells nothing.
+  """
+  now = _checksums(lines)
+  return sorted(int(epoch) for epoch, value in summary.get(
+      'checksums', {}).items() if now.get(epoch) != value)

@@ -17,19 +17,26 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from experiments.parallel import processes
-from experiments.runs import mirrors, seals
+from experiments.runs import mirrors, seals, workdirs
 from experiments.util import digests, paths
 from experiments.util.errors import UserError
 
 #: Sub-folders of a workdir's `checkpoints/`.
 KINDS = ('best', 'last')
 
+#: The digest of the run's config among the notes.
+CONFIG = 'config_sha256'
+
 #: A local step without this file is incomplete or partly removed.
 COMPLETE = '_CHECKPOINT_METADATA'
 
 
 class CheckpointError(UserError):
-  """There is no checkpoint that this run can resume from."""
+  """A checkpoint that cannot be read, written or used."""
+
+
+class NoCheckpoint(CheckpointError):
+  """There is no checkpoint."""
 
 
 class Stored(NamedTuple):
@@ -51,7 +58,7 @@ class Reader:
 
   The trainer may save at the same time, in another process. Do not read in the
   process that is saving: orbax numbers its operations per process, so the save
-  could hang. Nothing is written, removed or locked.
+  could hang.
   """
 
   def __init__(self, workdir: paths.Path, kind: str) -> None:
@@ -98,11 +105,28 @@ class Reader:
       before, step = step, self.step()
       if step == before:
         if failure is None:
+          notes = found.notes if isinstance(found, Stored) else found
+          check_config(notes or {}, self.folder)
           return found
         raise CheckpointError(
             f'the checkpoint of step {step} in {self.folder} cannot be read: '
             f'{failure}') from failure
-    raise CheckpointError(f'there is no checkpoint in {self.folder}.')
+    raise NoCheckpoint(f'there is no checkpoint in {self.folder}.')
+
+
+def check_config(notes: dict[str, Any], folder: paths.Path) -> None:
+  """Raises CheckpointError if a checkpoint is of a run with another config.
+
+  Args:
+    notes: of the checkpoint. Those of older versions do not name the config.
+    folder: of the checkpoints, in the workdir.
+  """
+  stored = notes.get(CONFIG)
+  present = workdirs.digest(folder.parent.parent)
+  if stored and present and stored != present:
+    raise CheckpointError(
+        f'the checkpoint in {folder} is not of the run whose config.json is '
+        'there: one of them was changed or is of another run.')
 
 
 @contextlib.contextmanager
@@ -146,7 +170,10 @@ def _stored_notes(step: paths.Path) -> dict[str, Any]:
 
   orbax reads them too, but takes a damaged file for one without notes.
   """
-  return json.loads((step / COMPLETE).read_text())['custom_metadata'] or {}
+  notes = json.loads((step / COMPLETE).read_text())['custom_metadata']
+  if not notes:
+    raise seals.Damaged('it has lost its notes')
+  return notes
 
 
 def read_step(path: paths.Path) -> Stored:

@@ -20,7 +20,7 @@ from experiments.util import digests
 #: whose name was changed is noticed as missing.
 _NAME, _MARK = 'sha256', 'sealed'
 
-#: SHA-256 does 1 GB/s per thread and releases Python's lock.
+#: SHA-256 releases Python's lock.
 _THREADS = 4
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import tempfile
@@ -115,14 +116,15 @@ def claim(folder: paths.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def check_present(workdir: paths.Path) -> None:
-  """Raises OSError if a local workdir was removed under a run.
+  """Raises UserError if a local workdir was removed under a run.
 
   Without the check the run would go on in a new folder that lacks its config
   and its first epochs.
   """
-  if not paths.is_bucket(workdir) and not (workdir / 'config.json').exists():
-    raise FileNotFoundError(
-        f'the workdir {str(workdir)!r} was removed while a run wrote to it')
+  path = workdir / 'config.json'
+  if not paths.is_bucket(workdir) and not path.exists():
+    raise UserError(
+        f'{str(path)!r} was removed while a run wrote there: it cannot go on.')
 
 
 def stored_fields(workdir: paths.Path) -> dict[str, Any]:
@@ -150,6 +152,23 @@ def stored_fields(workdir: paths.Path) -> dict[str, Any]:
     return with_defaults(implied | stored)
   except (OSError, ValueError, TypeError) as error:
     raise UserError(f'{path} is not the config of a run: {error}.') from None
+
+
+def digest(workdir: paths.Path) -> str:
+  """SHA-256 of the fields of a run that must not change; '' without a config.
+
+  It is stored with checkpoints, so those of another run are noticed.
+  """
+  path = workdir / 'config.json'
+  try:
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    fields = {name: value for name, value in stored.items()
+              if name not in READER_FIELDS
+              and not name.startswith(FREE_GROUPS)}
+  except (ValueError, AttributeError) as error:
+    raise UserError(f'{path} is not the config of a run: {error}.') from None
+  return hashlib.sha256(json.dumps(
+      fields, sort_keys=True).encode()).hexdigest() if fields else ''
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
@@ -251,9 +270,9 @@ def reader_config(
     return config
   if overrides is not None:
     config = stored_config(workdir, is_trusted=True)
+    config.update_from_flattened_dict(overrides)
     if not is_trusted:
       _refuse_parts(workdir, config, overrides)
-    config.update_from_flattened_dict(overrides)
   stored = stored_fields(workdir)
   differing = _differences(
       {name: value for name, value in stored.items()

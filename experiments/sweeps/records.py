@@ -10,7 +10,7 @@ from experiments.config import schema
 from experiments.reports import comparison
 from experiments.runs import metrics, reading, workdirs
 from experiments.sweeps import flags, jobs, published, runner
-from experiments.util import paths
+from experiments.util import atomic, paths
 from experiments.util.errors import UserError
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
@@ -79,9 +79,16 @@ def read(workdir: paths.Path, name: str) -> Record:
             f'{workdir / name} must hold a run with {field}={value!r}, as its '
             f'name says, got {config.get(field)!r}: rename it.')
   lines = metrics.read_metrics(workdir / name)
+  state = runner.state_of(workdir, name)
+  changed_lines = metrics.changed_epochs(
+      lines, atomic.read_json(workdir / name / 'summary.json'))
+  if changed_lines:
+    state = runner.State(
+        'failed', state.epochs, 'metrics.jsonl was damaged, in the lines of '
+        f'epochs {", ".join(map(str, changed_lines))}')
   return Record(
-      name, parsed.label, parsed.seed, runner.state_of(workdir, name), config,
-      lines, measure(lines, config, workdir / name),
+      name, parsed.label, parsed.seed, state, config, lines,
+      {} if changed_lines else measure(lines, config, workdir / name),
       read_autoattack(workdir / name)[1], parsed.varied)
 
 
@@ -132,10 +139,12 @@ def read_autoattack(folder: paths.Path) -> tuple[float | None, str]:
     Percent on all test images, or None; and the reason why an existing
     evaluation does not count, or ''.
   """
-  path = folder / 'evaluation.json'
-  if not path.exists():
+  try:
+    evaluation = atomic.read_json(folder / 'evaluation.json')
+  except UserError:
+    return None, 'evaluation.json is damaged'
+  if not evaluation:
     return None, ''
-  evaluation = json.loads(path.read_text())
   subject = evaluation['subjects'].get('best', {})
   evaluations = subject.get('evaluations', {})
   entry = evaluations.get('aa-standard')

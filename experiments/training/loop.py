@@ -17,6 +17,7 @@ from experiments.training.collapse import Diverged
 from experiments.training.compiled import CompiledSteps
 from experiments.training.guard import Guard
 from experiments.training.saving import Saving
+from experiments.util import atomic
 
 
 class Loop:
@@ -65,7 +66,7 @@ class Loop:
     self.log = metrics.MetricsLog(
         self.run.workdir, self.step // self.run.steps_per_epoch, self.step,
         self.run.config.loggers, schema.flatten(self.run.config),
-        notes.get('checksums'), self._saving.best_line)
+        self._checksums(notes), self._saving.best_line)
     if self.log.lost:
       print(
           'metrics.jsonl was damaged: the lines of these epochs are lost, and '
@@ -84,6 +85,25 @@ class Loop:
           f'the last line of {path} was lost, and the run has ended: it cannot '
           'be made again. The checkpoints can still be evaluated.')
     self._replace_lost_best()
+
+  def _checksums(self, notes: dict[str, Any]) -> dict[str, Any] | None:
+    """Checksums of lines: the checkpoint's and, of a run that had ended, all.
+
+    Args:
+      notes: of the checkpoint, which is older than the last line.
+
+    Returns:
+      As `metrics.MetricsLog.checksums`; None for a run of an older version.
+    """
+    known = notes.get('checksums')
+    summary = processes.from_main(
+        lambda: atomic.read_json(self.run.workdir / 'summary.json'))
+    if not known:
+      return None
+    completed = self.step // self.run.steps_per_epoch
+    ended = {epoch: value for epoch, value in summary.get(
+        'checksums', {}).items() if int(epoch) <= completed}
+    return {**known, 'epochs': {**ended, **known.get('epochs', {})}}
 
   def _replace_lost_best(self) -> None:
     """Chooses another best epoch if the state of the best one was lost."""
@@ -168,7 +188,7 @@ class Loop:
     return means
 
   def _check_workdir(self) -> None:
-    """Raises OSError if the workdir was removed."""
+    """Raises UserError if the workdir was removed."""
     if processes.is_main():
       workdirs.check_present(self.run.workdir)
 

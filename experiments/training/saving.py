@@ -6,7 +6,7 @@ import jax
 
 import awp_jax
 from experiments.parallel import placement, processes
-from experiments.runs import checkpoints, metrics, reading
+from experiments.runs import checkpoints, metrics, reading, workdirs
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
 from experiments.util import digests, paths
@@ -29,6 +29,7 @@ class Saving:
       run: the run.
     """
     self._run, self._order = run, run.order
+    self._config = {reading.CONFIG: workdirs.digest(run.workdir)}
     self.last = checkpoints.Checkpoints(run.workdir, 'last')
     self.best = checkpoints.Checkpoints(run.workdir, 'best')
     self.best_line: dict[str, Any] = {}
@@ -45,20 +46,23 @@ class Saving:
         network, or if all checkpoints of a run were lost.
     """
     notes: dict[str, Any] = {}
-    if self.last.step() is not None:
-      state, sums = run_lib.initial_state(self._run), step_lib.zero_sums()
+    state, sums = run_lib.initial_state(self._run), step_lib.zero_sums()
+    try:
       stored, notes = self.last.load(
           jax.device_get(step_lib.to_tree(state, sums)))
+      reading.check_config(notes, self.last.folder)
       state, sums = step_lib.from_tree(state, stored)
       self._check_order(notes)
-    else:
+    except reading.NoCheckpoint:
       self._check_new()
       state, message = run_lib.first_state(self._run)
-      sums = step_lib.zero_sums()
       if message:
         print(message, flush=True)
     best = self.best.drop_unusable(int(state.step))
-    self.best_line = best.notes if best else {}
+    if best:
+      reading.check_config(best.notes, self.best.folder)
+      self.best_line = {name: value for name, value in best.notes.items()
+                        if name != reading.CONFIG}
     if processes.count() > 1:
       processes.check_equal('the state that they start from', {
           'step': int(state.step),
@@ -67,19 +71,25 @@ class Saving:
     return placement.replicate(state), placement.replicate(sums), notes
 
   def _check_new(self) -> None:
-    """Raises CheckpointError if all states of the run were damaged."""
+    """Raises CheckpointError if the run had a state, and it was lost.
+
+    The best checkpoint, and the line of an epoch that may become the best, are
+    written when the last checkpoint is complete.
+    """
     workdir = self._run.workdir
 
     def is_lost() -> bool:
       aside = workdir / 'checkpoints' / 'set_aside'
-      return bool(metrics.read_metrics(workdir)) and any(
+      best = metrics.best_line(
+          metrics.read_metrics(workdir), self._run.config.select_on)
+      return bool(best and not best.get('suspicious')) or any(
           path.name.startswith('last-') for path in paths.children(aside))
 
-    if processes.from_main(is_lost):
+    if self.best.step() is not None or processes.from_main(is_lost):
       raise reading.CheckpointError(
-          f'all checkpoints of the run in {workdir} were damaged: none is left '
-          'to go on from. Remove the folder to start again, or choose another '
-          '--workdir.')
+          f'the last checkpoints of the run in {workdir} were lost: none is '
+          'left to go on from. Remove the folder to start again, or choose '
+          'another --workdir.')
 
   def _check_order(self, notes: dict[str, Any]) -> None:
     """Raises CheckpointError if the order of images changed."""
@@ -122,7 +132,7 @@ class Saving:
         {'seconds_training': seconds, 'suspicious': is_suspicious,
          'checksums': checksums,
          'num_devices': self._run.num_devices,
-         'num_processes': processes.count(), **self._order})
+         'num_processes': processes.count(), **self._order, **self._config})
 
   def save_best(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums,
@@ -137,7 +147,8 @@ class Saving:
     """
     # First, so that a resumed run does not repeat the steps before this one.
     self.last.finish()
-    self.best.save(step, step_lib.to_tree(state, sums), line)
+    self.best.save(
+        step, step_lib.to_tree(state, sums), {**line, **self._config})
     # An epoch whose line is written is not evaluated again.
     self.best.finish()
 

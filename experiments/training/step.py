@@ -186,8 +186,7 @@ def evaluate_split(
   size = run.config.eval.batch_size
   pending: list[awp_jax.EvalMetrics] = []
   for number in range(math.ceil(len(images) / size)):
-    # Two batches are under way: enough to keep devices busy, and few enough to
-    # stop soon.
+    # Two batches are under way, so a stop does not wait for all of them.
     jax.block_until_ready(pending[-2:-1])
     if is_stopping():
       raise Interrupted

@@ -9,6 +9,7 @@ import secrets
 from typing import IO, Any
 
 from experiments.util import paths
+from experiments.util.errors import UserError
 
 _SUFFIX = '.tmp'
 
@@ -112,6 +113,24 @@ def append_text(path: paths.Path, text: str) -> None:
 def write_json(path: paths.Path, values: Any) -> None:
   """Writes JSON atomically."""
   write_text(path, json.dumps(values, indent=2) + '\n')
+
+
+def read_json(path: paths.Path) -> dict[str, Any]:
+  """The values of a JSON file; {} if it does not exist.
+
+  Raises:
+    UserError: if it does not hold JSON values by name.
+  """
+  if not path.exists():
+    return {}
+  try:
+    found = json.loads(path.read_text())
+  except ValueError:
+    found = None
+  if not isinstance(found, dict):
+    raise UserError(
+        f'{path} is damaged: remove it, and repeat the command that wrote it.')
+  return found
 
 
 def leftover_name(purpose: str) -> str:

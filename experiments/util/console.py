@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator, Sequence
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -42,6 +43,9 @@ def ended_by_signals(workdir: object) -> Iterator[None]:
     finally:
       os._exit(128 + number)
 
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # What was printed before is not lost in a buffer.
+    sys.stdout.reconfigure(line_buffering=True)
   old: dict[signal.Signals, Any] = {}
   for number in (signal.SIGTERM, signal.SIGINT):
     # Shells let background jobs ignore Ctrl-C.

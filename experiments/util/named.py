@@ -28,6 +28,10 @@ _CALL = re.compile(
     re.DOTALL)
 
 
+#: Where modules are looked for besides the installed ones.
+_FOLDERS: list[str] = []
+
+
 def is_external(text: str) -> bool:
   """Whether a name is that of a part in another package."""
   return ':' in text.partition('(')[0]
@@ -79,7 +83,14 @@ def load(field: str, name: str) -> Callable[..., Any]:
   Raises:
     UserError: if the module cannot be imported, or has no such callable.
   """
-  place, _, attribute = name.partition(':')
+  place, colon, attribute = name.partition(':')
+  if not colon:
+    raise UserError(
+        f"{field}={name!r} must have the form 'package.module:name'.")
+  for folder in _FOLDERS:
+    # Not before: other packages look for optional modules everywhere.
+    if folder not in sys.path:
+      sys.path.append(folder)
   try:
     module = importlib.import_module(place)
   except Exception as error:
@@ -225,12 +236,13 @@ def digest(found: Callable[..., Any]) -> str:
 def search_here(config_file: str) -> None:
   """Lets modules next to a config file and in the current folder be imported.
 
-  Both come last, so that no file there replaces an installed module.
+  Both come last, so that no file there replaces an installed module, and only
+  once a part is loaded.
 
   Args:
     config_file: the path of the config file.
   """
   for folder in (pathlib.Path(config_file).parent, pathlib.Path()):
     path = str(folder.resolve())
-    if path not in sys.path:
-      sys.path.append(path)
+    if path not in _FOLDERS:
+      _FOLDERS.append(path)

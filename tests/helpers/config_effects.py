@@ -75,6 +75,8 @@ class Stores:
 
       def load(self, like):
         del like
+        if kind not in stores.kept:
+          raise reading.NoCheckpoint('none')
         return stores.kept[kind][1:]
 
       def drop_unusable(self, newest):

@@ -1,4 +1,4 @@
-"""Short calls of the whole library on float32 data, for switches of jax."""
+"""Short calls all over the library on float32 data, for switches of jax."""
 
 import functools
 
@@ -92,7 +92,7 @@ def training(name):
 
 
 def evaluation(norm):
-  """AutoAttack with few steps, SPSA and FGSM."""
+  """PGD, the attacks of AutoAttack with few steps and, but for L_1, SPSA."""
   threat = awp_jax.ThreatModel(norm, NORMS[norm])
   specs = [
       awp_jax.pgd_spec('pgd', step_size=0.02, num_steps=2),
@@ -109,7 +109,7 @@ def evaluation(norm):
 
 
 def measures():
-  """The smallest perturbations and a curve."""
+  """The smallest perturbations."""
   model = functools.partial(logits_of, WEIGHTS)
   found = awp_jax.minimal_perturbations(
       key(), model, IMAGES, LABELS, 'L2', num_steps=3, num_targets=2)

@@ -241,7 +241,7 @@ def test_unperturbed_loss_is_the_loss_at_the_weights(x64):
   # Methods with noise or a threshold on examples do not evaluate it.
   for method in (methods.random(0.1), methods.rwp(0.1, c_min=0.5)):
     _, metrics = step(state, (x, y), attack=attack, perturbation=method)
-    assert np.isnan(metrics.unperturbed_loss) and np.isfinite(metrics.loss)
+    assert np.isposinf(metrics.unperturbed_loss) and np.isfinite(metrics.loss)
 
 
 def test_perturbation_ratio_counts_the_perturbed_leaves_alone(x64):

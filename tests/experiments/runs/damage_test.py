@@ -94,9 +94,7 @@ def test_training_goes_on_from_a_whole_checkpoint(
     step = load(folder)
     used.append(step)
     said = 'checkpoint of step 6' in capfd.readouterr().out
-    # Without the file that marks it as complete it counts as half deleted.
-    assert said == (step == 3 and not (
-        damage == 'missing' and name.name == reading.COMPLETE)), name
+    assert said == (step == 3), name
     if said:
       (aside,) = (folder / 'checkpoints/set_aside').iterdir()
       assert aside.name.startswith('last-6-')
@@ -117,6 +115,39 @@ def test_a_reader_names_the_damage(two, tmp_path):
     reading.Reader(tmp_path, 'last').read()
   assert load(tmp_path) == 3
   assert reading.Reader(tmp_path, 'last').read().notes['of'] == 3
+
+
+def test_a_renamed_field_of_the_notes_is_damage(two, tmp_path):
+  """orbax takes it for a checkpoint without notes."""
+  for old, new in (('"custom_metadata"', '"custom_metadatA"'),):
+    write(two, tmp_path)
+    path = tmp_path / 'checkpoints/last/6' / reading.COMPLETE
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert load(tmp_path) == 3
+
+
+@pytest.mark.parametrize('notes', [None, {}])
+def test_lost_notes_are_damage(two, notes, tmp_path):
+  write(two, tmp_path)
+  path = tmp_path / 'checkpoints/last/6' / reading.COMPLETE
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps(values | {'custom_metadata': notes}))
+  assert load(tmp_path) == 3
+
+
+@pytest.mark.parametrize('error, is_damage', [
+    (ValueError('DATA_LOSS: x'), True), (KeyError('shape'), True),
+    (FileNotFoundError(2, 'x'), True), (NotADirectoryError(20, 'x'), True),
+    (OSError(5, 'Input/output error'), False), (MemoryError(), False),
+    (PermissionError(13, 'x'), False), (AttributeError('orbax'), False),
+    (TypeError('orbax'), False), (RuntimeError('503'), False),
+    (reading.CheckpointError('x'), False),
+    *((ValueError(f'{code}: x'), False) for code in (
+        'ABORTED', 'CANCELLED', 'DEADLINE_EXCEEDED', 'PERMISSION_DENIED',
+        'RESOURCE_EXHAUSTED', 'UNAUTHENTICATED', 'UNAVAILABLE'))])
+def test_what_counts_as_damage(error, is_damage):
+  assert checkpoints._is_damage(error) == is_damage
 
 
 def test_all_damaged_is_one_error(two, tmp_path, capfd):

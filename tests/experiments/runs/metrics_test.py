@@ -182,6 +182,38 @@ def test_log_writes_lines_and_events(tmp_path):
   assert scalars == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize('line', [1, 2])
+def test_a_changed_line_of_steps_is_noticed(line, tmp_path):
+  log = metrics.MetricsLog(tmp_path, 0, names=())
+  for step in (1, 2):
+    log.append_step({'step': step, 'loss': 1.5})
+  sums, path = log.checksums(), tmp_path / 'steps.jsonl'
+  assert not metrics.MetricsLog(
+      tmp_path, 0, 2, names=(), checksums=sums).lost_steps
+  lines = path.read_text().splitlines(keepends=True)
+  lines[line - 1] = lines[line - 1].replace('1.5', '2.5')
+  path.write_text(''.join(lines))
+  assert metrics.MetricsLog(
+      tmp_path, 0, 2, names=(), checksums=sums).lost_steps
+
+
+def test_lost_epochs_do_not_stop_a_run_early():
+  lines = [line(1, 0.5, lost=1), line(2, 0.25), line(3, 0.5, lost=1),
+           line(4, 0.2)]
+  assert not metrics.stops_early(lines, 'test', 2)
+  assert metrics.stops_early([*lines, line(5, 0.1)], 'test', 2)
+
+
+def test_a_line_of_the_best_checkpoint_reaches_the_writers(tmp_path):
+  """A process ended between the checkpoint and the line."""
+  metrics.MetricsLog(tmp_path, 0, names=()).append(LINES[0])
+  log = metrics.MetricsLog(
+      tmp_path, 2, 0, ('tests.experiments.runs.writers_test:Kept',), {}, None,
+      LINES[1])
+  assert log.lines == LINES[:2]
+  assert log._writers[0].epochs == [LINES[1]]
+
+
 def test_a_line_is_on_disk_when_append_returns(tmp_path, monkeypatch):
   log = metrics.MetricsLog(tmp_path, 0)
   synced = []

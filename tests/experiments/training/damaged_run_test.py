@@ -1,12 +1,14 @@
 """Runs whose newest checkpoints are damaged go on, and say so."""
 
 import json
+import shutil
 
 import pytest
 
 from experiments.modes import train
 from experiments.runs import metrics, reading
 from experiments.runs import run as run_lib
+from experiments.training import loop
 from experiments.training import step as step_lib
 from tests.experiments.training.resume_test import (
     arrays_of,
@@ -76,16 +78,94 @@ def test_every_state_is_damaged(images, tmp_path, capfd):
   run = stopped(images, tmp_path, 5)
   for step in (4, 5):
     damage(run, 'last', step)
-  with pytest.raises(
-      reading.CheckpointError, match=r'no checkpoint in .*last'):
-    train.train(run)
   before = metrics.read_metrics(tmp_path)
-  with pytest.raises(
-      reading.CheckpointError, match=r'all checkpoints .* Remove the folder'):
-    train.train(run)
-  assert metrics.read_metrics(tmp_path) == before != []
+  for _ in range(2):
+    with pytest.raises(reading.CheckpointError, match=(
+        r'last checkpoints .* were lost: .* Remove the folder')):
+      train.train(run)
+    assert metrics.read_metrics(tmp_path) == before != []
   assert checkpoints_of(run, 'best')
   assert 'newer' not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('lost', ['markers', 'folders', 'all but lines'])
+def test_every_state_is_gone(lost, images, tmp_path):
+  """A run that had a state does not start again from nothing."""
+  run = stopped(images, tmp_path, 5)
+  before = metrics.read_metrics(tmp_path)
+  for step in checkpoints_of(run, 'last'):
+    place = run.workdir / f'checkpoints/last/{step}'
+    if lost == 'markers':
+      (place / reading.COMPLETE).unlink()
+    else:
+      shutil.rmtree(place)
+  if lost == 'all but lines':
+    shutil.rmtree(run.workdir / 'checkpoints')
+  with pytest.raises(reading.CheckpointError, match='were lost'):
+    train.train(run)
+  assert metrics.read_metrics(tmp_path) == before != []
+  if lost == 'markers':
+    assert len(list((run.workdir / 'checkpoints/set_aside').iterdir())) == 2
+
+
+def test_checkpoints_of_another_run_are_refused(images, whole, tmp_path):
+  """Whole in themselves, and of the same network."""
+  other = run_lib.prepare(config_of(images, seed=7), tmp_path / 'other')
+  train.train(other)
+  for kind in reading.KINDS:
+    folder = tmp_path / kind
+    shutil.copytree(whole.workdir, folder)
+    shutil.rmtree(folder / 'checkpoints' / kind)
+    shutil.copytree(
+        other.workdir / 'checkpoints' / kind, folder / 'checkpoints' / kind)
+    run = run_lib.prepare(config_of(images), folder)
+    for act in (lambda run=run: train.train(run), lambda kind=kind, f=folder: (
+        reading.read_variables(f, kind))):
+      with pytest.raises(
+          reading.CheckpointError, match='not of the run whose config'):
+        act()
+  stored = json.loads((tmp_path / 'best/config.json').read_text())
+  stored['threat.epsilon'] = 0.5
+  (tmp_path / 'last/config.json').write_text(json.dumps(stored))
+  with pytest.raises(reading.CheckpointError, match='not of the run whose'):
+    reading.Reader(tmp_path / 'best', 'last').notes()
+    reading.Reader(tmp_path / 'last', 'best').read()
+
+
+def test_an_ended_run_knows_its_last_line(images, whole, tmp_path):
+  """It is newer than the checkpoint; the summary has its checksum."""
+  folder = tmp_path / 'run'
+  shutil.copytree(whole.workdir, folder)
+  path = folder / 'metrics.jsonl'
+  lines = metrics.read_metrics(folder)
+  lines[-1]['test_robust_accuracy'] = 0.987
+  path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert metrics.changed_epochs(lines, summary) == [lines[-1]['epoch']]
+  train.train(run_lib.prepare(config_of(images), folder))
+  assert without_times(run_lib.prepare(config_of(images), folder)) == (
+      without_times(whole))
+  summary = json.loads((folder / 'summary.json').read_text())
+  assert metrics.changed_epochs(metrics.read_metrics(folder), summary) == []
+
+
+def test_a_run_that_goes_on_has_no_summary(
+    images, whole, tmp_path, monkeypatch):
+  """One that had ended, and lost its last state."""
+  folder = tmp_path / 'run'
+  shutil.copytree(whole.workdir, folder)
+  run = run_lib.prepare(config_of(images), folder)
+  damage(run, 'last', max(checkpoints_of(run, 'last')))
+
+  def stop(self, position):
+    raise KeyboardInterrupt
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop.Loop, 'step_fn', stop)
+    patch.setattr(loop.Loop, 'end_epoch', lambda self: stop(self, 0))
+    with pytest.raises(KeyboardInterrupt):
+      train.train(run)
+  assert not (folder / 'summary.json').exists()
 
 
 def test_the_best_state_is_damaged(images, whole, tmp_path, capfd):

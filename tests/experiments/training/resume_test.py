@@ -15,6 +15,7 @@ from experiments.runs import checkpoints, metrics, reading
 from experiments.runs import run as run_lib
 from experiments.training import loop, saving, signals, training_data
 from experiments.training import step as step_lib
+from experiments.util.errors import UserError
 from tests.experiments.modes import train_test
 
 NET = train_test.TinyNet()
@@ -244,7 +245,7 @@ def test_a_removed_workdir_is_one_error(
   run = run_lib.prepare(config_of(images), tmp_path / 'run')
   with monkeypatch.context() as patch:
     patch.setattr(loop.Loop, 'take_step', take_step)
-    with pytest.raises(OSError, match='was removed while a run wrote to it'):
+    with pytest.raises(UserError, match='was removed while a run wrote there'):
       train.train(run)
   assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
 
