@@ -253,6 +253,12 @@ def _evaluate_one(
     result = evaluate_lib.evaluate(
         jax.random.key(run.config.seed), model.logits_fn, images, labels,
         run.setup.threat, make_specs(name, run.config), options=options)
+  except ValueError as error:
+    if not str(error).startswith('EvalOptions.done'):
+      raise
+    raise UserError(
+        f'the records of {name} in {run.workdir / "evaluation"} are of another '
+        f'evaluation: remove them. {error}') from error
   finally:
     bar.close()
   return result, records.judged_by or [_judged_by(run)]

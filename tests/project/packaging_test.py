@@ -62,7 +62,10 @@ def test_no_path_of_a_machine():
 
 def test_workflow_runs_what_ci_runs():
   text = (ROOT / '.github' / 'workflows' / 'ci.yml').read_text()
-  assert re.findall(r'- run: (.*)', text) == ['.ci/run']
+  assert re.findall(r'- run: (.*)', text) == [
+      '.ci/run',
+      'pip install -c requirements-lowest.txt -r requirements-dev.txt',
+      "python -m pytest -n 2 --dist=worksteal -m 'not slow and not torch'"]
   assert "python: ['3.11', '3.13']" in text
 
 

@@ -148,9 +148,6 @@ def test_several_runs(measured, tmp_path, monkeypatch, capsys):
   run, _ = measured
   other = tmp_path / 'AT'
   shutil.copytree(run.workdir, other)
-  stored = json.loads((other / 'config.json').read_text())
-  stored['awp.gamma'] = 0.0
-  (other / 'config.json').write_text(json.dumps(stored))
   (other / 'landscape.json').unlink()
   landscape_mode.run_all(run.config, str(run.workdir), [str(other)])
   out = capsys.readouterr().out

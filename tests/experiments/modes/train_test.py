@@ -222,6 +222,7 @@ def test_summary_and_best_checkpoint(watched):
   state = run_lib.initial_state(watched.run)
   store = checkpoints.Checkpoints(watched.run.workdir, 'best')
   tree, notes = store.load(step.to_tree(state, step.zero_sums()))
+  assert len(notes.pop(reading.CONFIG)) == 64
   assert store.step() == 2 * best['epoch'] and notes == best
   store.close()
   pixels = watched.run.dataset.x_test.astype(np.float32) / 255
@@ -254,7 +255,7 @@ def test_divergence_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
       dataset='npz', npz_path=write_images(tmp_path / 'mine.npz', 32),
       awp__gamma=0.0, attack__num_steps=1, eval__num_steps=1, epochs=2,
       batch_size=16, log_every_steps=1000, checkpoint_every_steps=1,
-      optimizer__decay_at=(0.75,), optimizer__decay_factor=1e40)
+      optimizer__decay_at=(0.75,), optimizer__decay_factor=3e38)
   run = run_lib.prepare(config, tmp_path / 'run')
   # The third of four steps has an infinite rate; its loss is still finite.
   with pytest.raises(train.Diverged) as error:

@@ -42,7 +42,7 @@ def command(monkeypatch, capsys):
   return call
 
 
-def broken(*_):
+def broken(*_, **__):
   raise ValueError('two shapes do not fit')
 
 
