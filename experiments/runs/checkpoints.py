@@ -17,6 +17,7 @@ from typing import Any
 import warnings
 
 from absl import logging as absl_logging
+from orbax import checkpoint as orbax_checkpoint
 from orbax.checkpoint import v1 as ocp
 
 from experiments.parallel import processes
@@ -38,14 +39,14 @@ _GIVEN_UP = 0.2
 _LONGEST = 300
 
 
-_ORBAX = str(pathlib.Path(ocp.__file__).parents[1])
+_ORBAX = str(pathlib.Path(orbax_checkpoint.__file__).parent)
 
 
 class _NoTracebacks(logging.Filter):
-  """Drops orbax's errors: it raises them as well, and our error says why."""
+  """Drops what orbax warns of: it raises errors as well, and ours say why."""
 
   def filter(self, record: logging.LogRecord) -> bool:
-    return record.levelno < logging.ERROR or not (
+    return record.levelno < logging.WARNING or not (
         record.pathname.startswith(_ORBAX))
 
 

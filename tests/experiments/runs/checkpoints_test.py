@@ -1,15 +1,18 @@
 """Tests of checkpoints: exact, atomic, and checked against the model."""
 
 from concurrent import futures
+import logging
 import multiprocessing
 import shutil
 import time
 
+from absl import logging as absl_logging
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint
 from orbax.checkpoint._src.serialization import serialization
 import pytest
 
@@ -124,6 +127,21 @@ def test_failure_in_the_background_is_one_error(tmp_path, monkeypatch, error):
     store.save(7, make_tree(), {})
   store.close()
   assert reading.Reader(tmp_path, 'last').step() == 3
+
+
+@pytest.mark.parametrize('place, level, is_kept', [
+    (orbax.checkpoint.__file__.replace('__init__', '_src/x'), 'ERROR', False),
+    (orbax.checkpoint.__file__.replace('__init__', '_src/x'), 'WARNING', False),
+    (orbax.checkpoint.__file__.replace('__init__', '_src/x'), 'INFO', True),
+    ('/home/me/orbax_runs/experiments/x.py', 'ERROR', True)])
+def test_only_the_log_of_orbax_is_dropped(place, level, is_kept, tmp_path):
+  """It raises its errors as well; ours are one line."""
+  store = checkpoints.Checkpoints(tmp_path, 'last')
+  logger = absl_logging.get_absl_logger()
+  record = logger.makeRecord(
+      'absl', logging.getLevelName(level), place, 1, 'text', (), None)
+  assert bool(logger.filter(record)) == is_kept
+  store.close()
 
 
 def test_saving_a_step_twice_keeps_the_first(tmp_path):
