@@ -69,8 +69,8 @@ def _window(corner: Array, side: Array, x: Array) -> Array:
 def _corner(uniform: Array, side: Array, x: Array) -> Array:
   """Maps uniform numbers [B, 2] to the upper left corner of a window."""
   # Unlike in the reference, windows may include the last row and column.
-  free = jnp.asarray(x.shape[1:3], side.dtype)[None, :] - side[:, None] + 1
-  free = free.astype(jnp.int32)
+  free = (jnp.asarray(x.shape[1:3], jnp.int32)
+          - side.astype(jnp.int32)[:, None] + 1)
   place = uniform * free.astype(uniform.dtype)
   return jnp.minimum(place.astype(jnp.int32), free - 1)
 

@@ -60,15 +60,16 @@ def floating(name: str, array: Any) -> None:
         f'{dtype}.')
 
 
-def count(name: str, value: Any, minimum: int = 1) -> None:
-  """Raises ValueError unless `value` is a whole number in [`minimum`, 2^31)."""
+def count(
+    name: str, value: Any, minimum: int = 1,
+    maximum: int | None = LARGEST_COUNT) -> None:
+  """Raises ValueError unless `value` is a whole number in these bounds."""
   if not isinstance(value, numbers.Integral) or isinstance(
       value, bool) or value < minimum:
     raise ValueError(
         f'{name} must be a whole number >= {minimum}, got {value!r}.')
-  if int(value) > LARGEST_COUNT:
-    raise ValueError(
-        f'{name} must be at most {LARGEST_COUNT:,}, got {value!r}.')
+  if maximum is not None and int(value) > maximum:
+    raise ValueError(f'{name} must be at most {maximum:,}, got {value!r}.')
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:

@@ -74,9 +74,7 @@ class Model(NamedTuple):
 
 def misclassified(logits: Array, labels: Array) -> Array:
   """Whether the top class is wrong or a logit is not finite, [B]."""
-  finite = jnp.all(jnp.isfinite(logits), axis=-1)
-  predicted = jnp.argmax(logits, axis=-1)
-  return ~finite | (predicted != labels.astype(predicted.dtype))
+  return ~objectives.is_correct(logits, labels)
 
 
 def margins(logits: Array, labels: Array) -> Array:

@@ -187,10 +187,14 @@ def merge(records: Sequence[BatchResult], robust: np.ndarray) -> Merged:
       float(max(distances[kept], default=0.0)), anomalies)
 
 
+class OtherEvaluation(ValueError):
+  """Records that are not of the evaluation that is to use them."""
+
+
 def check_records(
     records: Iterable[BatchResult], attacks: Sequence[str], identity: str,
     name: str = 'EvalOptions.done') -> None:
-  """Raises ValueError unless all records are of one evaluation.
+  """Raises OtherEvaluation unless all records are of one evaluation.
 
   Args:
     records: of groups of examples.
@@ -200,16 +204,16 @@ def check_records(
   """
   for record in records:
     if not identity:
-      raise ValueError(
+      raise OtherEvaluation(
           f'{name} cannot be used: an attack of this evaluation has no '
           '`settings`, which its AttackSpec sets, or the model calls Python '
           'code, which cannot be compared.')
     if record.attack not in attacks:
-      raise ValueError(
+      raise OtherEvaluation(
           f'{name} belongs to another evaluation: it has a record of '
           f'{record.attack}, this one runs {", ".join(attacks)}.')
     if record.identity != identity:
-      raise ValueError(
+      raise OtherEvaluation(
           f'{name} belongs to another evaluation: key, model, '
           'weights, images, labels, threat model, attacks, settings or '
           f'versions differ (expected identity {identity[:12]!r}, got '

@@ -17,20 +17,20 @@ from experiments.util import atomic, environment
 
 RESULTS = commands.ROOT / 'docs' / 'results' / 'reliability.json'
 
-#: Name -> how often, and what.
-PARTS: dict[str, tuple[int, Callable[[Reference, int], Any]]] = {
-    'kill training': (50, functools.partial(interruptions.kill, mode='train')),
-    'kill evaluation': (
-        20, functools.partial(interruptions.kill, mode='evaluate')),
-    'kill landscape': (
-        20, functools.partial(interruptions.kill, mode='landscape')),
-    'kill table': (20, interruptions.table),
-    'stop training': (20, functools.partial(interruptions.stop, mode='train')),
-    'stop evaluation': (
-        20, functools.partial(interruptions.stop, mode='evaluate')),
-    'damage': (200, damage.damage),
-    'storage': (60, storage.storage),
-    'long run': (5000, long_run.long_run)}
+#: Name -> how often, what, and the last mode of `main.py` that it needs.
+PARTS: dict[str, tuple[int, Callable[[Reference, int], Any], str]] = {
+    **{f'kill {name}': (
+        count, functools.partial(interruptions.kill, mode=mode), mode)
+       for name, count, mode in (
+           ('training', 50, 'train'), ('evaluation', 20, 'evaluate'),
+           ('landscape', 20, 'landscape'))},
+    'kill table': (20, interruptions.table, 'train'),
+    **{f'stop {name}': (
+        20, functools.partial(interruptions.stop, mode=mode), mode)
+       for name, mode in (('training', 'train'), ('evaluation', 'evaluate'))},
+    'damage': (200, damage.damage, 'train'),
+    'storage': (60, storage.storage, 'train'),
+    'long run': (5000, long_run.long_run, 'train')}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
   if not chosen:
     parser.error(f'--parts={options.parts}: none of {", ".join(PARTS)}')
   with tempfile.TemporaryDirectory(prefix='awp_jax_soak_') as folder:
-    reference = Reference(pathlib.Path(folder), options.seed)
+    last = max((mode for _, _, mode in chosen.values()),
+               key=list(commands.MODES).index)
+    reference = Reference(pathlib.Path(folder), options.seed, last)
     print('seconds without interruption:', reference.seconds, flush=True)
-    for name, (count, run) in chosen.items():
+    for name, (count, run, _) in chosen.items():
       started = time.monotonic()
       counts = dict(run(reference, options.count or count))
       print(f'{name}: {counts}', flush=True)

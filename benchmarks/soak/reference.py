@@ -40,8 +40,14 @@ class Reference:
     whole: workdir of the uninterrupted run.
   """
 
-  def __init__(self, folder: pathlib.Path, seed: int) -> None:
-    """Trains, evaluates and measures the run that others are compared with."""
+  def __init__(self, folder: pathlib.Path, seed: int, last: str) -> None:
+    """Makes the run that others are compared with.
+
+    Args:
+      folder: of all workdirs.
+      seed: of the random choices.
+      last: the last of the modes that are needed; each needs those before it.
+    """
     self.commands = commands_lib.Commands(folder)
     self.random = random.Random(seed)
     self.seconds: dict[str, float] = {}
@@ -58,6 +64,8 @@ class Reference:
         self.seconds[mode] = time.monotonic() - started
       self.ends[mode] = commands_lib.end_of(self.whole)
       shutil.copytree(self.whole, folder / f'after-{mode}')
+      if mode == last:
+        break
 
   @staticmethod
   def _forget(folder: pathlib.Path, mode: str) -> None:

@@ -238,9 +238,8 @@ def _check_numbers(config: ml_collections.ConfigDict) -> None:
   if not 0 <= config.seed < 2**32:  # a key has 32 bits of a seed
     raise UserError(
         f'seed must be a whole number in [0, 2^32), got {config.seed!r}.')
-  if config.data_seed < 0:
-    raise UserError(
-        f'data_seed must be a whole number >= 0, got {config.data_seed!r}.')
+  for name in ('seed', 'data_seed'):
+    checks.count(name, fields[name], minimum=0, maximum=None)
   for name in ('extra.fraction', 'ema_decay', 'label_smoothing'):
     if not 0 <= fields[name] < 1:
       raise UserError(

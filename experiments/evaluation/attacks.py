@@ -22,7 +22,7 @@ from awp_jax.core import checks, loops
 from awp_jax.evaluation import evaluate as evaluate_lib
 from awp_jax.evaluation import fingerprint
 from awp_jax.evaluation.protocol import AttackSpec
-from awp_jax.evaluation.results import Share
+from awp_jax.evaluation.results import OtherEvaluation, Share
 from experiments.data import batches
 from experiments.evaluation import attack_records
 from experiments.parallel import placement, processes
@@ -253,9 +253,7 @@ def _evaluate_one(
     result = evaluate_lib.evaluate(
         jax.random.key(run.config.seed), model.logits_fn, images, labels,
         run.setup.threat, make_specs(name, run.config), options=options)
-  except ValueError as error:
-    if not str(error).startswith('EvalOptions.done'):
-      raise
+  except OtherEvaluation as error:
     raise UserError(
         f'the records of {name} in {run.workdir / "evaluation"} are of another '
         f'evaluation: remove them. {error}') from error

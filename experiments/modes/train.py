@@ -87,7 +87,7 @@ def train(run: run_lib.Run) -> dict[str, Any] | None:
   with _locked(run), signals.StopRequest() as stop:
     loop = Loop(run, lambda: stop.name is not None)
     try:
-      if not loop.is_finished or loop.is_pending:
+      if not loop.is_done:
         # Of a run that had ended before some of it was lost.
         processes.on_main(
             lambda: (run.workdir / 'summary.json').unlink(missing_ok=True))
@@ -127,7 +127,7 @@ def _write_results(
 
 def _run_steps(loop: Loop, stop: signals.StopRequest) -> bool:
   """Runs the remaining steps; returns False if a signal came first."""
-  while loop.is_pending or not loop.is_finished:
+  while not loop.is_done:
     try:
       if loop.is_pending:
         loop.end_epoch()
@@ -138,7 +138,7 @@ def _run_steps(loop: Loop, stop: signals.StopRequest) -> bool:
     except Diverged as error:
       loop.go_back(error)
     if stop.name is not None:
-      return loop.is_finished and not loop.is_pending
+      return loop.is_done
   return True
 
 

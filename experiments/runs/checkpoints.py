@@ -38,7 +38,7 @@ _GIVEN_UP = 0.2
 #: Characters of a reason that are printed; orbax's may take pages.
 _LONGEST = 300
 
-
+#: The folder of orbax's code.
 _ORBAX = str(pathlib.Path(orbax_checkpoint.__file__).parent)
 
 
@@ -106,7 +106,9 @@ class Checkpoints:
       return
     with self._writing(step):
       response = self._checkpointer.save_async(
-          step, tree, custom_metadata=seals.sealed(tree, notes))
+          step, tree, custom_metadata=seals.sealed(
+              tree, reading.with_config(
+                  notes, reading.workdir_of(self.folder))))
       if response is None:
         raise ValueError(f'orbax skipped it, after step {self._latest()}')
       self._pending = step, response
@@ -211,7 +213,8 @@ class Checkpoints:
     for _ in range(2):  # a second time, before a good one is set aside
       try:
         with reading.quietly():
-          found, reason = reading.read_step(self._place / str(step)), ''
+          found, reason = reading.read_step(
+              self._place / str(step), reading.workdir_of(self.folder)), ''
           break
       except Exception as error:  # orbax and tensorstore have many
         reason = ' '.join(str(error).split()) or type(error).__name__
@@ -242,12 +245,8 @@ class Checkpoints:
           f'the checkpoint of step {step} in {self.folder} cannot be used: '
           f'{reason}. Remove {self.folder / str(step)} to go on without it.')
     self._checkpointer.close()
-    place = processes.from_main(lambda: _move_away(self.folder, step))
+    processes.on_main(lambda: _move_away(self.folder, step, reason))
     self._checkpointer = self._open()
-    if processes.is_main():
-      print(
-          f'the checkpoint of step {step} in {self.folder} is not used: '
-          f'{reason}. It was moved to {place}.', flush=True)
 
   def close(self) -> None:
     """Finishes, and closes the checkpointer.
@@ -280,8 +279,8 @@ def _is_damage(error: Exception) -> bool:
       | NotADirectoryError)
 
 
-def _move_away(folder: paths.Path, step: int) -> str:
-  """Moves the files of a step out of the folder; says where to."""
+def _move_away(folder: paths.Path, step: int, reason: str) -> None:
+  """Moves the files of a step out of the folder, and says where to and why."""
   source = folder / str(step)
   try:
     target = folder.parent / 'set_aside' / (
@@ -292,7 +291,9 @@ def _move_away(folder: paths.Path, step: int) -> str:
     raise reading.CheckpointError(
         f'the checkpoint {source} cannot be used, nor moved away: {error}.'
     ) from None
-  return str(target)
+  print(
+      f'the checkpoint of step {step} in {folder} is not used: {reason}. It '
+      f'was moved to {target}.', flush=True)
 
 
 def _remove_parts(folder: paths.Path) -> None:
@@ -312,7 +313,4 @@ def _remove_parts(folder: paths.Path) -> None:
     if paths.is_bucket(folder) or int(step.name) < newest:
       paths.remove_tree(step)
     else:
-      place = _move_away(folder, int(step.name))
-      print(
-          f'the checkpoint of step {step.name} in {folder} is not used: it is '
-          f'not complete. It was moved to {place}.', flush=True)
+      _move_away(folder, int(step.name), 'it is not complete')

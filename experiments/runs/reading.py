@@ -79,7 +79,7 @@ class Reader:
 
   def notes(self) -> dict[str, Any]:
     """The notes of the newest checkpoint; {} if there is none."""
-    return {} if self.step() is None else self._newest(_notes)
+    return {} if self.step() is None else self._newest(_read_notes)
 
   def read(self) -> Stored:
     """Reads the newest complete checkpoint, of any network.
@@ -89,7 +89,7 @@ class Reader:
     """
     return self._newest(read_step)
 
-  def _newest(self, read: Callable[[paths.Path], Any]) -> Any:
+  def _newest(self, read: Callable[[paths.Path, paths.Path], Any]) -> Any:
     """Calls `read` until the checkpoint is still the newest afterwards.
 
     The trainer removes old checkpoints, so a concurrent read may be partial.
@@ -99,14 +99,13 @@ class Reader:
       found, failure = None, None
       try:
         with quietly():
-          found = read(self.folder / str(step))
+          found = read(
+              self.folder / str(step), workdir_of(self.folder))
       except Exception as error:
         failure = error
       before, step = step, self.step()
       if step == before:
         if failure is None:
-          notes = found.notes if isinstance(found, Stored) else found
-          check_config(notes or {}, self.folder)
           return found
         raise CheckpointError(
             f'the checkpoint of step {step} in {self.folder} cannot be read: '
@@ -114,19 +113,32 @@ class Reader:
     raise NoCheckpoint(f'there is no checkpoint in {self.folder}.')
 
 
-def check_config(notes: dict[str, Any], folder: paths.Path) -> None:
-  """Raises CheckpointError if a checkpoint is of a run with another config.
+def workdir_of(folder: paths.Path) -> paths.Path:
+  """The workdir whose checkpoints of one kind are in a folder."""
+  return folder.parent.parent
+
+
+def with_config(notes: dict[str, Any], workdir: paths.Path) -> dict[str, Any]:
+  """The notes to store: with the digest of the run's config."""
+  return {**notes, CONFIG: workdirs.digest(workdir)}
+
+
+def _of_run(stored: dict[str, Any], workdir: paths.Path) -> dict[str, Any]:
+  """The notes that `with_config` was given.
 
   Args:
-    notes: of the checkpoint. Those of older versions do not name the config.
-    folder: of the checkpoints, in the workdir.
+    stored: the notes as read. Those of older versions do not name the config.
+    workdir: of the run.
+
+  Raises:
+    CheckpointError: if the config of the run in the workdir is another.
   """
-  stored = notes.get(CONFIG)
-  present = workdirs.digest(folder.parent.parent)
-  if stored and present and stored != present:
+  wanted, present = stored.get(CONFIG), workdirs.digest(workdir)
+  if wanted and present and wanted != present:
     raise CheckpointError(
-        f'the checkpoint in {folder} is not of the run whose config.json is '
-        'there: one of them was changed or is of another run.')
+        f'it is not of the run whose config.json is in {workdir}: one of them '
+        'was changed or is of another run')
+  return {name: value for name, value in stored.items() if name != CONFIG}
 
 
 @contextlib.contextmanager
@@ -160,9 +172,9 @@ def _alone() -> ocp.Context:
   return context
 
 
-def _notes(path: paths.Path) -> dict[str, Any]:
+def _read_notes(path: paths.Path, workdir: paths.Path) -> dict[str, Any]:
   with mirrors.readable(path) as place:
-    return seals.without_seal(_stored_notes(place))
+    return _of_run(seals.without_seal(_stored_notes(place)), workdir)
 
 
 def _stored_notes(step: paths.Path) -> dict[str, Any]:
@@ -176,8 +188,13 @@ def _stored_notes(step: paths.Path) -> dict[str, Any]:
   return notes
 
 
-def read_step(path: paths.Path) -> Stored:
-  """Reads one checkpoint; raises any exception if it is damaged."""
+def read_step(path: paths.Path, workdir: paths.Path) -> Stored:
+  """Reads one checkpoint; raises any exception if it is damaged.
+
+  Args:
+    path: of the checkpoint, in the workdir or in a local copy of it.
+    workdir: of the run.
+  """
   # As NumPy arrays: the devices that wrote them may not exist here.
   with _alone(), mirrors.readable(path) as place:
     like = jax.tree.map(
@@ -185,8 +202,8 @@ def read_step(path: paths.Path) -> Stored:
         ocp.metadata(place).metadata,
         is_leaf=lambda leaf: hasattr(leaf, 'shape'))
     tree = ocp.load(place, like)
-    return Stored(
-        int(path.name), tree, seals.checked(tree, _stored_notes(place)))
+    notes = seals.checked(tree, _stored_notes(place))
+    return Stored(int(path.name), tree, _of_run(notes, workdir))
 
 
 def read_variables(workdir: paths.Path, kind: str) -> Stored:

@@ -8,8 +8,6 @@ the notes, and compared whenever a checkpoint is read.
 
 from collections.abc import Mapping
 from concurrent import futures
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -37,8 +35,7 @@ def _digest(tree: Any, notes: Mapping[str, Any]) -> str:
 
   with futures.ThreadPoolExecutor(_THREADS) as pool:
     lines = sorted(pool.map(line, digests.named(tree)))
-  text = json.dumps([lines, dict(notes)], sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
+  return digests.of_values([lines, dict(notes)], digits=None)
 
 
 def sealed(tree: Any, notes: Mapping[str, Any]) -> dict[str, Any]:

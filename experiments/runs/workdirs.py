@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import tempfile
@@ -13,7 +12,7 @@ import ml_collections
 
 from experiments.config import schema
 from experiments.configs import base
-from experiments.util import atomic, paths
+from experiments.util import atomic, digests, paths
 from experiments.util.errors import UserError
 
 #: Fields of older versions -> their present names.
@@ -116,15 +115,27 @@ def claim(folder: paths.Path, config: ml_collections.ConfigDict) -> None:
 
 
 def check_present(workdir: paths.Path) -> None:
-  """Raises UserError if a local workdir was removed under a run.
-
-  Without the check the run would go on in a new folder that lacks its config
-  and its first epochs.
-  """
+  """Raises UserError if a local workdir was removed under a run."""
+  # The run would go on in a new folder, without its first epochs.
   path = workdir / 'config.json'
   if not paths.is_bucket(workdir) and not path.exists():
     raise UserError(
         f'{str(path)!r} was removed while a run wrote there: it cannot go on.')
+
+
+def read_fields(workdir: paths.Path) -> dict[str, Any]:
+  """The fields in a run's `config.json` as they are; {} without the file.
+
+  Raises:
+    UserError: if the file cannot be read.
+  """
+  path = workdir / 'config.json'
+  try:
+    return dict(json.loads(path.read_text()))
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError, TypeError) as error:
+    raise UserError(f'{path} is not the config of a run: {error}.') from None
 
 
 def stored_fields(workdir: paths.Path) -> dict[str, Any]:
@@ -145,30 +156,20 @@ def stored_fields(workdir: paths.Path) -> dict[str, Any]:
   if not is_run:
     raise UserError(
         f'{str(workdir)!r} holds no config.json of a run: train there first.')
+  stored = read_fields(workdir)
+  # Before `data_seed` existed, `seed` also selected the images.
+  implied = {'data_seed': stored['seed']} if 'seed' in stored else {}
   try:
-    stored = dict(json.loads(path.read_text()))
-    # Before `data_seed` existed, `seed` also selected the images.
-    implied = {'data_seed': stored['seed']} if 'seed' in stored else {}
     return with_defaults(implied | stored)
-  except (OSError, ValueError, TypeError) as error:
+  except UserError as error:
     raise UserError(f'{path} is not the config of a run: {error}.') from None
 
 
 def digest(workdir: paths.Path) -> str:
-  """SHA-256 of the fields of a run that must not change; '' without a config.
-
-  It is stored with checkpoints, so those of another run are noticed.
-  """
-  path = workdir / 'config.json'
-  try:
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    fields = {name: value for name, value in stored.items()
-              if name not in READER_FIELDS
-              and not name.startswith(FREE_GROUPS)}
-  except (ValueError, AttributeError) as error:
-    raise UserError(f'{path} is not the config of a run: {error}.') from None
-  return hashlib.sha256(json.dumps(
-      fields, sort_keys=True).encode()).hexdigest() if fields else ''
+  """SHA-256 of the fields of a run that must not change; '' without any."""
+  fields = {name: value for name, value in read_fields(workdir).items()
+            if name not in READER_FIELDS and not name.startswith(FREE_GROUPS)}
+  return digests.of_values(fields, digits=None) if fields else ''
 
 
 def with_defaults(stored: dict[str, Any]) -> dict[str, Any]:

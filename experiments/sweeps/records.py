@@ -64,7 +64,7 @@ def read(workdir: paths.Path, name: str) -> Record:
   parsed = jobs.parse_name(name)
   if parsed is None:
     raise UserError(f'{name!r} is not the name of a run, such as "x_at-seed0".')
-  config = runner.read_config(workdir / name)
+  config = workdirs.read_fields(workdir / name)
   if config:
     config = workdirs.with_defaults(config)
     if config['seed'] != parsed.seed:

@@ -7,7 +7,6 @@ holds a lock on this file while it runs, so two sweeps never run the same job.
 
 from collections.abc import Callable, Sequence
 import fcntl
-import json
 import pathlib
 import re
 import signal
@@ -193,14 +192,3 @@ def find_runs(workdir: paths.Path) -> list[str]:
       path.name.removesuffix('.stderr') for path in workdir.iterdir()
       if path.is_dir() or path.suffix == '.stderr'}
   return sorted(name for name in names if parse_name(name))
-
-
-def read_config(folder: paths.Path) -> dict[str, Any]:
-  """The fields of a run's config by dotted name; empty if there is none."""
-  path = folder / 'config.json'
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    return {}
-  except ValueError as error:
-    raise UserError(f'{path} is not the config of a run: {error}.') from error

@@ -96,10 +96,10 @@ class Loop:
       As `metrics.MetricsLog.checksums`; None for a run of an older version.
     """
     known = notes.get('checksums')
-    summary = processes.from_main(
-        lambda: atomic.read_json(self.run.workdir / 'summary.json'))
     if not known:
       return None
+    summary = processes.from_main(
+        lambda: atomic.read_json(self.run.workdir / 'summary.json'))
     completed = self.step // self.run.steps_per_epoch
     ended = {epoch: value for epoch, value in summary.get(
         'checksums', {}).items() if int(epoch) <= completed}
@@ -137,6 +137,11 @@ class Loop:
   def is_finished(self) -> bool:
     """Whether all steps are done, or training stops early."""
     return self._ends_with(self.log.lines)
+
+  @property
+  def is_done(self) -> bool:
+    """Whether the run is finished and its last epoch has a line."""
+    return self.is_finished and not self.is_pending
 
   def _ends_with(self, lines: list[dict[str, Any]]) -> bool:
     config = self.run.config

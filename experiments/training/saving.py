@@ -6,7 +6,7 @@ import jax
 
 import awp_jax
 from experiments.parallel import placement, processes
-from experiments.runs import checkpoints, metrics, reading, workdirs
+from experiments.runs import checkpoints, metrics, reading
 from experiments.runs import run as run_lib
 from experiments.training import step as step_lib
 from experiments.util import digests, paths
@@ -29,7 +29,6 @@ class Saving:
       run: the run.
     """
     self._run, self._order = run, run.order
-    self._config = {reading.CONFIG: workdirs.digest(run.workdir)}
     self.last = checkpoints.Checkpoints(run.workdir, 'last')
     self.best = checkpoints.Checkpoints(run.workdir, 'best')
     self.best_line: dict[str, Any] = {}
@@ -45,30 +44,40 @@ class Saving:
       CheckpointError: if the checkpoint belongs to other images or another
         network, or if all checkpoints of a run were lost.
     """
-    notes: dict[str, Any] = {}
-    state, sums = run_lib.initial_state(self._run), step_lib.zero_sums()
-    try:
-      stored, notes = self.last.load(
-          jax.device_get(step_lib.to_tree(state, sums)))
-      reading.check_config(notes, self.last.folder)
-      state, sums = step_lib.from_tree(state, stored)
-      self._check_order(notes)
-    except reading.NoCheckpoint:
-      self._check_new()
-      state, message = run_lib.first_state(self._run)
-      if message:
-        print(message, flush=True)
+    state, sums, notes = self._stored() or self._first()
     best = self.best.drop_unusable(int(state.step))
-    if best:
-      reading.check_config(best.notes, self.best.folder)
-      self.best_line = {name: value for name, value in best.notes.items()
-                        if name != reading.CONFIG}
+    self.best_line = best.notes if best else {}
     if processes.count() > 1:
       processes.check_equal('the state that they start from', {
           'step': int(state.step),
           'digest of the weights': digests.of_arrays(
               (state.params, state.batch_stats))})
     return placement.replicate(state), placement.replicate(sums), notes
+
+  def _stored(
+      self
+  ) -> tuple[awp_jax.TrainState, step_lib.Sums, dict[str, Any]] | None:
+    """State, sums and notes of the newest checkpoint that is whole, or None."""
+    if self.last.step() is None:
+      return None
+    state, sums = run_lib.initial_state(self._run), step_lib.zero_sums()
+    try:
+      stored, notes = self.last.load(
+          jax.device_get(step_lib.to_tree(state, sums)))
+    except reading.NoCheckpoint:  # all were damaged
+      return None
+    state, sums = step_lib.from_tree(state, stored)
+    self._check_order(notes)
+    return state, sums, notes
+
+  def _first(
+      self) -> tuple[awp_jax.TrainState, step_lib.Sums, dict[str, Any]]:
+    """State, sums and notes before the first step of a run that is new."""
+    self._check_new()
+    state, message = run_lib.first_state(self._run)
+    if message:
+      print(message, flush=True)
+    return state, step_lib.zero_sums(), {}
 
   def _check_new(self) -> None:
     """Raises CheckpointError if the run had a state, and it was lost.
@@ -132,7 +141,7 @@ class Saving:
         {'seconds_training': seconds, 'suspicious': is_suspicious,
          'checksums': checksums,
          'num_devices': self._run.num_devices,
-         'num_processes': processes.count(), **self._order, **self._config})
+         'num_processes': processes.count(), **self._order})
 
   def save_best(
       self, step: int, state: awp_jax.TrainState, sums: step_lib.Sums,
@@ -147,8 +156,7 @@ class Saving:
     """
     # First, so that a resumed run does not repeat the steps before this one.
     self.last.finish()
-    self.best.save(
-        step, step_lib.to_tree(state, sums), {**line, **self._config})
+    self.best.save(step, step_lib.to_tree(state, sums), line)
     # An epoch whose line is written is not evaluated again.
     self.best.finish()
 

@@ -1,4 +1,4 @@
-"""Writes files atomically, also with concurrent writers."""
+"""Writes files atomically, also with concurrent writers, and reads JSON."""
 
 from collections.abc import Iterator
 import contextlib

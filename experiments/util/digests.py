@@ -29,7 +29,7 @@ def of_arrays(tree: Any) -> str:
   return whole(tree)[:16]
 
 
-def of_values(values: dict[str, Any]) -> str:
-  """A digest of plain values, for file names."""
+def of_values(values: Any, digits: int | None = 12) -> str:
+  """The SHA-256 of plain values; its start is enough for file names."""
   text = json.dumps(values, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()[:12]
+  return hashlib.sha256(text.encode()).hexdigest()[:digits]

@@ -27,7 +27,6 @@ _CALL = re.compile(
     r'\s*(?P<name>[A-Za-z_]\w*|[A-Za-z_][\w.]*:[A-Za-z_]\w*)\s*(?P<options>\(.*\))?\s*',
     re.DOTALL)
 
-
 #: Where modules are looked for besides the installed ones.
 _FOLDERS: list[str] = []
 

@@ -111,6 +111,8 @@ def test_no_momentum_is_plain_descent():
     ({'epochs': 1.5}, 'epochs', 'whole number >= 1, got 1.5'),
     ({'seed': -1}, 'seed', '[0, 2^32), got -1'),
     ({'seed': 2**32}, 'seed', 'got 4294967296'),
+    ({'seed': True}, 'seed', 'whole number >= 0, got True'),
+    ({'data_seed': True}, 'data_seed', 'whole number >= 0, got True'),
     ({'augmentation__pad_mode': 'zero'}, "'reflect'", "got 'zero'"),
     ({'optimizer__momentum': 1.0}, 'optimizer.momentum', '[0, 1), got 1.0'),
     ({'optimizer__decay_at': (0.75, 0.5)}, 'rising', '(0.75, 0.5)'),

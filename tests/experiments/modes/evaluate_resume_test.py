@@ -14,6 +14,7 @@ from experiments.reports import page
 from experiments.runs import restore, warm_start, workdirs
 from experiments.runs import run as run_lib
 from experiments.util import atomic
+from experiments.util.errors import UserError
 from tests.experiments.modes.evaluated_run import (
     ATTACKS,
     HalfNet,
@@ -124,6 +125,19 @@ def test_reading_a_run_that_trains_changes_nothing_of_it(
   assert without_seconds(found['subjects']) == without_seconds(
       values['subjects'])
   assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_records_of_another_evaluation_are_one_error(evaluated, tmp_path):
+  """Two of its attacks have exchanged their records."""
+  run, _ = evaluated
+  folder = shutil.copytree(run.workdir, tmp_path / 'run')
+  first, second = sorted(
+      path for path in (folder / 'evaluation').iterdir() if path.is_dir())[:2]
+  for place, name in ((first, 'x'), (second, first.name), (first.with_name(
+      'x'), second.name)):
+    place.rename(place.with_name(name))
+  with pytest.raises(UserError, match='of another evaluation: remove them'):
+    evaluate.evaluate(run._replace(workdir=folder))
 
 
 def test_other_versions_and_batch_sizes_start_over(evaluated, monkeypatch):
